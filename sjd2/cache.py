@@ -1,0 +1,108 @@
+"""Keys and values at per-row positions: roll-back moves a length, no data moves.
+
+# R model rows, S slots of a pass
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+SPAN_BUCKET = 64  # kernels want multiples of 64, and each span is a shape of its own
+
+
+class _RowLayer(CacheLayerMixin):
+    """One layer's static keys and values [R, heads, capacity, head width], written at `owner.slots`."""
+
+    def __init__(self, owner: RowCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, width = key_states.shape
+        self.keys = key_states.new_zeros(rows, heads, self.owner.capacity, width)
+        self.values = value_states.new_zeros(rows, heads, self.owner.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        index = self.owner.slots[:, None, :, None]
+        self.keys.scatter_(2, index.expand_as(key_states), key_states)
+        self.values.scatter_(2, index.expand_as(value_states), value_states)
+        return self.keys[:, :, : self.owner.span], self.values[:, :, : self.owner.span]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.span, 0
+
+    def get_seq_length(self) -> int:
+        return self.owner.span
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+
+
+class RowCache(Cache):
+    """A static cache for a transformers backbone in which every row has its own length (`lengths` [R]).
+
+    `bound` is the host's upper bound of the longest row. On a CPU the exact value is read at no cost; on a GPU the decoder
+    keeps it, so that no pass waits for the device, and spans are rounded up to keep the number of shapes small.
+    """
+
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
+        super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
+        self.capacity = capacity
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.slots = self.lengths[:, None]
+        self.span = 0
+        self.bound = 0
+
+    def window(self, width: int, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
+        """Open the next `width` slots of every row and return the additive mask [R, 1, S, span].
+
+        A slot sees the row's `lengths` cached entries and, within the window, what `visible` [R, S, S] says
+        (None: causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). Float, not bool: a bool mask costs three more operations a layer, and is wrong in eager attention.
+        """
+        if self.lengths.device.type == "cpu":
+            self.span = int(self.lengths.max()) + width
+        else:
+            self.span = min(self.capacity, -(-(self.bound + width) // SPAN_BUCKET) * SPAN_BUCKET)
+        columns = torch.arange(self.span, device=self.lengths.device)
+        self.slots = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
+        if visible is None:
+            seen = columns <= self.slots[..., None]
+        else:
+            inside = columns - self.lengths[:, None]  # [R, span], a slot of the window where 0 <= inside < width
+            within = visible.gather(2, inside.clamp(0, width - 1)[:, None].expand(-1, width, -1))
+            seen = torch.where((inside < 0)[:, None], visible[:, :, :1], within & (inside < width)[:, None])
+        return additive(seen, dtype)[:, None]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for rows of up to `capacity` tokens; what is stored stays."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                room = (0, 0, 0, capacity - self.capacity)
+                layer.keys = torch.nn.functional.pad(layer.keys, room)
+                layer.values = torch.nn.functional.pad(layer.values, room)
+        self.capacity = capacity
+
+    def take_rows(self, rows: Tensor, source: RowCache, source_rows: Tensor) -> None:
+        """Copy whole rows of another cache (a prefill) into these rows; the rest of a row is free to overwrite."""
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            if not mine.is_initialized:
+                rows_heads = (len(self.lengths), theirs.keys.shape[1], self.capacity)
+                mine.keys = theirs.keys.new_zeros(*rows_heads, theirs.keys.shape[-1])
+                mine.values = theirs.values.new_zeros(*rows_heads, theirs.values.shape[-1])
+                mine.is_initialized = True
+            mine.keys[rows, :, : source.capacity] = theirs.keys[source_rows]
+            mine.values[rows, :, : source.capacity] = theirs.values[source_rows]
+        self.lengths[rows] = source.lengths[source_rows]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a bool mask into the float mask that attention adds: 0 where seen, the smallest number elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)

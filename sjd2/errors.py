@@ -1,0 +1,26 @@
+"""What a user did wrong, said in one sentence with the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A wrong setting, a missing file or an impossible combination; the message is one sentence with the mend."""
+
+
+def unknown(kind: str, value: object, valid: Iterable[str]) -> UserError:
+    """Return the error for a choice that does not exist, with the nearest valid one first."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(str(value), valid, n=1)
+    hint = f", did you mean '{near[0]}'?" if near else "."
+    return UserError(f"unknown {kind} '{value}'{hint} Valid: {', '.join(valid)}.")
+
+
+def choose(kind: str, value: str, valid: Iterable[str]) -> str:
+    """Return `value` if it is one of `valid`, else raise `UserError` that lists them."""
+    valid = list(valid)
+    if value not in valid:
+        raise unknown(kind, value, valid)
+    return value

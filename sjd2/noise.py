@@ -1,0 +1,82 @@
+"""Counter-based random numbers: every draw is a pure function of (sample seed, position, purpose, row iteration).
+
+Nothing is stored and nothing is drawn in order, so the tokens of a sample depend neither on its batch, nor on the order of
+the prompts, nor on the number of machines. The mixing is splitmix64's finaliser in 64-bit integers, equal on every device.
+# B samples, S slots of a pass, V image vocabulary, D width
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
+_BITS = 23  # 24 bits + 0.5 would round to exactly 1.0 in float32
+
+
+class Purpose(IntEnum):
+    """What a number is drawn for; two purposes never share a stream."""
+
+    SAMPLE = 1  # the token of a position, one number for all passes: AR, bonus tokens, Gumbel coupling
+    FRESH = 2  # a new draft in each pass
+    ACCEPT = 3
+    RESIDUAL = 4  # a recovered token
+    COUPLE = 5  # the residual draw of a coupled draft
+    INIT = 6  # the first draft of a slot
+    NOISE = 7  # the Gaussian start of SJD2's slots
+
+
+def sample_seed(seed: int, prompt_index: int, repeat: int) -> int:
+    """Return the 63-bit seed of one sample, a hash of the run's seed and the sample's id."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_index}/{repeat}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # the top bits are the best mixed ones; + 0.5 keeps 0 and 1 out, so that log(u) and log(-log(u)) are finite
+    return (((x >> (64 - _BITS)) & (2**_BITS - 1)).to(dtype) + 0.5) * 2.0**-_BITS
+
+
+class Noise:
+    """Random numbers of the B samples that are being decoded; `seeds` [B] may change row by row (refill)."""
+
+    def __init__(self, seeds: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.seeds = seeds  # [B] int64
+        self.dtype = dtype
+
+    def _key(self, positions: Tensor, purpose: Purpose, iteration: Tensor | int) -> Tensor:
+        key = _mix(self.seeds ^ int(purpose))
+        key = _mix(key[:, None] + _GOLDEN * (positions + 1))
+        if isinstance(iteration, Tensor):
+            iteration = iteration[:, None]
+        return _mix(key + _GOLDEN * (iteration + 1))
+
+    def uniform(self, positions: Tensor, purpose: Purpose, iteration: Tensor | int = 0) -> Tensor:
+        """Return numbers in (0, 1), one per position: positions [B, S], iteration [B] or 0 -> [B, S]."""
+        return _unit(self._key(positions, purpose, iteration), self.dtype)
+
+    def codes(self, positions: Tensor, vocabulary: int) -> Tensor:
+        """Return a code drawn uniformly for each position, the first guess of a slot: [B, S] -> [B, S]."""
+        return (self.uniform(positions, Purpose.INIT) * vocabulary).long().clamp(max=vocabulary - 1)
+
+    def _field(self, positions: Tensor, purpose: Purpose, width: int) -> Tensor:
+        lanes = _GOLDEN * torch.arange(1, width + 1, device=positions.device)
+        return _unit(_mix(self._key(positions, purpose, 0)[..., None] + lanes), self.dtype)
+
+    def gumbel(self, positions: Tensor, vocabulary: int) -> Tensor:
+        """Return the Gumbel noise of each position, the same in every pass: [B, S] -> [B, S, V]."""
+        return -torch.log(-torch.log(self._field(positions, Purpose.SAMPLE, vocabulary)))
+
+    def normal(self, positions: Tensor, width: int) -> Tensor:
+        """Return standard Gaussian noise of each position, the same in every pass: [B, S] -> [B, S, D]."""
+        return torch.erfinv(2 * self._field(positions, Purpose.NOISE, width) - 1) * 2**0.5
