@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Jacobi:
     """
 
     init: str = "random"
+    exact: ClassVar[bool] = True
     extra: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

@@ -65,9 +65,12 @@ class RowCache(Cache):
         """Open the next `width` slots of every row and return the additive mask [R, 1, S, span].
 
         A slot sees the row's `lengths` cached entries and, within the window, what `visible` [R, S, S] says
-        (None: causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). Float, not bool: a bool mask costs three more operations a layer, and is wrong in eager attention.
+        (None: causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). A wider
+        `visible` [R, S, span] says everything, cached entries included (fine-tuning). Float, not bool: a bool mask costs three more operations a layer, and is wrong in eager attention.
         """
-        if self.lengths.device.type == "cpu":
+        if visible is not None and visible.shape[2] > width:
+            self.span = visible.shape[2]
+        elif self.lengths.device.type == "cpu":
             self.span = int(self.lengths.max()) + width
         else:
             self.span = min(self.capacity, -(-(self.bound + width) // SPAN_BUCKET) * SPAN_BUCKET)
@@ -75,6 +78,8 @@ class RowCache(Cache):
         self.slots = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
         if visible is None:
             seen = columns <= self.slots[..., None]
+        elif visible.shape[2] > width:
+            seen = visible
         else:
             inside = columns - self.lengths[:, None]  # [R, span], a slot of the window where 0 <= inside < width
             within = visible.gather(2, inside.clamp(0, width - 1)[:, None].expand(-1, width, -1))

@@ -67,6 +67,8 @@ class State:
 
 
 class Part(Protocol):
+    exact: bool  # whether the output law stays the model's own with this part
+
     def prepare(self, model: ImageModel) -> None: ...
 
 
@@ -102,7 +104,6 @@ class Decoder:
     refiner: Refiner | None = None
     rule: str = "exact"
     refeed: bool = True
-    breaks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -113,6 +114,12 @@ class Decoder:
             raise UserError(f"decoder.rule must be exact or paper, got '{self.rule}'.")
         if self.lossless and self.rule == "paper":
             raise UserError("rule=paper commits tokens behind noisy inputs, so the decoder cannot be called lossless.")
+        for part in (self.drafter, self.verifier, self.refiner):
+            if self.lossless and part is not None and not part.exact:
+                raise UserError(
+                    f"decoder '{self.name}' claims to be lossless, but its part {type(part).__name__} is not exact; "
+                    "set decoder.lossless=false."
+                )
 
     @property
     def extra(self) -> int:

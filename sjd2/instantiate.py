@@ -30,6 +30,10 @@ WORDS = {
 }
 
 
+# in yaml: lossless: ${equal:${decoder.rule},exact}
+OmegaConf.register_new_resolver("equal", lambda value, other: value == other, replace=True)
+
+
 def instantiate(node: DictConfig, **extra: Any) -> Any:
     """Build the object that `node` describes; `extra` are arguments that no yaml can hold.
 

@@ -8,6 +8,7 @@ is biased (decoders.md 2.0, V1).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,9 +33,10 @@ class Resample:
     """
 
     record: bool = True
+    exact: ClassVar[bool] = True
 
     def prepare(self, model: ImageModel) -> None:
-        pass
+        """Nothing to prepare."""
 
     def __call__(self, draft: Draft, target: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
         law = target[:, :-1]
@@ -52,12 +54,13 @@ class Coupled:
     """
 
     coupling: str = "maximal"
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         choose("decoder.refiner.coupling", self.coupling, ("maximal", "gumbel"))
 
     def prepare(self, model: ImageModel) -> None:
-        pass
+        """Nothing to prepare."""
 
     def __call__(self, draft: Draft, target: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
         law, guesses = target[:, :-1], state_positions(draft, state)
@@ -78,9 +81,10 @@ class Keep:
     """
 
     threshold: float = 0.5
+    exact: ClassVar[bool] = False
 
     def prepare(self, model: ImageModel) -> None:
-        pass
+        """Nothing to prepare."""
 
     def __call__(self, draft: Draft, target: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
         fresh = Resample()(draft, target, chance, keep, state)

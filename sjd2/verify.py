@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,10 @@ class Exact:
     matching: the token is argmax(log p + G), a draft stays if it equals it, and all decoders return AR's tokens.
     """
 
+    exact: ClassVar[bool] = True
+
     def prepare(self, model: ImageModel) -> None:
-        pass
+        """Nothing to prepare."""
 
     def accept(self, draft: Draft, target: Tensor, state: State) -> Tensor:
         """Return the chance to accept each draft: target [B, S, V] -> [B, S-1]."""

@@ -46,6 +46,10 @@ class Denoise:
         if self.early is not None and not 0 < self.early <= 1:
             raise UserError(f"decoder.early must lie in (0, 1], or null for never, got {self.early}.")
 
+    @property
+    def exact(self) -> bool:
+        return not self.nearest
+
     def check(self, spec: object, window: int) -> None:
         """Raise `UserError` if the model has no SJD2 fine-tuning, or no slot of the window would be noisy."""
         if spec.adapter is None:

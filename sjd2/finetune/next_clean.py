@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sjd2.adapters import Adapter, AdapterSettings
+from sjd2.cache import RowCache
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.denoising.space import EmbeddingSpace, sinusoid
 from sjd2.errors import UserError, choose
 from sjd2.finetune.loop import step_rng, train, warmup_decay
-from sjd2.finetune.windows import Segments, draw_segments, in_place_mask, window_mask
+from sjd2.finetune.windows import causal_mask, draw_segments, window_mask
 from sjd2.models.base import Backbone
+from sjd2.sampling import draw
 
 
 class TokenData(Protocol):
@@ -67,6 +69,11 @@ class FinetuneSJD2:
             raise UserError("finetune.steps, finetune.batch_size and finetune.levels must be 1 or more.")
         if not 1 < self.shortest <= self.longest:
             raise UserError(f"finetune needs 1 < shortest <= longest, got {self.shortest} and {self.longest}.")
+        if (self.context == "windows") != self.adapter.gated:
+            raise UserError(
+                "finetune.context=windows trains adapters that leave the clean path alone, so it goes with "
+                "finetune.adapter.gated=true; for others use finetune.context=in_place."
+            )
         if not 0 <= self.corrupt <= 1:
             raise UserError(f"finetune.corrupt is a share, 0 to 1, got {self.corrupt}.")
 
@@ -81,7 +88,8 @@ class FinetuneSJD2:
     ) -> dict[str, float]:
         """Train and write the adapter to out/final/; return validation losses in nats, tuned and untuned."""
         torch.manual_seed(seed)
-        # statistics of the untuned embeddings: full fine-tuning moves the table, and inference reads the saved one
+        if model.device.type == "cpu":  # torch's fused attention is several times slower backwards on a CPU
+            model.decoder.set_attn_implementation("eager")
         model.adapter = adapter = Adapter(self.adapter, model).train()
         trainable = adapter.trainable()
         for parameter in trainable:
@@ -117,41 +125,58 @@ class FinetuneSJD2:
     def loss(
         self, model: Backbone, prompts: list[str], codes: Tensor, seed: int, *, steps: int | None = None, gate: bool = True
     ) -> Tensor:
-        """Return the mean cross-entropy of the clean next token at noisy slots: codes [B, rows * columns] -> scalar."""
+        """Return the mean cross-entropy of the clean next token behind noisy inputs: codes [B, rows * columns] -> scalar.
+
+        steps: K (None: drawn from `levels`). gate=False leaves the adapter out.
+        """
         generator = torch.Generator().manual_seed(seed)
         tokens = model.layout.tokens(codes.to(model.device))
         rows, n = tokens.shape
+        free = model.layout.free.to(tokens.device)
         if steps is None:
             steps = self.levels[int(torch.randint(len(self.levels), (), generator=generator))]
-        segments = draw_segments(
-            rows, n, steps, shortest=self.shortest, longest=min(self.longest, n), generator=generator
-        )
+        longest = min(self.longest, n)
+        segments = draw_segments(rows, n, steps, shortest=self.shortest, longest=longest, generator=generator)
         first = segments.first.to(tokens.device)
-        level = segments.level.to(tokens.device) * model.layout.free.to(tokens.device)  # forced tokens carry no noise
-        space = EmbeddingSpace(model, normalised=self.adapter.normalised)
+        level = segments.level.to(tokens.device) * free  # forced tokens carry no noise
         prompt, lengths = self._prompts(model, prompts, generator)
-        drafts = self._corrupt(model, tokens, prompt, lengths, segments, generator)
-        noisy = self._noisy(model, space, drafts, level, steps, generator)
-        clean = model.embed(tokens)
         width = prompt.shape[1]
+        cache, law = self._clean_pass(model, tokens, prompt, lengths, steps)
+        drafts = torch.where(free, self._corrupt(tokens, law, first, generator), tokens)
+        x = self._noisy(model, drafts, level, steps, generator)
         place = lengths[:, None] + torch.arange(n, device=tokens.device)
-        start = torch.arange(width, device=tokens.device).expand(rows, -1)
+        act = level > 0
         if self.context == "windows":
-            x, positions = torch.cat([prompt, clean, noisy], 1), torch.cat([start, place, place], 1)
-            visible = window_mask(lengths, width, first)
+            positions, visible = place, window_mask(lengths, width, first)
         else:
-            x, positions = torch.cat([prompt, noisy], 1), torch.cat([start, place], 1)
-            visible = in_place_mask(lengths, width, n)
-        act = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        act[:, -n:] = level > 0
+            cache = None
+            start = torch.arange(width, device=tokens.device).expand(rows, -1)
+            x, positions = torch.cat([prompt, x], 1), torch.cat([start, place], 1)
+            visible = causal_mask(lengths, width, n)
+            act = torch.cat([torch.zeros_like(start, dtype=torch.bool), act], 1)
         if self.adapter.code == "appended":
-            x, positions, visible, act = self._append(space, x, positions, visible, act, level, lengths, steps)
-        hidden = model.forward(x, positions, None, visible, act if gate else torch.zeros_like(act))
-        end = x.shape[1] - (steps if self.adapter.code == "appended" else 0)
-        wanted = ((level > 0) if self.context == "windows" else torch.ones_like(level, dtype=torch.bool))[:, :-1]
-        wanted = wanted & model.layout.free.to(tokens.device)[1:]
-        logits = model.logits(hidden[:, end - n : end - 1][wanted])
-        return nn.functional.cross_entropy(logits, tokens[:, 1:][wanted])
+            x, positions, visible, act = self._append(model, x, positions, visible, act, level, lengths, steps)
+        hidden = model.forward(x, positions, cache, visible, act if gate else None)
+        hidden = hidden[:, : hidden.shape[1] - (steps if self.adapter.code == "appended" else 0)][:, -n:-1]
+        wanted = free[1:].expand(rows, -1)
+        if self.context == "windows":
+            wanted = wanted & (level > 0)[:, :-1]
+        return nn.functional.cross_entropy(model.logits(hidden[wanted]), tokens[:, 1:][wanted])
+
+    @torch.no_grad()
+    def _clean_pass(
+        self, model: Backbone, tokens: Tensor, prompt: Tensor, lengths: Tensor, steps: int
+    ) -> tuple[RowCache, Tensor]:
+        """Run the clean image once without a gradient -> (its keys and values, the law of tokens 1.. [B, N - 1, V])."""
+        rows, n = tokens.shape
+        width = prompt.shape[1]
+        cache = model.cache(rows, width + 2 * n + steps)
+        start = torch.arange(width, device=tokens.device).expand(rows, -1)
+        positions = torch.cat([start, lengths[:, None] + torch.arange(n, device=tokens.device)], 1)
+        x = torch.cat([prompt, model.embed(tokens)], 1)
+        hidden = model.forward(x, positions, cache, causal_mask(lengths, width, n))
+        cache.lengths = cache.lengths + width + n
+        return cache, model.logits(hidden[:, width:-1]).softmax(-1)
 
     def _prompts(self, model: Backbone, prompts: list[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Encode prompts, a share of them replaced by the unconditional one: [B, P, D], [B]."""
@@ -162,39 +187,21 @@ class FinetuneSJD2:
         lengths = torch.where(drop, condition.uncond_lengths, condition.lengths)
         return torch.where(drop[:, None, None], pad[1], pad[0]), lengths
 
-    @torch.no_grad()
-    def _corrupt(
-        self,
-        model: Backbone,
-        tokens: Tensor,
-        prompt: Tensor,
-        lengths: Tensor,
-        segments: Segments,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Replace tokens in windows by draws from the model's own law, more of them further from the window's start."""
-        if self.corrupt == 0:
-            return tokens
+    def _corrupt(self, tokens: Tensor, law: Tensor, first: Tensor, generator: torch.Generator) -> Tensor:
+        """Replace tokens in windows by draws from the model's own law [B, N - 1, V], more of them further from the start."""
         rows, n = tokens.shape
-        x = torch.cat([prompt, model.embed(tokens)], 1)
-        place = lengths[:, None] + torch.arange(n, device=tokens.device)
-        positions = torch.cat([torch.arange(prompt.shape[1], device=x.device).expand(rows, -1), place], 1)
-        hidden = model.forward(x, positions, None, in_place_mask(lengths, prompt.shape[1], n))
-        law = model.logits(hidden[:, -n:-1]).softmax(-1)
-        gumbel = -torch.log(-torch.log(torch.rand(law.shape, generator=generator).clamp(1e-20, 1 - 1e-7)))
-        drawn = (law.log() + gumbel.to(law)).argmax(-1)
-        distance = torch.arange(n) - segments.first
+        drawn = draw(law, torch.rand(rows, n - 1, generator=generator).clamp(1e-6, 1 - 1e-6).to(law))
+        distance = (torch.arange(n) - first.cpu()).float()
         rate = self.corrupt * torch.rand(rows, 1, generator=generator) * (distance / 4).clamp(max=1)
         wrong = (torch.rand(rows, n, generator=generator) < rate).to(tokens.device)
-        wrong[:, 0] = False
-        return torch.where(
-            wrong & model.layout.free.to(tokens.device), torch.cat([tokens[:, :1], drawn], 1), tokens
-        )
+        wrong[:, 0] = False  # no law was computed for the first token
+        return torch.where(wrong, torch.cat([tokens[:, :1], drawn], 1), tokens)
 
     def _noisy(
-        self, model: Backbone, space: EmbeddingSpace, tokens: Tensor, level: Tensor, steps: int, generator: torch.Generator
+        self, model: Backbone, tokens: Tensor, level: Tensor, steps: int, generator: torch.Generator
     ) -> Tensor:
         """Return the inputs of the windows, noisy where the level says so: [B, N, D]."""
+        space = EmbeddingSpace(model, normalised=self.adapter.normalised)
         times = self.schedule.times(steps).to(tokens.device)
         alpha, sigma = alpha_sigma(times, self.adapter.path)
         e = space.normal(tokens)
@@ -207,7 +214,7 @@ class FinetuneSJD2:
 
     def _append(
         self,
-        space: EmbeddingSpace,
+        model: Backbone,
         x: Tensor,
         positions: Tensor,
         visible: Tensor,
@@ -218,11 +225,13 @@ class FinetuneSJD2:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Append the paper's timestep tokens [T]; the noisy slots see their own level's, the tokens only themselves."""
         rows, size = x.shape[:2]
+        space = EmbeddingSpace(model, normalised=self.adapter.normalised)
         codes = space.model_input(sinusoid(self.schedule.times(steps)[1:].to(x.device), x.shape[2])).to(x.dtype)
         x = torch.cat([x, codes.expand(rows, -1, -1)], 1)
         positions = torch.cat([positions, lengths[:, None].expand(-1, steps)], 1)
         own = torch.zeros(rows, size, steps, dtype=torch.bool, device=x.device)
         own[:, -level.shape[1] :] = level[..., None] == torch.arange(1, steps + 1, device=x.device)
-        below = torch.cat([own.new_zeros(steps, size), torch.eye(steps, dtype=torch.bool, device=x.device)], 1)
+        seen = visible.shape[2]
+        below = torch.cat([own.new_zeros(steps, seen), torch.eye(steps, dtype=torch.bool, device=x.device)], 1)
         visible = torch.cat([torch.cat([visible, own], 2), below.expand(rows, -1, -1)], 1)
         return x, positions, visible, torch.cat([act, act.new_ones(rows, steps)], 1)

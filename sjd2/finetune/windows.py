@@ -39,29 +39,24 @@ def draw_segments(
     return Segments(begin, torch.div(rise * steps + height - 1, height, rounding_mode="floor").clamp(0, steps))
 
 
-def window_mask(lengths: Tensor, width: int, first: Tensor) -> Tensor:
-    """Return who sees whom in [prompt P | clean image N | windows N]: lengths [B], first [B, N] -> bool [B, L, L].
-
-    A slot of a window sees the prompt, the clean tokens before its window and the slots of its window up to itself: exactly
-    what it sees while decoding.
-    """
-    rows, n = first.shape
-    place = torch.arange(n, device=first.device)
-    prompt = (torch.arange(width, device=first.device) < lengths[:, None])[:, None]  # [B, 1, P]
-    size = width + 2 * n
-    seen = torch.zeros(rows, size, size, dtype=torch.bool, device=first.device)
-    seen[:, :width, :width] = torch.ones(width, width, dtype=torch.bool, device=first.device).tril()
-    seen[:, width:, :width] = prompt
-    seen[:, width : width + n, width : width + n] = place <= place[:, None]
-    seen[:, width + n :, width : width + n] = place < first[..., None]
-    inside = (place <= place[:, None]) & (place >= first[..., None])
-    seen[:, width + n :, width + n :] = inside
-    return seen
-
-
-def in_place_mask(lengths: Tensor, width: int, n: int) -> Tensor:
-    """Return the causal mask of [prompt P | image N] without prompt padding: lengths [B] -> bool [B, L, L]."""
+def causal_mask(lengths: Tensor, width: int, n: int) -> Tensor:
+    """Return the causal mask of [prompt P | image N] without prompt padding: lengths [B] -> bool [B, P + N, P + N]."""
     size = width + n
     seen = torch.ones(size, size, dtype=torch.bool, device=lengths.device).tril().repeat(len(lengths), 1, 1)
-    seen[:, width:, :width] &= (torch.arange(width, device=lengths.device) < lengths[:, None])[:, None]
+    seen[:, width:, :width] &= _prompt(lengths, width)
     return seen
+
+
+def window_mask(lengths: Tensor, width: int, first: Tensor) -> Tensor:
+    """Return what window slots see of [prompt P | clean image N | windows N]: first [B, N] -> bool [B, N, P + 2N].
+
+    The prompt, the clean tokens before their window, and the slots of their window up to themselves: what decoding shows.
+    """
+    place = torch.arange(first.shape[1], device=first.device)
+    before = place < first[..., None]
+    inside = (place <= place[:, None]) & ~before
+    return torch.cat([_prompt(lengths, width).expand(-1, len(place), -1), before, inside], 2)
+
+
+def _prompt(lengths: Tensor, width: int) -> Tensor:
+    return (torch.arange(width, device=lengths.device) < lengths[:, None])[:, None]

@@ -1,13 +1,14 @@
 """The VQGAN of the Chameleon family (Lumina-mGPT, Anole, tiny): images to codes and back, on transformers' own modules.
 
-Encoder, quantiser and both 1x1 convolutions are `ChameleonVQVAE`; the pixel decoder, which transformers does not ship for
-Chameleon, is Janus' decoder class with the attention removed that Chameleon's has not. Files keep the key names of the
-taming-transformers checkpoints, so that Meta's `vqgan.ckpt` loads as it is.
+Encoder, quantiser and both 1x1 convolutions are `ChameleonVQVAE`; the pixel decoder, which transformers does not ship
+for Chameleon, is Janus' decoder class with the attention removed that Chameleon's has not. Files keep the key names of
+the taming-transformers checkpoints, so that Meta's `vqgan.ckpt` loads as it is.
 
 B images, H x W pixels, h x w codes, V codes of C channels.
 """
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
+
+from sjd2.errors import UserError
 
 WEIGHTS = "vqgan.safetensors"
 
@@ -42,8 +45,8 @@ class VQGAN(nn.Module):
         )
         self.decoder.up[0].attn = nn.ModuleList()  # Janus attends at the lowest level, Chameleon does not
         for norm in self.modules():
-            if isinstance(norm, nn.GroupNorm):  # 32 groups from 128 channels on, as published; narrower nets need
-                norm.num_groups = min(32, norm.num_channels // 4)  # wider groups: a norm of one channel erases flat colour
+            if isinstance(norm, nn.GroupNorm):  # 32 groups from 128 channels on, as published; narrower nets get
+                norm.num_groups = min(32, norm.num_channels // 4)  # groups of 4: a norm of 1 channel erases flat colour
 
     @property
     def codebook(self) -> Tensor:
@@ -90,19 +93,19 @@ class VQGAN(nn.Module):
     def load(cls, path: Path | str) -> "VQGAN":
         """Read a folder that `save` wrote, or a taming `.ckpt` of Chameleon's default shape.
 
-        Raises FileNotFoundError or ValueError, each in one sentence, when something is missing or does not fit.
+        Raises UserError when something is missing or does not fit.
         """
         path = Path(path)
         if path.is_dir():
             for name in ("config.json", WEIGHTS):
                 if not (path / name).is_file():
-                    raise FileNotFoundError(f"VQGAN folder {path} has no {name}.")
+                    raise UserError(f"VQGAN folder {path} has no {name}.")
             config = ChameleonVQVAEConfig(**json.loads((path / "config.json").read_text()))
             tensors: Mapping[str, Tensor] = _read(path / WEIGHTS)
         elif path.is_file():
             config, tensors = ChameleonVQVAEConfig(), _read(path)
         else:
-            raise FileNotFoundError(f"VQGAN weights {path} do not exist; give a folder or a taming checkpoint.")
+            raise UserError(f"VQGAN weights {path} do not exist; give a folder or a taming checkpoint.")
         model = cls(config)
         _load_strictly(model, tensors, path)
         return model.eval().requires_grad_(False)
@@ -122,8 +125,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"VQGAN weights {path} cannot be read: {str(error).splitlines()[0]}.") from error
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"VQGAN weights {path} cannot be read: {str(error).splitlines()[0]}.") from error
     tensors = tensors.get("state_dict", tensors)
     return {key: value for key, value in tensors.items() if not key.startswith("loss.")}
 
@@ -133,10 +136,10 @@ def _load_strictly(model: VQGAN, tensors: Mapping[str, Tensor], path: Path) -> N
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unknown:
         what = f"lack {missing[0]!r}" if missing else f"have an unknown {unknown[0]!r}"
-        raise ValueError(f"VQGAN weights {path} {what} ({len(missing)} missing, {len(unknown)} unknown keys).")
+        raise UserError(f"VQGAN weights {path} {what} ({len(missing)} missing, {len(unknown)} unknown keys).")
     state = model.state_dict()
     for name, key in wanted.items():
         if tensors[name].shape != state[key].shape:
             have, want = tuple(tensors[name].shape), tuple(state[key].shape)
-            raise ValueError(f"VQGAN weights {path}: {name!r} has shape {have}, the config wants {want}.")
+            raise UserError(f"VQGAN weights {path}: {name!r} has shape {have}, the config wants {want}.")
     model.load_state_dict({key: tensors[name].float() for name, key in wanted.items()}, strict=True)

@@ -1,0 +1,243 @@
+"""CLIP score through open_clip: how well a picture fits its prompt, 100 max(cos, 0) (Hessel et al. 2021, without w).
+
+Which CLIP makes it decides the value, so its name stands beside every number. Weights come from a folder, a file or the
+hub's local cache; a download happens only with `allow_download=true`, and then before any picture is made.
+
+# B images, E embedding width
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaluation.batches import device_for
+from evaluation.records import RunFolder
+from evaluation.score import keep_scores
+from sjd2.errors import UserError, unknown
+from sjd2.paths import find
+
+log = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parents[1] / "sjd2" / "models" / "tiny" / "weights" / "clip"
+CONFIG = "open_clip_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+KEY = "evaluation.metrics.clip"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What open_clip builds one CLIP from without asking the network: a local-dir, or a built-in name and a file."""
+
+    name: str  # 'local-dir:FOLDER' or the name of a built-in architecture
+    file: str | None = None
+    preprocess: tuple[tuple[str, Any], ...] = ()
+    quick_gelu: bool = False
+
+
+def find_source(model: str, pretrained: str | None, allow_download: bool) -> Source:
+    """Find the files of a CLIP: 'shipped', 'local-dir:FOLDER', 'hf-hub:ORG/REPO', or an architecture with `pretrained`.
+
+    pretrained: a tag of open_clip's list or a file. Raises UserError, within a second and offline too, where weights
+    are missing or would have to be downloaded: an open_clip model without weights is random and scores noise.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError("the CLIP score needs open_clip: pip install open-clip-torch.") from error
+    schema, _, rest = model.partition(":")
+    if model == "shipped":
+        return _folder(SHIPPED, "train it: python run.py stage=finetune finetune=clip")
+    if schema == "local-dir":
+        return _folder(find(rest), f"give {KEY}.model=local-dir:FOLDER as open_clip saves it")
+    if schema == "hf-hub":
+        return _hub_folder(rest, allow_download)
+    if model not in open_clip.list_models():
+        error = unknown("CLIP architecture", model, open_clip.list_models())
+        raise UserError(f"{str(error).split(' Valid: ')[0]} Also: shipped, local-dir:FOLDER, hf-hub:ORG/REPO.")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if not pretrained:
+        have = f" one of {', '.join(tags)}, or" if tags else ""
+        raise UserError(f"CLIP {model} without weights scores noise: set {KEY}.pretrained to{have} a file.")
+    if find(pretrained).is_file():
+        return Source(model, str(find(pretrained)))
+    if pretrained not in tags:
+        raise UserError(f"{KEY}.pretrained={pretrained} is no file and no tag of {model}. Valid: {', '.join(tags)}.")
+    return _tagged(model, pretrained, allow_download)
+
+
+def _folder(path: Path, mend: str) -> Source:
+    weights = [file for file in path.glob("*") if file.suffix in WEIGHT_SUFFIXES] if path.is_dir() else []
+    if not (path / CONFIG).is_file() or not weights:
+        raise UserError(f"{path} has no {CONFIG} with a weights file beside it; {mend}.")
+    return Source(f"local-dir:{path}")
+
+
+def _hub_folder(repository: str, allow_download: bool) -> Source:
+    """Return the cached snapshot of a hub repository as a local-dir; fetch it first where that is allowed."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    only = ["*.json", "*.txt", "*.model", "*.safetensors"]  # tokenizers and weights
+    try:
+        if allow_download:
+            log.info("fetching CLIP %s into the Hugging Face cache", repository)
+        path = snapshot_download(repository, local_files_only=not allow_download, allow_patterns=only)
+    except HFValidationError as error:
+        raise UserError(f"{KEY}.model=hf-hub:{repository} is no hub name; write hf-hub:ORG/REPOSITORY.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise _not_here(f"hf-hub:{repository}", allow_download, error) from error
+    return _folder(Path(path), f"hf-hub:{repository} is not in open_clip's format")
+
+
+def _tagged(model: str, tag: str, allow_download: bool) -> Source:
+    """Return the cached weights file of a built-in tag with the preprocessing it was trained with."""
+    import open_clip
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    known = open_clip.get_pretrained_cfg(model, tag)
+    repository, _, file = known.get("hf_hub", "").rpartition("/")
+    names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    reason: Exception | None = None
+    for name in names if repository else ():
+        try:
+            path = hf_hub_download(repository, name, local_files_only=not allow_download)
+        except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+            reason = error
+            continue
+        names_of = {"mean": "image_mean", "std": "image_std"}
+        names_of |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
+        preprocess = tuple((new, known[old]) for old, new in names_of.items() if known.get(old) is not None)
+        return Source(model, path, preprocess, bool(known.get("quick_gelu")))
+    # open_clip keeps what it fetched from plain URLs here
+    cached = Path("~/.cache/clip").expanduser() / Path(known.get("url", "none")).name
+    if not repository and cached.is_file():
+        return Source(model, str(cached), quick_gelu=bool(known.get("quick_gelu")))
+    raise _not_here(f"{model} {tag}", allow_download and bool(repository), reason)
+
+
+def _not_here(what: str, tried: bool, error: Exception | None) -> UserError:
+    if tried:
+        return UserError(f"CLIP {what} could not be fetched ({type(error).__name__}); is there a network?")
+    return UserError(
+        f"CLIP {what} is not in the local cache and nothing is downloaded silently: set {KEY}.allow_download=true once "
+        f"with a network, or give {KEY}.model=local-dir:FOLDER."
+    )
+
+
+class Clip:
+    """A loaded CLIP: pictures and texts to unit vectors."""
+
+    def __init__(self, source: Source, device: str | None = None) -> None:
+        """Load model, preprocessing and tokenizer; raises UserError if weights and architecture do not fit."""
+        import open_clip
+
+        self.device = device_for(device)
+        try:
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                source.name,
+                pretrained=source.file,
+                force_quick_gelu=source.quick_gelu,
+                require_pretrained=True,  # else missing weights are a mere warning
+                device=self.device,
+                **dict(source.preprocess),
+            )
+            self.tokenizer = open_clip.get_tokenizer(source.name)
+        except (RuntimeError, AssertionError, ValueError, KeyError, OSError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"CLIP weights {source.file or source.name} do not load ({first}).") from error
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Embed pictures: uint8 [H, W, 3] each -> unit vectors [B, E]."""
+        pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])
+        return self.model.encode_image(pixels.to(self.device), normalize=True).float()
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed prompts (cut at the model's context length): -> unit vectors [B, E]."""
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float()
+
+    def scores(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> Tensor:
+        """Score pairs: -> 100 max(cos, 0), [B]."""
+        return 100 * (self.images(images) * self.texts(texts)).sum(1).clamp_min(0)
+
+
+class ClipScore:
+    """Mean CLIP score of a run's pictures under their prompts."""
+
+    keys = ("clip_score", "clip_model")
+
+    def __init__(
+        self,
+        *,
+        model: str = "shipped",
+        pretrained: str | None = None,
+        allow_download: bool = False,
+        device: str | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.model, self.pretrained, self.allow_download = model, pretrained, allow_download
+        self.device, self.batch_size = device, batch_size
+
+    @cached_property
+    def source(self) -> Source:
+        """The files, found once."""
+        return find_source(self.model, self.pretrained, self.allow_download)
+
+    @property
+    def label(self) -> str:
+        """What metrics.json calls the model; folders by name, since their place differs between machines."""
+        if self.model == "shipped":
+            return "shipped (shapes)"
+        if self.model.startswith("local-dir:"):
+            return f"local-dir:{Path(self.model.partition(':')[2]).name}"
+        return " ".join(filter(None, (self.model, self.pretrained and Path(self.pretrained).name)))
+
+    @property
+    def protocol(self) -> str:
+        """How the value comes about."""
+        return (
+            f"clip_score: mean over n_images of 100 max(cos, 0) of the image under its prompt as it stands, open_clip "
+            f"{self.label} with its own preprocessing."
+        )
+
+    def check(self) -> None:
+        """Raise UserError if library or weights are missing."""
+        _ = self.source
+
+    def score(self, run: RunFolder) -> dict[str, Any]:
+        """Score all images; the shipped CLIP knows the words of the shapes only and is absent for other prompts."""
+        records = run.records()
+        if not records or (self.model == "shipped" and not _knows_all(records)):
+            return {}
+        clip = Clip(self.source, self.device)
+        prompts, images, values = [record["prompt"] for record in records], run.images(), []
+        for start in range(0, len(prompts), self.batch_size):
+            texts = prompts[start : start + self.batch_size]
+            values += clip.scores([next(images) for _ in texts], texts).tolist()
+        ids = [(record["id"][0], record["id"][1]) for record in records]
+        keep_scores(run, {"clip": dict(zip(ids, values, strict=True))})
+        return {"clip_score": fmean(values), "clip_model": self.label}
+
+
+def _knows_all(records: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether every word of every prompt is in the shipped CLIP's vocabulary."""
+    words = json.loads((SHIPPED / "tokenizer.json").read_text())["model"]["vocab"]
+    strange = next((word for record in records for word in record["prompt"].split() if word not in words), None)
+    if strange:
+        log.info("clip: left out, the shipped CLIP does not know %r", strange)
+    return strange is None

@@ -1,0 +1,203 @@
+"""What a run says while it works: a bar on a terminal, plain lines elsewhere; errors in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import itertools
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sjd2.errors import UserError, unknown
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "logger", "runtime")
+SEVERAL = "several choices need -m: python run.py -m {key}=a,b"
+PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+def say(text: str) -> None:
+    """Print one line at once, also through a pipe."""
+    print(text, flush=True)
+
+
+def show_logs() -> None:
+    """Print what the packages log (training progress, resumed checkpoints) as plain lines on stderr."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(message)s")
+    for package in ("sjd2", "baselines", "evaluation", "sweeps", "benchmarks"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+class Progress:
+    """Images done, images/s, tokens per forward and the time left; use as a context manager."""
+
+    def __init__(self, title: str, done: int, total: int) -> None:
+        """Start at `done` of `total` images; rates count only what this launch makes."""
+        self.title, self.done, self.total, self.first = title, done, total, done
+        self.tokens = self.forwards = 0
+        self.began = self.told = time.monotonic()
+        self._bar = _bar() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, rates="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.done > self.first:
+            say(self.line())
+
+    def advance(self, *, images: int, tokens: int, forwards: int) -> None:
+        """Count finished images, their tokens and the forward passes that made them."""
+        self.done, self.tokens, self.forwards = self.done + images, self.tokens + tokens, self.forwards + forwards
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rates=self.rates())
+        elif time.monotonic() - self.told >= PLAIN_EVERY and self.done < self.total:
+            self.told = time.monotonic()
+            say(self.line())
+
+    def rates(self) -> str:
+        """Return '1.23 images/s, 3.4 tokens/forward'."""
+        pace = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
+        return f"{pace:.3g} images/s, {self.tokens / max(self.forwards, 1):.2f} tokens/forward"
+
+    def line(self) -> str:
+        """Return the progress as one plain line."""
+        left = (time.monotonic() - self.began) / max(self.done - self.first, 1) * (self.total - self.done)
+        rest = f", {left:.0f} s left" if self.done < self.total else ""
+        return f"{self.title}: {self.done}/{self.total} images, {self.rates()}{rest}"
+
+
+def _bar() -> Any:
+    # rich is imported only where a terminal shows the bar
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rates]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(file=sys.stderr))
+
+
+# ---- errors in one sentence
+
+
+def guarded(function: Callable[[], object]) -> int:
+    """Run the program and return its exit code; errors are said in one sentence, their stack too if SJD2_TRACE is set."""
+    try:
+        function()
+        return 0
+    except KeyboardInterrupt:
+        message, code = "stopped; the same command goes on where this one ended.", 130
+        error: BaseException | None = None
+    except Exception as caught:  # the one place where every error becomes a sentence
+        error, message, code = caught, sentence(caught), 1
+    if error is not None and os.environ.get("SJD2_TRACE"):
+        traceback.print_exception(error)
+    print(f"error: {message}" if error else message, file=sys.stderr, flush=True)
+    return code
+
+
+def sentence(error: BaseException) -> str:
+    """Return one sentence with the mend for an error of the user, of Hydra, of the disk or of the device."""
+    if isinstance(error, UserError):
+        return str(error)
+    for base in type(error).__mro__:
+        if base.__module__.startswith(("hydra.", "omegaconf.")):
+            return _composition(error)
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return "a config group takes the name of a choice, not null; e.g. logger=none switches W&B off."
+    if isinstance(error, OSError) and error.errno in _DISK:
+        place = f" at '{error.filename}'" if error.filename else ""
+        return (
+            f"{_DISK[error.errno].format(place=place)}; finished images are kept, the same command goes on from there."
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device is out of memory; lower batch_size, decoder.window or dtype and start again."
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} (this may be a bug: add debug=trace to see where it comes from)"
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full{place}; free some space",
+    errno.EDQUOT: "your disk quota is used up{place}; free some space",
+    errno.EACCES: "no permission{place}; choose another runs_dir or mend the folder's rights",
+    errno.EPERM: "no permission{place}; choose another runs_dir or mend the folder's rights",
+    errno.EROFS: "the file system is read-only{place}; choose another runs_dir",
+}
+
+
+def _composition(error: BaseException) -> str:
+    """Turn what Hydra says about a command line into one sentence."""
+    text = str(error)
+    options = getattr(error, "options", None)
+    if options is not None and (found := re.search(r"Could not (?:find|load) '(.+?)'", text)):
+        group, _, choice = found[1].rpartition("/")
+        return str(unknown(group, choice, options))
+    if found := re.search(r"Could not (?:find|load) '(.+?)/([^/']+)'", text):
+        return f"unknown {found[1]} '{found[2]}'; {SEVERAL.format(key=found[1])}."
+    if found := re.search(r"Ambiguous value for argument '(.+?)='?", text):
+        return f"{found[1]} has several values; {SEVERAL.format(key=found[1])}; one list is written {found[1]}=[a,b]."
+    if found := re.search(r"Could not override '(.+?)'", text):
+        return _unknown_key(found[1])
+    if (override := getattr(error, "override", None)) is not None:
+        reason = next(line for line in text.split("\n") if not line.startswith("Error parsing"))
+        return f"cannot read '{override}' ({reason}); write key=value, with quotes around spaces: 'key=\"a b\"'."
+    if "Could not append to config" in text and (found := re.search(r"already at '(.+?)'", text)):
+        return f"'{found[1]}' exists already; write {found[1]}=... without the +."
+    lines = [line.strip() for line in text.split("\n") if line.strip() and not line.startswith(("See http", "    "))]
+    cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ else ""
+    return " ".join(lines) + cause
+
+
+def _unknown_key(key: str) -> str:
+    """Name the settings nearest to a key that does not exist, from the configuration without it."""
+    keys = list(setting_names(sys.argv[1:], without=key))
+    parent, _, leaf = key.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    leaves = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.85)
+    near = near or [k for k in keys if k.rpartition(".")[2] in leaves][:1]
+    hint = f", did you mean '{near[0]}'?" if near else "."
+    place = f"settings of {parent}" if parent and siblings else "settings"
+    listed = siblings or [k for k in keys if "." not in k]
+    return f"unknown setting '{key}'{hint} Valid {place}: {', '.join(sorted(listed))}."
+
+
+def setting_names(arguments: Sequence[str], *, without: str) -> Iterator[str]:
+    """Yield every dotted key of the configuration that these arguments make once the setting `without` is left out."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import DictConfig
+
+    choice = re.compile(rf"({'|'.join(GROUPS)})=[\w-]+$")  # sweeps and quoted values change no key
+    kept = [argument for argument in arguments if choice.match(argument) and not argument.startswith(f"{without}=")]
+    for flag, value in itertools.pairwise(arguments):
+        if flag in ("--config-dir", "-cd"):
+            kept.append(f"hydra.searchpath=['file://{Path(value).resolve()}']")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", kept)
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
+                yield from walk(child, f"{prefix}{key}.")
+
+    yield from walk(config, "")

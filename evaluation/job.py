@@ -1,0 +1,150 @@
+"""One run from settings to metrics.json: lock, sample, score, mirror to the tracker; and its baseline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from evaluation.console import GROUPS
+from evaluation.pictures import acceptance_map, image_grid
+from evaluation.records import RunFolder
+from evaluation.sampling import Job, sample
+from evaluation.score import Metric, score
+from evaluation.tracking import About, NoTracker, Tracker
+from evaluation.validate import Plan
+from sjd2.models.base import ImageModel
+
+GRID = 64  # images at most in grid.png
+TABLE_ROWS = 32  # images at most in the tracker's table of samples
+OWN = re.compile(r"[+~]*(decoder|run_dir)([./=@]|$)")  # overrides that belong to one decoder's run, not to its baseline
+
+
+class Models:
+    """Load weights once for the runs of one command that share them."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, ...] | None = None
+        self._model: ImageModel | None = None
+
+    def load(self, plan: Plan) -> ImageModel:
+        """Return the model of `plan`, the one in memory if it is the same."""
+        key = (plan.spec.name, plan.identity["digest"], plan.device, plan.dtype)
+        if key != self._key:
+            self._model = None  # free the old weights first: two 7B models rarely fit
+            self._model, self._key = plan.spec.load(plan.device, plan.dtype), key
+        return self._model
+
+
+def make_run(
+    cfg: DictConfig, plan: Plan, *, metrics: Mapping[str, Metric], tracker: Tracker, models: Models, wait: bool = False
+) -> dict[str, Any]:
+    """Sample what the run folder lacks, score it, and return its metrics; the tracker's run stays open.
+
+    wait: queue behind a process that is making the same run. Raises UserError if the folder is in use or another run's.
+    """
+    settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    settings.identity = plan.identity
+    job = Job(
+        run=plan.run,
+        load=lambda: models.load(plan),
+        decoder=plan.decoder,
+        law=plan.law,
+        prompts=plan.prompts.texts,
+        ids=plan.prompts.ids(),
+        limit=cfg.limit,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        refill=cfg.refill,
+        trace=cfg.trace,
+        launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
+    )
+    with plan.run.lock(wait=wait):
+        plan.run.claim(settings, plan.identity)
+        tracker.start(about(plan.run, "sample"))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if sample(job, tracker) or not (plan.run.path / "acceptance.png").is_file():
+            image_grid(plan.run, GRID)
+            acceptance_map(plan.run, plan.spec.layout, plan.decoder.window)
+        figures = score(plan.run, metrics)
+    mirror(plan.run, figures, tracker)
+    return figures
+
+
+def make_baseline(cfg: DictConfig, plan: Plan, *, metrics: Mapping[str, Metric], models: Models) -> None:
+    """Make the AR run where runs_dir lacks it or part of it; another process that makes it is waited for."""
+    with plan.run.lock(wait=True):
+        lacking = plan.run.missing(plan.prompts.ids(cfg.limit)) or not plan.run.metrics
+    if lacking:
+        make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=models, wait=True)
+
+
+def mirror(run: RunFolder, figures: Mapping[str, Any], tracker: Tracker) -> None:
+    """Show pictures, a table of samples, the histogram of accepted tokens and the final figures in the tracker."""
+    records = run.records()
+    step = len(records)
+    pictures = {name: run.path / f"{name}.png" for name in ("grid", "acceptance")}
+    tracker.image(step, {name: path for name, path in pictures.items() if path.is_file()})
+    columns = ("prompt", "image", "tokens", "forwards", "step_compression", "nll_per_token")
+    rows = [
+        (
+            record["prompt"],
+            run.path / record["image"],
+            record["tokens"],
+            record["forwards"],
+            record["tokens"] / record["forwards"],
+            record["nll"] / record["tokens"] if "nll" in record else None,
+        )
+        for record in records[:TABLE_ROWS]
+    ]
+    tracker.table(step, "samples", columns, rows)
+    tracker.histogram(step, "accepted_per_forward", [n for record in records for n in record["accepted"]])
+    tracker.summary({key: value for key, value in figures.items() if isinstance(value, (int, float, str))})
+
+
+def sweep_name() -> str | None:
+    """Return the name of the multirun this job belongs to, None for a single run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode.name != "MULTIRUN":
+        return None
+    return Path(HydraConfig.get().sweep.dir).name
+
+
+def baseline_settings(cfg: DictConfig) -> DictConfig:
+    """Compose this command once more with `decoder=<baseline>`, without what it says about its own decoder.
+
+    Tuned defaults follow the new decoder; an experiment's values under `decoder:` do not reach it.
+    """
+    hydra = HydraConfig.get()
+    kept = [override for override in hydra.overrides.task if not OWN.match(override)]
+    choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if group != "decoder"}
+    own = [f"{group}={choice}" for group, choice in choices.items() if choice]
+    folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
+    extra = [f"file://{source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    path = [f"hydra.searchpath={extra}"] if extra else []
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(folder, version_base="1.3"):
+            base = compose(hydra.job.config_name, [*kept, *path, f"decoder={cfg.baseline}"])
+            plain = compose(hydra.job.config_name, [*own, *path, f"decoder={cfg.baseline}"])
+    finally:
+        GlobalHydra.instance().clear()
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)
+    base.decoder = plain.decoder
+    return base
+
+
+def about(run: RunFolder, kind: str) -> About:
+    """Return what a tracker has to know of a run that is on the disk."""
+    config = OmegaConf.to_container(run.config)
+    name, group = run.path.name, sweep_name()
+    return About(id=config["identity"]["id"], name=name, kind=kind, config=config, folder=run.path, group=group)

@@ -1,0 +1,112 @@
+"""Write tables of text as Markdown and LaTeX, and show them on a terminal.
+
+A `Table` holds cells that are ready to read; numbers for programs go to the CSV (table.py). `**text**` is bold.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+LATEX = {
+    "†": r"$\dagger$",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "Δ": r"$\Delta$",
+    "−": r"$-$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "–": "--",
+}
+
+
+@dataclass
+class Table:
+    """Cells ready to read and the notes that belong to them; `failed` holds (job, reason)."""
+
+    title: str
+    header: Sequence[str]
+    rows: list[Sequence[str]]
+    notes: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    pictures: list[tuple[str, str]] = field(default_factory=list)  # (caption, file name)
+
+
+def markdown(table: Table, level: int = 2) -> str:
+    """Return a table as Markdown: heading, rows, failed jobs, notes, pictures."""
+    lines = [f"{'#' * level} {table.title}", ""] if table.title else []
+    width = len(table.header)
+    rows = [list(row) for row in table.rows]
+    rows += [[label, f"failed: {reason}", *[""] * (width - 2)] for label, reason in table.failed]
+    lines += [_pipe(table.header), "|" + "|".join([" :--- "] + [" ---: "] * (width - 1)) + "|"]
+    lines += [_pipe(row) for row in rows]
+    for note in table.notes:
+        lines += ["", _plain(note)]
+    for caption, name in table.pictures:
+        lines += ["", f"![{caption}]({name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _pipe(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """Put text on one line, without what Markdown would read as HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def escape(text: str) -> str:
+    """Return text for LaTeX: special characters escaped, `**text**` bold, what is outside ASCII and unknown as '?'."""
+    parts = re.split(r"\*\*(.+?)\*\*", " ".join(text.split()))
+    parts = ["".join(LATEX.get(c, c if c.isascii() else _fold(c)) for c in part) for part in parts]
+    return "".join(rf"\textbf{{{part}}}" if index % 2 else part for index, part in enumerate(parts))
+
+
+def _fold(character: str) -> str:
+    """Keep letters (inputenc knows them), replace signs that a plain LaTeX has no glyph for."""
+    return character if character.isalpha() else "?"
+
+
+def latex(table: Table) -> str:
+    """Return a table as a LaTeX `table*` with booktabs rules; needs \\usepackage{booktabs}."""
+    width = len(table.header)
+    lines = [r"\begin{table*}[t]", r"\centering\small", rf"\caption{{{escape(table.title)}}}" if table.title else ""]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]
+    lines += [" & ".join(map(escape, table.header)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escape, row)) + r" \\" for row in table.rows]
+    for label, reason in table.failed:
+        lines.append(
+            rf"{escape(label)} & \multicolumn{{{width - 1}}}{{p{{0.7\linewidth}}}}{{failed: {escape(reason)}}} \\"
+        )
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [rf"\par\smallskip\footnotesize {escape(note)}" for note in table.notes]
+    return "\n".join(line for line in [*lines, r"\end{table*}"] if line) + "\n"
+
+
+def show(text: str) -> None:
+    """Print a Markdown page: laid out by rich on a terminal, as it is elsewhere; pictures are left out."""
+    text = "\n".join(line for line in text.split("\n") if not line.startswith("!["))
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()
+    if not sys.stdout.isatty():
+        print(text.replace("&lt;", "<"), flush=True)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))

@@ -1,0 +1,176 @@
+"""Draw runs: quality against latency, where tokens waited, how many a pass committed, the same seeds side by side.
+
+Every function takes plain numbers and arrays, writes one PNG and returns its path; none knows a run folder.
+matplotlib is imported inside, so that `--help` and tab completion stay quick. Needs no display.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS_MAX = 8  # decoders in one image grid or row of maps: more would shrink the pictures to stamps
+
+
+@dataclass(frozen=True)
+class Point:
+    """One decoder in the Pareto plot."""
+
+    label: str
+    latency_s: float
+    quality: float
+    lossless: bool
+    error: float | None = None  # length of the bar above and below
+
+
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **settings: object
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure with a [rows, columns] array of axes, made without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
+    """Return the points that no other point beats in both latency and quality, by latency."""
+    best, kept = math.inf, []
+    sign = 1 if lower_is_better else -1
+    for point in sorted(points, key=lambda point: (point.latency_s, sign * point.quality)):
+        if sign * point.quality < best:
+            best = sign * point.quality
+            kept.append(point)
+    return kept
+
+
+def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_better: bool | None) -> None:
+    for index, point in enumerate(points):
+        colour = f"C{index % 10}"
+        axis.errorbar(
+            point.latency_s,
+            point.quality,
+            yerr=point.error,
+            color=colour,
+            marker="o" if point.lossless else "X",
+            markersize=7,
+            markerfacecolor=colour if point.lossless else "white",
+            capsize=3,
+            linestyle="none",
+            label=point.label if point.lossless else f"{point.label} (lossy)",
+        )
+    if lower_is_better is not None:
+        line = front(points, lower_is_better=lower_is_better)
+        axis.plot([p.latency_s for p in line], [p.quality for p in line], color="0.6", linewidth=1, zorder=0)
+    arrow = {True: " (lower is better)", False: " (higher is better)", None: ""}[lower_is_better]
+    axis.set(xlabel="latency of an image, median (s)", ylabel=f"{title}{arrow}")
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3)
+
+
+def pareto(panels: Mapping[str, tuple[Sequence[Point], bool | None]], path: Path, *, caption: str) -> Path:
+    """Plot quality against latency, one panel per measure: {title: (points, lower is better, or None for neither)}.
+
+    The grey line joins the runs that no other run beats in both. Filled: lossless; hollow cross: lossy.
+    """
+    figure, axes = _figure(1.5 + 4.6 * len(panels), 4.6, 1, len(panels))
+    for axis, (title, (points, lower)) in zip(axes[0], panels.items(), strict=True):
+        _pareto_panel(axis, title, points, lower)
+    entries = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize="small", frameon=False
+    )
+    figure.suptitle(caption, fontsize="small")
+    return _save(figure, path)
+
+
+def acceptance_maps(
+    maps: Mapping[str, np.ndarray], rows: int, columns: int, path: Path, *, free: np.ndarray | None = None
+) -> Path:
+    """Draw one map per decoder, {label: [N]}, of the mean passes that a position waited as a guess; one colour scale.
+
+    `free` [N] bool: the rows x columns positions of the picture, forced tokens are left out; None: all positions.
+    """
+    names = list(maps)[:COLUMNS_MAX]
+    across = min(4, len(names))
+    down = -(-len(names) // across)
+    figure, axes = _figure(2.6 * across + 1, 2.6 * down + 0.4, down, across)
+    top = max(float(np.max(maps[name])) for name in names)
+    picture = None
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        values = np.asarray(maps[name], dtype=float)
+        values = values if free is None else values[free]
+        picture = axis.imshow(values.reshape(rows, columns), vmin=0, vmax=max(top, 0.01), cmap="viridis")
+        axis.set_title(f"{name}\nmean {values.mean():.2f}", fontsize="small")
+    figure.colorbar(picture, ax=axes, label="passes waited in the window", shrink=0.8)
+    return _save(figure, path)
+
+
+def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) -> Path:
+    """Draw for each decoder the share of passes that committed k tokens: {label: {k: passes}}."""
+    figure, axes = _figure(6.5, 4)
+    axis = axes[0, 0]
+    for index, (name, histogram) in enumerate(counts.items()):
+        total = sum(histogram.values())
+        if total:
+            lengths = sorted(length for length, passes in histogram.items() if passes)
+            shares = [histogram[length] / total for length in lengths]
+            style = ("-", "--", ":")[index // 10 % 3]
+            axis.plot(lengths, shares, marker=".", color=f"C{index % 10}", linestyle=style, label=name)
+    axis.set(xlabel="tokens committed by a pass", ylabel="share of passes", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return _save(figure, path)
+
+
+def image_grid(
+    pictures: Mapping[str, Sequence[np.ndarray | None]], captions: Sequence[str], path: Path, *, note: str = ""
+) -> Path:
+    """Draw the same prompts and seeds over decoders: a column per decoder, a row per prompt, its caption on the left.
+
+    pictures: {decoder: [uint8 [H, W, 3] or None where a run lacks the image]}, each as long as `captions`.
+    Small pictures keep their pixels (no smoothing), so that a 48 px image is judged as it is.
+    """
+    names = list(pictures)[:COLUMNS_MAX]
+    rows = len(captions)
+    figure, axes = _figure(
+        1.5 + 1.45 * len(names), 0.5 + 1.5 * rows, rows, len(names) + 1, width_ratios=[1.0] + [1.0] * len(names)
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, caption in enumerate(captions):
+        text = textwrap.fill(textwrap.shorten(caption, 160, placeholder=" ..."), 22)
+        axes[row, 0].text(
+            0.98, 0.5, text, ha="right", va="center", fontsize="x-small", transform=axes[row, 0].transAxes
+        )
+        for column, name in enumerate(names, start=1):
+            picture = pictures[name][row]
+            if picture is not None:
+                axes[row, column].imshow(picture, interpolation="nearest" if picture.shape[0] < 128 else "antialiased")
+            if row == 0:
+                axes[row, column].set_title(textwrap.fill(name, 18), fontsize="small")
+    if note:
+        figure.supxlabel(note, fontsize="x-small")
+    return _save(figure, path)
