@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -32,7 +33,7 @@ def train(cfg: DictConfig) -> Path:
     parts = {"recipe": by_content(OmegaConf.to_container(cfg.finetune, resolve=True)), "seed": cfg.seed}
     needs_model, extra = getattr(recipe, "needs_model", False), {}
     if needs_model:
-        spec = instantiate(cfg.model)
+        spec = replace(instantiate(cfg.model), adapter=None)  # a recipe starts from the model's own weights
         spec.check()
         parts |= {"model": validate.model_settings(cfg), "digest": spec.digest()}
     settings = identity(**parts)

@@ -1,1 +1,25 @@
-"""sjd2: fast decoding of autoregressive text-to-image models, measured so that people believe it."""
+"""sjd2: fast decoding of autoregressive text-to-image models, measured so that people believe it.
+
+    import sjd2
+    model = sjd2.load("tiny")
+    result = sjd2.generate(model, ["a large red circle above a small blue square on a plain teal background"])
+    result.images, result.tokens, result.accepted
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sjd2.face import Images, decoder, generate, load
+
+__all__ = ["Images", "decoder", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch comes in with the first use, so that commands which only read settings stay quick
+    if name in __all__:
+        from sjd2 import face
+
+        return getattr(face, name)
+    raise AttributeError(f"module 'sjd2' has no attribute '{name}'")

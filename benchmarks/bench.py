@@ -1,0 +1,177 @@
+"""Measure what a pass costs, where its time goes, and how many images a second come out; writes benchmarks/results/.
+
+# B samples, S slots of a pass
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from baselines.jacobi import Jacobi
+from evaluation import validate
+from evaluation.console import say
+from evaluation.provenance import start_entry
+from sjd2.decoding import Decoder, Decoding, generate, stream
+from sjd2.errors import UserError
+from sjd2.models.base import ImageModel
+from sjd2.noise import sample_seed
+from sjd2.paths import ROOT
+from sjd2.refine import Coupled
+from sjd2.sampling import Sampling
+from sjd2.verify import Exact
+
+BATCHES = (1, 8, 32)
+SLOTS = (1, 8, 16, 32, 64)
+PASSES = 16  # timed per setting, after 3 that are not
+IMAGES = 64  # of each whole run
+
+
+class _Timed:
+    """A model that adds up the time of its forwards and heads; everything else is the decoder's."""
+
+    def __init__(self, model: ImageModel) -> None:
+        self._model, self.seconds = model, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _timed(self, call: Any, *arguments: Any) -> torch.Tensor:
+        begin = _now(self._model)
+        out = call(*arguments)
+        self.seconds += _now(self._model) - begin
+        return out
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        return self._timed(self._model.forward, *arguments)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._timed(self._model.logits, hidden)
+
+
+def _now(model: ImageModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def window_decoder(slots: int) -> Decoder:
+    """Return SCD with a window of `slots`; AR for a single slot."""
+    if slots == 1:
+        return Decoder(name="ar", window=1, lossless=True)
+    parts = {"drafter": Jacobi(), "verifier": Exact(), "refiner": Coupled()}
+    return Decoder(name="scd", window=slots, lossless=True, **parts)
+
+
+def pass_times(model: ImageModel, prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
+    """Yield a row per batch and window: median milliseconds of a pass, its ratio to one slot, share outside the forward.
+
+    The windows of one batch size take turns pass by pass, so that a drifting machine drifts for all.
+    """
+    for batch in BATCHES:
+        timed, runs, spans = {}, {}, {}
+        for slots in SLOTS:
+            timed[slots] = _Timed(model)
+            runs[slots] = _start(timed[slots], window_decoder(slots), prompts[:batch], law)
+            spans[slots] = []
+        for count in range(PASSES + 3):
+            for slots, run in runs.items():
+                if len(run.finished()) > 0:
+                    run = runs[slots] = _start(timed[slots], window_decoder(slots), prompts[:batch], law)
+                if count == 3:
+                    timed[slots].seconds = 0.0
+                begin = _now(model)
+                run.step()
+                if count >= 3:
+                    spans[slots].append(_now(model) - begin)
+        for slots in SLOTS:
+            median = statistics.median(spans[slots])
+            yield {
+                "batch": batch,
+                "slots": slots,
+                "pass_ms": 1e3 * median,
+                "ratio": median / statistics.median(spans[1]),
+                "outside_forward": 1 - timed[slots].seconds / sum(spans[slots]),
+            }
+
+
+def _start(model: Any, decoder: Decoder, prompts: list[str], law: Sampling) -> Decoding:
+    condition = model.encode(prompts)
+    decoding = Decoding(model, decoder, len(prompts), condition.embeds.shape[1], law)
+    spent = model.seconds
+    decoding.admit(list(range(len(prompts))), condition, list(range(1, len(prompts) + 1)))
+    model.seconds = spent  # a prefill is no pass of the window
+    return decoding
+
+
+def batch_rows(model: ImageModel, decoder: Decoder, prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
+    """Yield tokens per forward and row for each batch size on the same 32 prompts; they must not fall with the batch."""
+    for batch in BATCHES:
+        forwards = 0
+        for begin in range(0, max(BATCHES), batch):
+            some = prompts[begin : begin + batch]
+            seeds = [sample_seed(0, begin + row, 0) for row in range(len(some))]
+            result = generate(model, decoder, model.encode(some), seeds, law=law)
+            forwards += sum(sample.forwards for sample in result.samples)
+        yield {"decoder": decoder.name, "batch": batch, "tokens_per_forward": 32 * model.layout.length / forwards}
+
+
+def throughput(model: ImageModel, decoders: list[Decoder], prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
+    """Yield images per second of each decoder with 32 rows in flight, without and with refilling."""
+    rows, base = max(BATCHES), None
+    for decoder in decoders:
+        for refill in (False, True):
+            begin = _now(model)
+            seeds = [sample_seed(0, index, 0) for index in range(len(prompts))]
+            if refill:
+                count = sum(1 for _ in stream(model, decoder, zip(prompts, seeds, strict=True), rows=rows, law=law))
+            else:
+                for first in range(0, len(prompts), rows):
+                    some = slice(first, first + rows)
+                    generate(model, decoder, model.encode(prompts[some]), seeds[some], law=law)
+                count = len(prompts)
+            speed = count / (_now(model) - begin)
+            base = base or speed
+            yield {"decoder": decoder.name, "refill": refill, "images_per_s": speed, "ratio_to_ar": speed / base}
+
+
+def run(cfg: DictConfig) -> Path:
+    """Run all three measurements on the model and the decoder of the command and return the JSON file they go to."""
+    plan = validate.plan(cfg)
+    prompts = plan.prompts.texts[: max(IMAGES, cfg.limit or 0)]
+    if len(prompts) < max(BATCHES):
+        raise UserError(f"stage=bench needs at least {max(BATCHES)} prompts, the list has {len(prompts)}.")
+    model = plan.spec.load(plan.device, plan.dtype)
+    plan.decoder.prepare(model)
+    law = replace(plan.law, sampler="cdf")
+    ar, scd = window_decoder(1), window_decoder(32)
+    result: dict[str, Any] = start_entry(model.device, dtype=plan.dtype, model=plan.spec.name)
+    result |= {"protocol": {"passes": PASSES, "images": len(prompts), "law": vars(plan.law)}}
+    sections = {
+        "passes": pass_times(model, prompts, law),
+        "tokens_per_forward": batch_rows(model, plan.decoder, prompts, law),
+        "throughput": throughput(model, list({d.name: d for d in (ar, scd, plan.decoder)}.values()), prompts, law),
+    }
+    say(f"hardware: {result['hardware']}, model {plan.spec.name}, {plan.dtype}")
+    for name, rows in sections.items():
+        result[name] = []
+        for row in rows:
+            result[name].append(row)
+            say("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    out = ROOT / "benchmarks" / "results" / f"{_slug(result['hardware'])}-{plan.spec.name}-{plan.dtype}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    say(f"written: {out.name}")
+    return out
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

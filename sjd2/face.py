@@ -1,0 +1,85 @@
+"""The Python face: a model, a decoder and images in a handful of lines, without the command line or W&B.
+
+# B samples, N image-phase tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, open_dict
+from torch import Tensor
+
+from sjd2 import decoding
+from sjd2.errors import choose
+from sjd2.instantiate import instantiate
+from sjd2.models.base import ImageModel
+from sjd2.noise import sample_seed
+from sjd2.paths import ROOT
+from sjd2.sampling import Sampling
+
+
+@dataclass
+class Images:
+    """images uint8 [B, 3, H, W]; tokens [B, N]; accepted: tokens committed at each pass, per image; seconds per part."""
+
+    images: Tensor
+    tokens: Tensor
+    accepted: list[list[int]]
+    seconds: dict[str, float]
+
+    @property
+    def forwards(self) -> list[int]:
+        """Return the passes each image took, the prefill included."""
+        return [len(passes) for passes in self.accepted]
+
+
+def _compose(group: str, name: str, settings: dict[str, Any]) -> DictConfig:
+    choose(group, name, sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        node = hydra.compose("config", [f"{group}={name}"])[group]
+    with open_dict(node):  # a wrong name is told by `instantiate`, with the valid ones
+        node.merge_with(settings)
+    return node
+
+
+def load(name: str = "tiny", *, device: str = "cpu", dtype: str = "float32", **settings: Any) -> ImageModel:
+    """Load a model of conf/model; `settings` are its yaml's keys, e.g. adapter=None, weights="folder".
+
+    Raises `UserError` for an unknown name, a wrong setting or missing weights.
+    """
+    return instantiate(_compose("model", name, settings)).load(device, dtype)
+
+
+def decoder(name: str = "sjd2", **settings: Any) -> decoding.Decoder:
+    """Build a decoder of conf/decoder; `settings` are its yaml's keys, e.g. window=16."""
+    return instantiate(_compose("decoder", name, settings))
+
+
+def generate(
+    model: ImageModel,
+    prompts: list[str],
+    *,
+    decoder: str | decoding.Decoder = "sjd2",
+    seed: int = 0,
+    on_step: Callable[[decoding.StepInfo], None] | None = None,
+    **law: Any,
+) -> Images:
+    """Draw one image per prompt; `law` are keys of `Sampling` (guidance_scale=1.0, top_k=..., sampler="gumbel").
+
+    The same seed gives the same image whatever the other prompts are. Raises `UserError` for settings that do not fit.
+    """
+    chosen = globals()["decoder"](decoder) if isinstance(decoder, str) else decoder
+    spec = getattr(model, "spec", None)
+    if spec is not None:
+        chosen.check(spec)
+        law = dict(spec.sampling) | law
+    sampling = Sampling(**law)
+    sampling.check(model.layout.vocabulary)
+    seeds = [sample_seed(seed, index, 0) for index in range(len(prompts))]
+    result = decoding.generate(model, chosen, model.encode(prompts), seeds, law=sampling, on_step=on_step)
+    accepted = [sample.accepted for sample in result.samples]
+    return Images(model.decode(result.tokens.to(model.device)), result.tokens, accepted, result.seconds)
