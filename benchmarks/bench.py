@@ -124,7 +124,9 @@ def batch_rows(model: ImageModel, decoder: Decoder, prompts: list[str], law: Sam
         yield {"decoder": decoder.name, "batch": batch, "tokens_per_forward": 32 * model.layout.length / forwards}
 
 
-def throughput(model: ImageModel, decoders: list[Decoder], prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
+def throughput(
+    model: ImageModel, decoders: list[Decoder], prompts: list[str], law: Sampling
+) -> Iterator[dict[str, Any]]:
     """Yield images per second of each decoder with 32 rows in flight, without and with refilling."""
     rows, base = max(BATCHES), None
     for decoder in decoders:
@@ -165,7 +167,11 @@ def run(cfg: DictConfig) -> Path:
         result[name] = []
         for row in rows:
             result[name].append(row)
-            say("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+            say(
+                "  ".join(
+                    f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                )
+            )
     out = ROOT / "benchmarks" / "results" / f"{_slug(result['hardware'])}-{plan.spec.name}-{plan.dtype}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

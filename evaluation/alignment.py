@@ -86,14 +86,30 @@ class AttributeNet(nn.Module):
             nn.Linear(24 * (SIDE // 8) ** 2, self.width),
         )
         self.heads = nn.Linear(self.width, sum(map(len, ATTRIBUTES.values())))
+        self.register_buffer("centre", torch.zeros(self.width))
+        self.register_buffer("spread", torch.ones(self.width))
+
+    def narrow(self, images: Tensor) -> Tensor:
+        """Compute the narrow layer: uint8 [B, 3, 48, 48] -> float [B, D]."""
+        return self.body(images.to(self.heads.weight) / 127.5 - 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Extract the narrow layer: uint8 [B, 3, 48, 48] -> float [B, D]."""
-        return self.body(images.to(self.heads.weight) / 127.5 - 1)
+        """Return the narrow layer in units of its spread over rendered pictures: uint8 [B, 3, 48, 48] -> float [B, D].
+
+        KID's kernel (a.b / D + 1)^3 is made for features of about that size; with large ones the cube drowns all else.
+        """
+        return (self.narrow(images) - self.centre) / self.spread
+
+    @torch.no_grad()
+    def set_units(self, images: Tensor, batch_size: int = 128) -> None:
+        """Measure centre and spread of the narrow layer on pictures: uint8 [N, 3, 48, 48]."""
+        rows = torch.cat([self.narrow(b.to(self.centre.device)).double() for b in images.split(batch_size)])
+        self.centre.copy_(rows.mean(0))
+        self.spread.copy_(rows.std(0))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Score every value of every attribute: uint8 [B, 3, 48, 48] -> one [B, number of values] per attribute."""
-        return list(self.heads(self.features(images).relu()).split([len(v) for v in ATTRIBUTES.values()], dim=1))
+        return list(self.heads(self.narrow(images).relu()).split([len(v) for v in ATTRIBUTES.values()], dim=1))
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the likeliest class of every attribute: uint8 [B, 3, 48, 48] -> int64 [B, A]."""

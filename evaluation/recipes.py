@@ -34,6 +34,7 @@ from sjd2.paths import find
 VQ = Path(scenes.__file__).parent / "weights" / "vq"
 CAPTIONS = Path(scenes.__file__).parent / "captions.txt"
 CLIP_CONFIG = "open_clip_config.json"
+UNIT_PICTURES = 4000  # rendered training pictures that set the scale of the features
 VALIDATION = 10_000  # added to the seed for pictures that are only looked at
 
 
@@ -144,6 +145,7 @@ class TrainAttributes:
             bf16=self.bf16,
             after=after,
         )
+        network.eval().set_units(pool.images[::2][:UNIT_PICTURES])
         final = out / "final"
         network.save(final)
         figures = measure(AttributeNet.load(final, str(device)), real, coded, wanted)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from evaluation.console import Progress, say
 from evaluation.provenance import end_entry, start_entry
@@ -24,7 +23,7 @@ from evaluation.records import Id, RunFolder
 from evaluation.tracking import Tracker
 from sjd2.decoding import Decoder, Sample, generate, stream
 from sjd2.likelihood import nll
-from sjd2.models.base import ImageModel
+from sjd2.models.base import Condition, ImageModel
 from sjd2.noise import sample_seed
 from sjd2.sampling import Sampling
 
@@ -83,9 +82,7 @@ def sample(job: Job, tracker: Tracker) -> bool:
                 done += len(records)
                 _report(records, done, progress, tracker)
                 if stopping() and done < total:
-                    say(
-                        f"stopped by SIGTERM: {done} of {total} images are in {job.run.path}, the same command goes on."
-                    )
+                    say(f"stopped by SIGTERM: {done} of {total} images are there, the same command goes on.")
                     raise Interrupted(128 + signal.SIGTERM)
     finally:
         job.run.close_launch(launch, end_entry(model.device))
@@ -109,17 +106,12 @@ def _batch(
 ) -> list[dict[str, Any]]:
     clock = _Clock(model.device)
     prompts, seeds = [job.prompts[p] for p, _ in batch], [sample_seed(job.seed, *key) for key in batch]
-    cond = model.encode(prompts)
+    cond = _encode(model, prompts)
     seconds = {"encode": clock.lap()}
     tracer = _Tracer(model.device) if any(key in batch for key in job.ids[: job.trace]) else None
     result = generate(model, job.decoder, cond, seeds, law=job.law, on_step=tracer)
     seconds |= {"prefill": result.seconds["prefill"], "decode": result.seconds["decode"]}
-    tokens = _stack(result.samples, model.device)
-    clock.lap()
-    images = model.decode(tokens)
-    seconds["image"] = clock.lap()
-    losses = nll(model, cond, tokens, job.law).tolist()  # outside the timings
-    images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+    images, losses, seconds["image"] = _finish(job, model, cond, result.samples)
     records = []
     for row, (key, sampled) in enumerate(zip(batch, result.samples, strict=True)):
         if not wanted[row]:
@@ -145,16 +137,12 @@ def _refilled(job: Job, model: ImageModel, missing: list[Id], launch: int) -> It
             yield job.prompts[key[0]], sample_seed(job.seed, *key)
 
     for index, sampled in stream(model, job.decoder, requests(), rows=rows, law=job.law):
-        key, clock = missing[index], _Clock(model.device)
-        seconds = {"encode": 0.0, "prefill": 0.0, "decode": clock.began - taken.pop(index)}
-        tokens = _stack([sampled], model.device)
-        images = model.decode(tokens)
-        seconds["image"] = clock.lap()
-        loss = nll(model, model.encode([job.prompts[key[0]]]), tokens, job.law).item()
-        image = images[0].permute(1, 2, 0).cpu().numpy()
-        head = {"batch": index, "batch_rows": rows, "launch": launch, "seed": sample_seed(job.seed, *key), "nll": loss}
-        yield [_record(job, key, sampled, image, seconds, head)]
-        waited = time.perf_counter() - clock.began
+        key, ended = missing[index], _Clock(model.device).began
+        seconds = {"encode": 0.0, "prefill": 0.0, "decode": ended - taken.pop(index)}  # the row's own, prompt included
+        images, losses, seconds["image"] = _finish(job, model, _encode(model, [job.prompts[key[0]]]), [sampled])
+        head = {"batch": index, "batch_rows": rows, "launch": launch, "seed": sample_seed(job.seed, *key)}
+        yield [_record(job, key, sampled, images[0], seconds, head | {"nll": losses[0]})]
+        waited = time.perf_counter() - ended
         for other in taken:  # pixels and likelihood of this image are no part of the others' decoding
             taken[other] += waited
 
@@ -179,8 +167,21 @@ def _record(
     }
 
 
-def _stack(samples: list[Sample], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.stack([s.tokens for s in samples])).to(device)
+@torch.inference_mode()
+def _encode(model: ImageModel, prompts: list[str]) -> Condition:
+    return model.encode(prompts)
+
+
+@torch.inference_mode()
+def _finish(
+    job: Job, model: ImageModel, cond: Condition, samples: list[Sample]
+) -> tuple[np.ndarray, list[float], float]:
+    """Turn tokens into pixels; returns images uint8 [B, H, W, 3], -log p [B], and the seconds that the pixels took."""
+    tokens = torch.from_numpy(np.stack([sampled.tokens for sampled in samples])).to(model.device)
+    clock = _Clock(model.device)
+    images = model.decode(tokens)
+    seconds = clock.lap()
+    return images.permute(0, 2, 3, 1).cpu().numpy(), nll(model, cond, tokens, job.law).tolist(), seconds
 
 
 def _report(records: list[dict[str, Any]], done: int, progress: Progress, tracker: Tracker) -> None:
@@ -258,12 +259,11 @@ def warm_up(job: Job, model: ImageModel) -> None:
             raise _Warm
 
     batch = job.ids[: job.batch_size]
-    cond = model.encode([job.prompts[p] for p, _ in batch])
+    cond = _encode(model, [job.prompts[p] for p, _ in batch])
     with contextlib.suppress(_Warm):
         generate(model, job.decoder, cond, [0] * len(batch), law=job.law, on_step=stop)
-    layout = model.layout
-    forced = torch.as_tensor(layout.forced()) if hasattr(layout, "forced") else torch.full((layout.length,), -1)
-    model.decode(forced.clamp(min=0).to(model.device).expand(len(batch), -1))
+    with torch.inference_mode():
+        model.decode(model.layout.forced().clamp(min=0).to(model.device).expand(len(batch), -1))
     synchronize(model.device)
 
 

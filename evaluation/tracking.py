@@ -141,25 +141,25 @@ class WandbTracker:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one point to curves; steps count images (or training steps)."""
-        self._do(lambda run, wandb: run.log(dict(values), step=step))
+        self._do(lambda run, wandb: _log(run, values, step))
 
     def image(self, step: int, images: Mapping[str, Path]) -> None:
         """Show image files."""
-        self._do(lambda run, wandb: run.log({key: wandb.Image(str(path)) for key, path in images.items()}, step=step))
+        self._do(lambda run, wandb: _log(run, {key: wandb.Image(str(path)) for key, path in images.items()}, step))
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table; a Path in a cell is shown as the image it names."""
 
         def write(run: Any, wandb: Any) -> None:
             data = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row] for row in rows]
-            run.log({name: wandb.Table(columns=list(columns), data=data)}, step=step)
+            _log(run, {name: wandb.Table(columns=list(columns), data=data)}, step)
 
         self._do(write)
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Show the distribution of values; at most 64 bins."""
         bins = min(64, max(1, len(set(values))))
-        self._do(lambda run, wandb: run.log({name: wandb.Histogram(np.asarray(values), num_bins=bins)}, step=step))
+        self._do(lambda run, wandb: _log(run, {name: wandb.Histogram(np.asarray(values), num_bins=bins)}, step))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write the run's final figures."""
@@ -202,6 +202,11 @@ class WandbTracker:
             "finish_timeout": 4 * self.timeout,
         }
         return wandb.Settings(**{key: value for key, value in wishes.items() if key in wandb.Settings.model_fields})
+
+
+def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
+    # offline, a resumed run counts from 0 again, so steps are named; online, W&B drops what lies behind its last step
+    run.log(dict(values), step=max(step, run.step))
 
 
 def has_account() -> bool:

@@ -1,9 +1,9 @@
 """sjd2: fast decoding of autoregressive text-to-image models, measured so that people believe it.
 
-    import sjd2
-    model = sjd2.load("tiny")
-    result = sjd2.generate(model, ["a large red circle above a small blue square on a plain teal background"])
-    result.images, result.tokens, result.accepted
+import sjd2
+model = sjd2.load("tiny")
+result = sjd2.generate(model, ["a large red circle above a small blue square on a plain teal background"])
+result.images, result.tokens, result.accepted
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-
 SPAN_BUCKET = 64  # kernels want multiples of 64, and each span is a shape of its own
 
 
@@ -64,9 +63,10 @@ class RowCache(Cache):
     def window(self, width: int, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
         """Open the next `width` slots of every row and return the additive mask [R, 1, S, span].
 
-        A slot sees the row's `lengths` cached entries and, within the window, what `visible` [R, S, S] says
-        (None: causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). A wider
-        `visible` [R, S, span] says everything, cached entries included (fine-tuning). Float, not bool: a bool mask costs three more operations a layer, and is wrong in eager attention.
+        A slot sees the row's `lengths` cached entries and, within the window, what `visible` [R, S, S] says (None:
+        causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). A wider `visible`
+        [R, S, span] says everything, cached entries included (fine-tuning). The mask is float: a bool mask costs three
+        more operations a layer, and is wrong in eager attention.
         """
         if visible is not None and visible.shape[2] > width:
             self.span = visible.shape[2]

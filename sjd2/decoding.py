@@ -109,7 +109,9 @@ class Decoder:
         if self.window < 1:
             raise UserError(f"decoder.window must be 1 or more, got {self.window}; 1 is plain AR.")
         if self.window > 1 and None in (self.drafter, self.verifier, self.refiner):
-            raise UserError(f"decoder '{self.name}' with window {self.window} needs a drafter, a verifier and a refiner.")
+            raise UserError(
+                f"decoder '{self.name}' with window {self.window} needs a drafter, a verifier and a refiner."
+            )
         if self.rule not in ("exact", "paper"):
             raise UserError(f"decoder.rule must be exact or paper, got '{self.rule}'.")
         if self.lossless and self.rule == "paper":
@@ -303,10 +305,7 @@ class Decoding:
         """Draw the token behind the accepted run: recovered from the residual, or a bonus token: [B]."""
         state, size = self.state, self.decoder.window
         position = (begin + stop)[:, None]
-        if size == 1:
-            law = target[:, 0]
-        else:
-            law = self.decoder.verifier.law(draft, target, stop, state)
+        law = target[:, 0] if size == 1 else self.decoder.verifier.law(draft, target, stop, state)
         bonus = draw_tokens(law[:, None], state.noise, position, Purpose.SAMPLE, 0, self.law.sampler)
         if size > 1 and self.law.sampler == "cdf":
             residual = draw_tokens(law[:, None], state.noise, position, Purpose.RESIDUAL, state.iteration, "cdf")
@@ -439,7 +438,7 @@ def stream(
     owner: dict[int, int] = {}
     passes, empty = 0, list(range(rows))
     while True:
-        taken = [entry for _, entry in zip(empty, waiting)]
+        taken = [entry for _, entry in zip(empty, waiting, strict=False)]
         if taken:
             places = empty[: len(taken)]
             decoding.admit(places, model.encode([prompt for _, (prompt, _) in taken]), [seed for _, (_, seed) in taken])

@@ -20,10 +20,7 @@ TINY_MASS = 1e-12  # a residual below this is rounding: p and q are equal, and a
 
 def residual(p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
     """Return max(0, p - q), unnormalised; q None stands for the one-hot law of `token`: [..., V], [...] -> [..., V]."""
-    if q is None:
-        rest = p.scatter(-1, token[..., None], 0.0)
-    else:
-        rest = (p - q).clamp(min=0)
+    rest = p.scatter(-1, token[..., None], 0.0) if q is None else (p - q).clamp(min=0)
     return torch.where(rest.sum(-1, keepdim=True) > TINY_MASS, rest, p)
 
 

@@ -225,3 +225,21 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert out == ""
     assert "4/4" in err
     assert "3.00 tokens/forward" in err
+
+
+# ---- README
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    (tests,) = [line for line in readme if line.startswith("python3 -m venv") and "pytest" in line]
+    (main,) = [line for line in readme if line.startswith("python3 -m venv") and "pytest" not in line]
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert main.endswith("python run.py")
+
+
+def test_constraints_name_no_host() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert "://" not in text
+    assert "@" not in text
+    assert "--" not in text

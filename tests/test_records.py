@@ -133,7 +133,7 @@ def test_images_tokens_and_traces(tmp_path: Path) -> None:
     run.write_trace((1, 0), [(0.5, 1), (1.0, 3)])
     assert run.traced(first)
     (tmp_path / first["image"]).unlink()
-    with pytest.raises(UserError, match="cannot read .*00001_0.png"):
+    with pytest.raises(UserError, match=r"cannot read .*00001_0\.png"):
         list(run.images())
 
 
@@ -269,7 +269,7 @@ def test_unreadable_prompt_files_say_where(tmp_path: Path, name: str, content: b
 def test_missing_prompt_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_prompts(tmp_path / "none.txt")
-    with pytest.raises(UserError, match="prompts.path=FILE"):
+    with pytest.raises(UserError, match=r"prompts\.path=FILE"):
         _ = Prompts(name="file").texts
 
 

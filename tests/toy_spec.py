@@ -1,4 +1,4 @@
-"""The toy model behind the settings of a real one, so that commands run in seconds: `--config-dir tests/conf model=toy`."""
+"""The toy model behind the settings of a real one, for quick commands: `--config-dir tests/conf model=toy`."""
 
 from __future__ import annotations
 

@@ -94,7 +94,9 @@ class Denoise:
         tokens = torch.where(fresh, state.noise.codes(positions, vocabulary), draft.tokens)
         probs = torch.where(fresh[:, 1:, None], 1.0 / vocabulary, draft.probs)
         old = torch.zeros_like(tokens) if draft.level is None else draft.level
-        level = torch.minimum(self._by_slot(size, tokens.device), old) if self.levels == "slot" else (old - 1).clamp(min=0)
+        level = (
+            torch.minimum(self._by_slot(size, tokens.device), old) if self.levels == "slot" else (old - 1).clamp(min=0)
+        )
         if self.early is not None:
             sure = torch.nn.functional.pad(probs.amax(-1) >= self.early, (1, 0))
             level = level.masked_fill(sure, 0)

@@ -117,13 +117,21 @@ class FinetuneSJD2:
     def validate(self, model: Backbone, seed: int, gate: bool = True) -> dict[str, float]:
         """Measure the loss on held-out images for each K in `levels`, in nats per noisy slot; gate=False: untuned."""
         prompts, codes = self.data.batch(self.validation_images, seed, held_out=True)
-        return {
-            f"val_loss_k{steps}": float(self.loss(model, prompts, codes, seed, steps=steps, gate=gate))
-            for steps in self.levels
-        }
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
+            return {
+                f"val_loss_k{steps}": float(self.loss(model, prompts, codes, seed, steps=steps, gate=gate))
+                for steps in self.levels
+            }
 
     def loss(
-        self, model: Backbone, prompts: list[str], codes: Tensor, seed: int, *, steps: int | None = None, gate: bool = True
+        self,
+        model: Backbone,
+        prompts: list[str],
+        codes: Tensor,
+        seed: int,
+        *,
+        steps: int | None = None,
+        gate: bool = True,
     ) -> Tensor:
         """Return the mean cross-entropy of the clean next token behind noisy inputs: codes [B, rows * columns] -> scalar.
 
@@ -197,9 +205,7 @@ class FinetuneSJD2:
         wrong[:, 0] = False  # no law was computed for the first token
         return torch.where(wrong, torch.cat([tokens[:, :1], drawn], 1), tokens)
 
-    def _noisy(
-        self, model: Backbone, tokens: Tensor, level: Tensor, steps: int, generator: torch.Generator
-    ) -> Tensor:
+    def _noisy(self, model: Backbone, tokens: Tensor, level: Tensor, steps: int, generator: torch.Generator) -> Tensor:
         """Return the inputs of the windows, noisy where the level says so: [B, N, D]."""
         space = EmbeddingSpace(model, normalised=self.adapter.normalised)
         times = self.schedule.times(steps).to(tokens.device)

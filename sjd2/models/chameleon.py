@@ -44,9 +44,7 @@ class ChameleonSpec:
 
     @property
     def layout(self) -> TokenGrid:
-        return TokenGrid(
-            self.rows, self.columns, self.vocabulary, tuple(self.prefix), self.row_end, tuple(self.suffix)
-        )
+        return TokenGrid(self.rows, self.columns, self.vocabulary, tuple(self.prefix), self.row_end, tuple(self.suffix))
 
     def check(self) -> None:
         """Raise `UserError` if a file that `load` will read is not there."""
@@ -56,7 +54,9 @@ class ChameleonSpec:
                 raise UserError(f"model.{key}={value} does not exist; give the path of a local folder.")
         for name in ("config.json", "tokenizer.json"):
             if not (find(self.weights) / name).is_file():
-                raise UserError(f"model.weights={self.weights} has no {name}, so it is not a Chameleon checkpoint folder.")
+                raise UserError(
+                    f"model.weights={self.weights} has no {name}, so it is not a Chameleon checkpoint folder."
+                )
         if self.adapter is not None:
             from sjd2.adapters import read_settings
 
