@@ -23,7 +23,7 @@ from evaluation.validate import Plan
 from sjd2.models.base import ImageModel
 
 GRID = 64  # images at most in grid.png
-TABLE_ROWS = 32  # images at most in the tracker's table of samples
+SHOWN = 32  # images shown one by one in the tracker
 OWN = re.compile(r"[+~]*(decoder|run_dir)([./=@]|$)")  # overrides that belong to one decoder's run, not to its baseline
 
 
@@ -91,19 +91,21 @@ def mirror(run: RunFolder, figures: Mapping[str, Any], tracker: Tracker) -> None
     """Show pictures, a table of samples, the histogram of accepted tokens and the final figures in the tracker."""
     records = run.records()
     step = len(records)
-    pictures = {name: run.path / f"{name}.png" for name in ("grid", "acceptance")}
-    tracker.image(step, {name: path for name, path in pictures.items() if path.is_file()})
-    columns = ("prompt", "image", "tokens", "forwards", "step_compression", "nll_per_token")
+    for name in ("grid", "acceptance"):
+        if (run.path / f"{name}.png").is_file():
+            tracker.images(step, name, [(run.path / f"{name}.png", run.path.name)])
+    tracker.images(step, "images", [(run.path / record["image"], record["prompt"]) for record in records[:SHOWN]])
+    columns = ("prompt", "seed", "tokens", "forwards", "step_compression", "nll_per_token")
     rows = [
         (
             record["prompt"],
-            run.path / record["image"],
+            str(record["seed"]),
             record["tokens"],
             record["forwards"],
             record["tokens"] / record["forwards"],
             record["nll"] / record["tokens"] if "nll" in record else None,
         )
-        for record in records[:TABLE_ROWS]
+        for record in records
     ]
     tracker.table(step, "samples", columns, rows)
     tracker.histogram(step, "accepted_per_forward", [n for record in records for n in record["accepted"]])

@@ -32,7 +32,6 @@ from sjd2.models.vqgan import VQGAN
 from sjd2.paths import find
 
 VQ = Path(scenes.__file__).parent / "weights" / "vq"
-CAPTIONS = Path(scenes.__file__).parent / "captions.txt"
 CLIP_CONFIG = "open_clip_config.json"
 UNIT_PICTURES = 4000  # rendered training pictures that set the scale of the features
 VALIDATION = 10_000  # added to the seed for pictures that are only looked at
@@ -104,7 +103,7 @@ class TrainAttributes:
     pictures: int
     validate_every: int
     validation_pictures: int
-    reference_draws: int
+    reference_pictures: int
     bf16: bool
     vq_weights: str | None = None
 
@@ -149,7 +148,7 @@ class TrainAttributes:
         final = out / "final"
         network.save(final)
         figures = measure(AttributeNet.load(final, str(device)), real, coded, wanted)
-        write_reference(final, figures, draws=self.reference_draws, seed=seed, device=str(device))
+        write_reference(final, figures, n=self.reference_pictures, seed=seed, device=str(device))
         return figures
 
 
@@ -174,18 +173,18 @@ def measure(network: AttributeNet, real: Tensor, coded: Tensor, target: Tensor) 
     return figures | {"alignment_chance_real": chance(predict(network, real), target)}
 
 
-def write_reference(folder: Path, figures: dict[str, float], *, draws: int, seed: int, device: str) -> None:
-    """Write reference.npz: the features of the prompt set's captions, each rendered `draws` times, and the figures.
+def write_reference(folder: Path, figures: dict[str, float], *, n: int, seed: int, device: str) -> None:
+    """Write reference.npz: the features of n rendered held-out scenes, and the verifier's figures.
 
-    These are the captions of `prompts=shapes`, so the reference has their very distribution of attributes.
+    The scenes are drawn apart from those of `prompts=shapes`: pictures of the very prompts would be more alike to a run
+    than an independent draw, and the unbiased KID of a perfect run would lie below zero.
     """
     extractor = AttributeFeatures(weights=str(folder), device=device)
-    parsed = [scenes.Scene(**scenes.attributes(text)) for text in CAPTIONS.read_text().splitlines()]
-    pictures = np.concatenate([scenes.render(parsed, seed + VALIDATION + draw) for draw in range(1, draws + 1)])
-    features = extractor(iter(pictures)).astype(np.float16)
+    drawn = scenes.held_out(n, seed + 2 * VALIDATION)
+    features = extractor(iter(scenes.render(drawn, seed + 2 * VALIDATION))).astype(np.float16)
     arrays = {"features": features, "digest": extractor.digest(), "alignment": json.dumps(figures)}
-    name = f"rendered held-out shapes ({len(features)} images, seed {seed})"
-    save_npz(folder / "reference.npz", arrays | {"name": name, "n": len(features), "seed": seed})
+    name = f"rendered held-out shapes ({n} images, seed {seed})"
+    save_npz(folder / "reference.npz", arrays | {"name": name, "n": n, "seed": seed})
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP

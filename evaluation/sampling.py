@@ -255,7 +255,7 @@ def warm_up(job: Job, model: ImageModel) -> None:
     """Run a few passes of the first batch and one decoding to pixels, unrecorded: first calls are slow."""
 
     def stop(step: Any) -> None:
-        if step.pass_index + 1 >= WARM_UP_PASSES:
+        if step.pass_index >= WARM_UP_PASSES:
             raise _Warm
 
     batch = job.ids[: job.batch_size]

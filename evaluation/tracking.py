@@ -43,7 +43,7 @@ class Tracker(Protocol):
     def check(self) -> None: ...
     def start(self, about: About) -> None: ...
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
-    def image(self, step: int, images: Mapping[str, Path]) -> None: ...
+    def images(self, step: int, name: str, pictures: Sequence[tuple[Path, str]]) -> None: ...
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None: ...
     def summary(self, values: Mapping[str, Any]) -> None: ...
@@ -62,7 +62,7 @@ class NoTracker:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def image(self, step: int, images: Mapping[str, Path]) -> None:
+    def images(self, step: int, name: str, pictures: Sequence[tuple[Path, str]]) -> None:
         """Do nothing."""
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -143,18 +143,17 @@ class WandbTracker:
         """Add one point to curves; steps count images (or training steps)."""
         self._do(lambda run, wandb: _log(run, values, step))
 
-    def image(self, step: int, images: Mapping[str, Path]) -> None:
-        """Show image files."""
-        self._do(lambda run, wandb: _log(run, {key: wandb.Image(str(path)) for key, path in images.items()}, step))
+    def images(self, step: int, name: str, pictures: Sequence[tuple[Path, str]]) -> None:
+        """Show image files with a caption each.
+
+        They are no cells of a table: W&B keeps those outside the run folder, where an offline run loses them.
+        """
+        self._do(lambda run, wandb: _log(run, {name: [wandb.Image(str(p), caption=c) for p, c in pictures]}, step))
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Show a table; a Path in a cell is shown as the image it names."""
-
-        def write(run: Any, wandb: Any) -> None:
-            data = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row] for row in rows]
-            _log(run, {name: wandb.Table(columns=list(columns), data=data)}, step)
-
-        self._do(write)
+        """Show a table of numbers and text."""
+        data = [list(row) for row in rows]
+        self._do(lambda run, wandb: _log(run, {name: wandb.Table(columns=list(columns), data=data)}, step))
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Show the distribution of values; at most 64 bins."""

@@ -46,7 +46,8 @@ class Cli:
         """Return the whole command line: the toy's settings first, so that `arguments` win."""
         names = {a.partition("=")[0] for a in arguments}
         toy = [a for a in TOY if a.partition("=")[0] not in names]
-        return ["run.py", *toy, f"runs_dir={self.runs_dir}", *arguments]
+        flags = [a for a in arguments if a.startswith("-")]  # argparse takes no flag between the settings
+        return ["run.py", *flags, *toy, f"runs_dir={self.runs_dir}", *(a for a in arguments if a not in flags)]
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         """Start one command in a process of its own."""

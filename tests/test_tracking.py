@@ -25,12 +25,12 @@ def test_offline_without_an_account_and_everything_is_in_it(cli: Cli) -> None:
     assert mirror.config["decoder"]["window"] == 16
     assert [step for step, _ in mirror.curve("sampling/tokens_per_forward")] == [4, 8]
     keys = {key.partition(".")[0] for row in mirror.history for key in row}
-    assert keys >= {"grid", "acceptance", "samples", "accepted_per_forward"}
+    assert keys >= {"grid", "acceptance", "images", "samples", "accepted_per_forward"}
     assert mirror.summary["n_images"] == 8
     assert mirror.summary["step_compression"] == pytest.approx(run.metrics["step_compression"])
     images = [p.name for p in path.parent.rglob("*.png")]
     assert any(name.startswith("grid") for name in images)
-    assert len(images) >= 10  # grid, acceptance, the eight of the table
+    assert len(images) == 10  # grid, acceptance, the eight of the run
 
 
 def test_one_run_per_job_of_a_multirun(cli: Cli) -> None:
