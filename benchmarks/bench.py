@@ -32,7 +32,7 @@ from sjd2.verify import Exact
 BATCHES = (1, 8, 32)
 SLOTS = (1, 8, 16, 32, 64)
 PASSES = 16  # timed per setting, after 3 that are not
-IMAGES = 64  # of each whole run
+IMAGES = 96  # of each whole run: three generations of 32 rows
 
 
 class _Timed:
@@ -71,35 +71,34 @@ def window_decoder(slots: int) -> Decoder:
     return Decoder(name="scd", window=slots, lossless=True, **parts)
 
 
-def pass_times(model: ImageModel, prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
+def pass_times(model: ImageModel, own: Decoder, prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
     """Yield a row per batch and window: median milliseconds of a pass, its ratio to one slot, share outside the forward.
 
     The windows of one batch size take turns pass by pass, so that a drifting machine drifts for all.
     """
+    decoders = {(d.name, d.window): d for d in (*map(window_decoder, SLOTS), own)}
     for batch in BATCHES:
-        timed, runs, spans = {}, {}, {}
-        for slots in SLOTS:
-            timed[slots] = _Timed(model)
-            runs[slots] = _start(timed[slots], window_decoder(slots), prompts[:batch], law)
-            spans[slots] = []
+        timed = {key: _Timed(model) for key in decoders}
+        runs = {key: _start(timed[key], decoder, prompts[:batch], law) for key, decoder in decoders.items()}
+        spans: dict[tuple[str, int], list[float]] = {key: [] for key in decoders}
         for count in range(PASSES + 3):
-            for slots, run in runs.items():
-                if len(run.finished()) > 0:
-                    run = runs[slots] = _start(timed[slots], window_decoder(slots), prompts[:batch], law)
+            for key, decoder in decoders.items():
+                if runs[key].finished():
+                    runs[key] = _start(timed[key], decoder, prompts[:batch], law)
                 if count == 3:
-                    timed[slots].seconds = 0.0
+                    timed[key].seconds = 0.0
                 begin = _now(model)
-                run.step()
+                runs[key].step()
                 if count >= 3:
-                    spans[slots].append(_now(model) - begin)
-        for slots in SLOTS:
-            median = statistics.median(spans[slots])
+                    spans[key].append(_now(model) - begin)
+        for key, times in spans.items():
             yield {
                 "batch": batch,
-                "slots": slots,
-                "pass_ms": 1e3 * median,
-                "ratio": median / statistics.median(spans[1]),
-                "outside_forward": 1 - timed[slots].seconds / sum(spans[slots]),
+                "decoder": key[0],
+                "slots": key[1],
+                "pass_ms": 1e3 * statistics.median(times),
+                "ratio": statistics.median(times) / statistics.median(spans["ar", 1]),
+                "outside_forward": 1 - timed[key].seconds / sum(times),
             }
 
 
@@ -158,7 +157,7 @@ def run(cfg: DictConfig) -> Path:
     result: dict[str, Any] = start_entry(model.device, dtype=plan.dtype, model=plan.spec.name)
     result |= {"protocol": {"passes": PASSES, "images": len(prompts), "law": vars(plan.law)}}
     sections = {
-        "passes": pass_times(model, prompts, law),
+        "passes": pass_times(model, plan.decoder, prompts, law),
         "tokens_per_forward": batch_rows(model, plan.decoder, prompts, law),
         "throughput": throughput(model, list({d.name: d for d in (ar, scd, plan.decoder)}.values()), prompts, law),
     }
@@ -172,7 +171,12 @@ def run(cfg: DictConfig) -> Path:
                     f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
                 )
             )
-    out = ROOT / "benchmarks" / "results" / f"{_slug(result['hardware'])}-{plan.spec.name}-{plan.dtype}.json"
+    out = (
+        ROOT
+        / "benchmarks"
+        / "results"
+        / f"{_slug(result['hardware'])}-{plan.spec.name}-{plan.decoder.name}-{plan.dtype}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     say(f"written: {out.name}")

@@ -184,7 +184,7 @@ def shares(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Compare predicted with true classes, both [N, A] -> share of named attributes right [N], all right [N]."""
     named = named_mask(target)
     right = (predicted == target) & named
-    return right.sum(1) / named.sum(1), right.sum(1) == named.sum(1)
+    return right.sum(1).double() / named.sum(1), right.sum(1) == named.sum(1)
 
 
 def chance(predicted: Tensor, target: Tensor) -> float | None:
@@ -240,7 +240,7 @@ class Alignment:
         ids: Sequence[Id] = [tuple(record["id"]) for record in records]
         columns = {"alignment": share.tolist(), "alignment_all": complete.int().tolist()}
         keep_scores(run, {name: dict(zip(ids, column, strict=True)) for name, column in columns.items()})
-        means = {"alignment": share.double().mean().item(), "alignment_all": complete.double().mean().item()}
+        means = {"alignment": share.mean().item(), "alignment_all": complete.double().mean().item()}
         by_chance = chance(predicted, target)
         means |= {} if by_chance is None else {"alignment_chance": by_chance}
         return means | {key: value for key, value in read_lines_of(self.lines).items() if key in self.keys}

@@ -35,7 +35,8 @@ def train(cfg: DictConfig) -> Path:
     if needs_model:
         spec = replace(instantiate(cfg.model), adapter=None)  # a recipe starts from the model's own weights
         spec.check()
-        parts |= {"model": validate.model_settings(cfg), "digest": spec.digest()}
+        settings = {key: value for key, value in validate.model_settings(cfg).items() if key != "adapter"}
+        parts |= {"model": settings, "digest": spec.digest()}
     settings = identity(**parts)
     failed = True
     try:

@@ -170,7 +170,7 @@ class StepInfo:
     pass_index: int
     committed: Tensor  # [B]
     accepted: Tensor  # [B] tokens committed in this pass
-    tokens: Tensor  # [B, N + S]
+    tokens: Tensor  # [B, N + S] the live buffer: clone what you keep
 
 
 class Decoding:
@@ -198,12 +198,14 @@ class Decoding:
             sampling=law,
         )
         vocabulary = model.layout.vocabulary
-        probs = torch.zeros(rows, size - 1, vocabulary, dtype=wide, device=device) if size > 1 else None
+        recorded = size > 1 and getattr(decoder.refiner, "record", True)
+        probs = torch.zeros(rows, size - 1, vocabulary, dtype=wide, device=device) if recorded else None
         self.draft = Draft(torch.zeros(rows, size, dtype=torch.long, device=device), probs)
         self.fresh = torch.zeros(rows, size, dtype=torch.bool, device=device)
         self.prompt_lengths = zeros.repeat(self.branches)  # [R]
         self.history: list[Tensor] = []  # per pass [B]: tokens committed
         self.started = [0] * rows  # pass at which the row was admitted
+        self.dropped = 0  # passes at the front of the history that no row needs any more
         self.seconds = {"prefill": 0.0, "decode": 0.0}
 
     @torch.inference_mode()
@@ -237,7 +239,9 @@ class Decoding:
                 field[index] = 0
         self.fresh[index], self.fresh[index, 0] = True, False
         for row in rows:
-            self.started[row] = len(self.history)
+            self.started[row] = self.dropped + len(self.history)
+        oldest = min(self.started) - self.dropped
+        self.dropped, self.history = self.dropped + oldest, self.history[oldest:]
         self.cache.bound = max(self.cache.bound, self.prompt)
         self.seconds["prefill"] += self.now() - begin
 
@@ -359,12 +363,19 @@ class Decoding:
         )
 
     def finished(self) -> list[int]:
-        """Return the rows that have all their tokens (waits for the device)."""
-        return (self.state.committed >= self.total).nonzero()[:, 0].tolist()
+        """Return the rows that have all their tokens (waits for the device), and learn how long the rows really are."""
+        committed, longest = (
+            torch.cat([self.state.committed, self.cache.lengths.amax()[None]])
+            .cpu()
+            .split([len(self.state.committed), 1])
+        )
+        self.cache.bound = int(longest)  # the host's own bound grows by a whole window per pass
+        return (committed >= self.total).nonzero()[:, 0].tolist()
 
     def collect(self, row: int) -> Sample:
         """Return the finished row's sample."""
-        moves = torch.stack(self.history)[self.started[row] :, row].cpu().tolist() if self.history else []
+        passes = self.history[self.started[row] - self.dropped :]
+        moves = torch.stack(passes)[:, row].cpu().tolist() if passes else []
         accepted = [1, *(move for move in moves if move > 0)]
         tokens = self.state.tokens[row, : self.total].cpu().numpy().copy()
         return Sample(tokens, len(accepted), 0, accepted)

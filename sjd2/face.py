@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import hydra
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from sjd2 import decoding
-from sjd2.errors import choose
+from sjd2.errors import UserError, choose
 from sjd2.instantiate import instantiate
 from sjd2.models.base import ImageModel
 from sjd2.noise import sample_seed
@@ -51,12 +51,16 @@ def load(name: str = "tiny", *, device: str = "cpu", dtype: str = "float32", **s
 
     Raises `UserError` for an unknown name, a wrong setting or missing weights.
     """
+    choose("dtype", dtype, ("float32", "bfloat16", "float16", "float64"))
     return instantiate(_compose("model", name, settings)).load(device, dtype)
 
 
 def decoder(name: str = "sjd2", **settings: Any) -> decoding.Decoder:
     """Build a decoder of conf/decoder; `settings` are its yaml's keys, e.g. window=16."""
     return instantiate(_compose("decoder", name, settings))
+
+
+build_decoder = decoder  # `generate` has a parameter of that name
 
 
 def generate(
@@ -70,9 +74,14 @@ def generate(
 ) -> Images:
     """Draw one image per prompt; `law` are keys of `Sampling` (guidance_scale=1.0, top_k=..., sampler="gumbel").
 
-    The same seed gives the same image whatever the other prompts are. Raises `UserError` for settings that do not fit.
+    Prompt i of a list always gets the same random numbers, so its image does not depend on the other prompts (in float64
+    token for token). Raises `UserError` for settings that do not fit.
     """
-    chosen = globals()["decoder"](decoder) if isinstance(decoder, str) else decoder
+    if not prompts:
+        raise UserError("generate needs at least one prompt.")
+    for key in law:
+        choose("setting", key, [f.name for f in fields(Sampling)])
+    chosen = build_decoder(decoder) if isinstance(decoder, str) else decoder
     spec = getattr(model, "spec", None)
     if spec is not None:
         chosen.check(spec)

@@ -55,7 +55,7 @@ class Noise:
         self.dtype = dtype
 
     def _key(self, positions: Tensor, purpose: Purpose, iteration: Tensor | int) -> Tensor:
-        key = _mix(self.seeds ^ int(purpose))
+        key = _mix(_mix(self.seeds) ^ int(purpose))
         key = _mix(key[:, None] + _GOLDEN * (positions + 1))
         if isinstance(iteration, Tensor):
             iteration = iteration[:, None]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         choose("sampler", self.sampler, ("cdf", "gumbel"))
+        for name in ("guidance_scale", "temperature", "top_p"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} must be a finite number, got {getattr(self, name)}.")
         if self.guidance_scale < 0:
             raise UserError(f"guidance_scale must be 0 or more, got {self.guidance_scale}; 1 switches guidance off.")
         if self.temperature < 0:
@@ -69,7 +73,8 @@ class Sampling:
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     ordered, order = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs
     outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
     return logits.masked_fill(outside, -torch.inf)
 

@@ -48,7 +48,8 @@ class Exact:
         if draft.probs is None:
             return p
         q = draft.probs.gather(-1, index)[..., 0]
-        return torch.where(q > 0, p / q, 0.0).clamp(max=1)
+        # q = 0 happens only for drafts that are no draws from q (rule=paper): min(1, p / 0) is 1, and 0 where p is 0 too
+        return torch.where(q > 0, p / q, (p > 0).to(p)).clamp(max=1)
 
     def law(self, draft: Draft, target: Tensor, stop: Tensor, state: State) -> Tensor:
         """Return the law of the token behind the run, unnormalised: stop [B] (accepted drafts) -> [B, V].

@@ -95,12 +95,14 @@ def test_tokens_do_not_depend_on_the_batch(model: Toy, decoder: Decoder) -> None
         assert alone.accepted == together.samples[row].accepted
 
 
-@pytest.mark.parametrize("decoder", [AR, sjd(8, Coupled()), sjd2(steps=2)])
+@pytest.mark.parametrize("decoder", [AR, sjd(6, Resample(record=False)), sjd(5, init="up"), *DECODERS[3:]])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_refilled_rows_give_the_same_images(model: Toy, decoder: Decoder, rows: int) -> None:
-    expected = decode(model, decoder).samples
+@pytest.mark.parametrize("sampler", ["cdf", "gumbel"])
+def test_refilled_rows_give_the_same_images(model: Toy, decoder: Decoder, rows: int, sampler: str) -> None:
+    law = replace(LAW, sampler=sampler)
+    expected = decode(model, decoder, law).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
-    got = dict(stream(model, decoder, requests, rows=rows, law=LAW))
+    got = dict(stream(model, decoder, requests, rows=rows, law=law))
     assert sorted(got) == list(range(len(PROMPTS)))
     for index, sample in got.items():
         assert (sample.tokens == expected[index].tokens).all()

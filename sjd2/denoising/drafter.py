@@ -57,6 +57,19 @@ class Denoise:
                 f"decoder=sjd2 needs a fine-tuned model: make one with stage=finetune finetune=sjd2 model={spec.name} and "
                 "give its folder as model.adapter=, or use the training-free decoder=scd."
             )
+        if window < 2:
+            raise UserError("decoder=sjd2 needs a window of 2 or more; a window of 1 is decoder=ar.")
+        if not self.nearest and self.early is None:
+            if self.levels == "age" and self.steps >= window - 1:
+                raise UserError(
+                    f"decoder.steps={self.steps} in a window of {window} leaves no slot clean in time under rule=exact, so no "
+                    f"pass commits more than AR's; take fewer than {max(window - 1, 2)} steps or a wider window."
+                )
+            if self.levels == "slot" and self.clean == 0:
+                raise UserError(
+                    "decoder.levels=slot with decoder.clean=0 keeps the first guess noisy, so no pass commits more than AR's; "
+                    f"set decoder.clean, e.g. to {window // 2}."
+                )
         if self.levels == "slot" and self.clean >= window - 1:
             raise UserError(
                 f"decoder.clean={self.clean} leaves no noisy slot in a window of {window}; that decoder is decoder=scd."
@@ -72,6 +85,7 @@ class Denoise:
         width = self.space.table.shape[1]
         if model.adapter.code is not None:
             self.codes = model.adapter.code(times).to(self.space.table)  # [K + 1, D]
+            self.extra = 0
         else:
             self.codes = torch.zeros(len(times), width).to(self.space.table)
             self.appended = self.space.model_input(sinusoid(times[1:], width)).to(model.dtype)  # [K, D]

@@ -26,6 +26,7 @@ class EmbeddingSpace:
         self.mean = table.mean(0) if normalised else torch.zeros_like(table[0])
         self.std = table.std(0) if normalised else table.std().expand_as(table[0])
         self.table = (table - self.mean) / self.std  # [V, D]
+        self.unit = nn.functional.normalize(self.table, dim=-1)
 
     def normal(self, tokens: Tensor) -> Tensor:
         """Return the normalised embedding of codes [...] -> [..., D]; forced ids get the last code's, unused."""
@@ -37,8 +38,7 @@ class EmbeddingSpace:
 
     def nearest(self, e: Tensor) -> Tensor:
         """Return the code of largest cosine similarity: [..., D] -> [...]."""
-        unit = nn.functional.normalize(self.table, dim=-1)
-        return (nn.functional.normalize(e, dim=-1) @ unit.T).argmax(-1)
+        return (e @ self.unit.T).argmax(-1)  # the length of e does not change the order
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:

@@ -88,6 +88,7 @@ class FinetuneSJD2:
     ) -> dict[str, float]:
         """Train and write the adapter to out/final/; return validation losses in nats, tuned and untuned."""
         torch.manual_seed(seed)
+        attention = model.decoder.config._attn_implementation
         if model.device.type == "cpu":  # torch's fused attention is several times slower backwards on a CPU
             model.decoder.set_attn_implementation("eager")
         model.adapter = adapter = Adapter(self.adapter, model).train()
@@ -111,7 +112,9 @@ class FinetuneSJD2:
             schedule=warmup_decay(self.steps, self.warmup, self.decay), bf16=self.bf16, after=after,
         )  # fmt: skip
         adapter.save(out / "final", torch.bfloat16)
-        return self.validate(model, seed) | {f"{name}_untuned": value for name, value in untuned.items()}
+        figures = self.validate(model, seed)
+        model.decoder.set_attn_implementation(attention)
+        return figures | {f"{name}_untuned": value for name, value in untuned.items()}
 
     @torch.no_grad()
     def validate(self, model: Backbone, seed: int, gate: bool = True) -> dict[str, float]:

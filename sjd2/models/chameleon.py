@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from sjd2.errors import UserError
 from sjd2.layout import TokenGrid
 from sjd2.models.base import Backbone, Condition
 from sjd2.paths import digest, find
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,7 @@ class Chameleon(Backbone):
         self.head_module = self.full.lm_head
         self.vq = VQGAN.load(find(spec.vq_weights)).to(device)
         self.spec = spec
+        self.told = False
         self.ids = self._token_ids(folder).to(device)  # [V + F] the model's id of each local id
         codes = self.ids[: spec.vocabulary]
         if not torch.equal(codes, torch.arange(int(codes[0]), int(codes[0]) + len(codes), device=device)):
@@ -125,6 +129,10 @@ class Chameleon(Backbone):
         special = self.tokenizer.convert_tokens_to_ids
         end, start = special(list(self.spec.text_end)), special(list(self.spec.image_start))
         ids = [[*row, *end, *start] for row in self.tokenizer(list(prompts))["input_ids"]]
+        unknown = sum(self.tokenizer.unk_token_id in row for row in ids)
+        if unknown and not self.told:
+            self.told = True
+            logger.warning("%d of %d prompts have words that %s does not know.", unknown, len(ids), self.spec.name)
         nothing = torch.tensor([[self.tokenizer.bos_token_id, *start]], device=self.device)
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         longest = int(lengths.max())
