@@ -68,16 +68,21 @@ def score(cfg: DictConfig) -> Path:
 
 
 def table(cfg: DictConfig) -> Path:
-    """Turn every run folder of runs_dir into tables and plots."""
-    from evaluation.records import run_folders
+    """Turn every run folder of runs_dir, or run_dir and its baseline, into tables and plots."""
+    from sweeps.runs import chosen_folders
     from sweeps.table import make_tables, show
 
-    runs, out = run_folders(cfg.runs_dir), Path(cfg.runs_dir) / "tables" / "all"
-    if not runs:
-        raise UserError(f"no run folder in runs_dir={cfg.runs_dir}; make one with: python run.py")
-    show(make_tables(runs, out))
+    out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
+    show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True))
     say(f"tables: {out}")
     return out
+
+
+def compare(cfg: DictConfig) -> Path:
+    """Compare all runs pairwise: with AR in likelihood and KID, with each other in passes."""
+    from sweeps.compare import stage
+
+    return stage(cfg)
 
 
 def finetune(cfg: DictConfig) -> Path:
@@ -108,7 +113,7 @@ def dispatch(cfg: DictConfig) -> Path:
     return STAGES[cfg.stage](cfg)
 
 
-STAGES = {"sample": sample, "score": score, "table": table, "finetune": finetune, "bench": bench}
+STAGES = {"sample": sample, "score": score, "table": table, "compare": compare, "finetune": finetune, "bench": bench}
 
 
 def record_status(cfg: DictConfig) -> None:

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sjd2.decoding import Draft, State
 from sjd2.errors import choose
 from sjd2.models.base import ImageModel
+from sjd2.parts import Draft, State
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,10 +53,8 @@ def find_source(model: str, pretrained: str | None, allow_download: bool) -> Sou
     pretrained: a tag of open_clip's list or a file. Raises UserError, within a second and offline too, where weights
     are missing or would have to be downloaded: an open_clip model without weights is random and scores noise.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UserError("the CLIP score needs open_clip: pip install open-clip-torch.") from error
+    if find_spec("open_clip") is None:
+        raise UserError("the CLIP score needs open_clip: pip install open-clip-torch.")
     schema, _, rest = model.partition(":")
     if model == "shipped":
         return _folder(SHIPPED, "train it: python run.py stage=finetune finetune=clip")
@@ -63,6 +62,8 @@ def find_source(model: str, pretrained: str | None, allow_download: bool) -> Sou
         return _folder(find(rest), f"give {KEY}.model=local-dir:FOLDER as open_clip saves it")
     if schema == "hf-hub":
         return _hub_folder(rest, allow_download)
+    import open_clip  # takes seconds, so only for names that nothing but its list explains
+
     if model not in open_clip.list_models():
         error = unknown("CLIP architecture", model, open_clip.list_models())
         raise UserError(f"{str(error).split(' Valid: ')[0]} Also: shipped, local-dir:FOLDER, hf-hub:ORG/REPO.")
@@ -89,7 +90,8 @@ def _hub_folder(repository: str, allow_download: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    only = ["*.json", "*.txt", "*.model", "*.safetensors"]  # tokenizers and weights
+    # repositories often hold the same weights in three more formats
+    only = ["*.json", "*.txt", "*.model", "open_clip_model.safetensors"]
     try:
         if allow_download:
             log.info("fetching CLIP %s into the Hugging Face cache", repository)
@@ -98,7 +100,7 @@ def _hub_folder(repository: str, allow_download: bool) -> Source:
         raise UserError(f"{KEY}.model=hf-hub:{repository} is no hub name; write hf-hub:ORG/REPOSITORY.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise _not_here(f"hf-hub:{repository}", allow_download, error) from error
-    return _folder(Path(path), f"hf-hub:{repository} is not in open_clip's format")
+    return _folder(Path(path), f"hf-hub:{repository} holds no open_clip_model.safetensors")
 
 
 def _tagged(model: str, tag: str, allow_download: bool) -> Source:

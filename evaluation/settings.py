@@ -12,8 +12,8 @@ from evaluation.console import GROUPS
 from sjd2.errors import UserError, choose, unknown
 from sjd2.instantiate import describe, fits
 
-STAGES = ("sample", "score", "table", "finetune", "bench")
-LATER = ("tune", "compare", "report")
+STAGES = ("sample", "score", "table", "compare", "finetune", "bench")
+LATER = ("tune", "report")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 # every key of conf/config.yaml: its type, the smallest value, and how to say what it is

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sjd2.decoding import Draft, State
 from sjd2.errors import choose
 from sjd2.models.base import ImageModel
 from sjd2.noise import Purpose
+from sjd2.parts import Draft, State
 from sjd2.sampling import draw, draw_gumbel, draw_tokens
 from sjd2.verify import residual
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sjd2.decoding import Draft, State
 from sjd2.models.base import ImageModel
 from sjd2.noise import Purpose
+from sjd2.parts import Draft, State
 from sjd2.sampling import draw_tokens
 
 TINY_MASS = 1e-12  # a residual below this is rounding: p and q are equal, and a rejection has chance 0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from evaluation.records import Id, RunFolder, name
+from evaluation.records import Id, RunFolder, name, run_folders
 from evaluation.speed import seconds_per_image
 from sjd2.errors import UserError
 
@@ -321,3 +321,20 @@ def table_machine(runs: Iterable[Run]) -> Machine | None:
 def common_ids(runs: Sequence[Run]) -> list[Id]:
     """Return the ids of the images that all runs have."""
     return sorted(set.intersection(*(set(run.images) for run in runs))) if runs else []
+
+
+def common_prompts(run: Run, other: Run) -> int:
+    """Return the number of prompts of the images that both runs have."""
+    return len({key[0] for key in run.images.keys() & other.images.keys()})
+
+
+def chosen_folders(runs_dir: str | Path, run_dir: str | Path | None) -> list[Path]:
+    """Return `run_dir` and the AR runs beside it, or where it is None every run folder of `runs_dir`.
+
+    Raises UserError if there is no such folder.
+    """
+    if run_dir is not None:
+        return with_baselines([RunFolder.open(run_dir).path])
+    if not (found := run_folders(runs_dir)):
+        raise UserError(f"no run folder in runs_dir={runs_dir}; make one with: python run.py")
+    return found

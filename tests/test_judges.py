@@ -193,6 +193,25 @@ def test_clip_without_weights_fails_at_once(model: str, pretrained: str | None, 
     assert time.monotonic() - began < 10  # the import of open_clip included; offline tries of the hub take 25-47 s
 
 
+def test_cached_hub_weights_are_found_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict] = []
+
+    def cached(*_: str, **settings: object) -> str:
+        asked.append(settings)
+        return str(clip.SHIPPED)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cached)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
+    assert clip.find_source("hf-hub:me/clip", None, False).name == f"local-dir:{clip.SHIPPED}"
+    tagged = clip.find_source("ViT-B-32", "openai", False)
+    assert tagged.file == str(clip.SHIPPED)
+    assert tagged.quick_gelu  # OpenAI's weights were trained with it
+    assert dict(tagged.preprocess)["image_mean"][0] == pytest.approx(0.4815, abs=1e-3)
+    assert [settings["local_files_only"] for settings in asked] == [True, True]
+    clip.find_source("hf-hub:me/clip", None, True)
+    assert asked[-1]["local_files_only"] is False
+
+
 def test_clip_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     for file in clip.SHIPPED.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sjd2.decoding import Decoder, Refiner, Verifier
+from sjd2.decoding import Decoder
 from sjd2.denoising.drafter import Denoise
 from sjd2.denoising.schedule import Schedule
 from sjd2.errors import choose
+from sjd2.parts import Refiner, Verifier
 from sjd2.refine import Coupled, Keep
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sjd2.decoding import Draft, State
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.denoising.space import EmbeddingSpace, sinusoid
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
+from sjd2.parts import Draft, State
 
 
 @dataclass(kw_only=True)
