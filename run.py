@@ -60,22 +60,16 @@ def score(cfg: DictConfig) -> Path:
         failed = False
     finally:
         tracker.finish(failed=failed)
-    for key, value in figures.items():
-        if isinstance(value, (int, float, str)):
-            say(f"{key:24} {value}")
+    say("\n".join(f"{key:24} {value}" for key, value in figures.items() if isinstance(value, (int, float, str))))
     say(f"run folder: {run.path}")
     return run.path
 
 
 def table(cfg: DictConfig) -> Path:
     """Turn every run folder of runs_dir, or run_dir and its baseline, into tables and plots."""
-    from sweeps.runs import chosen_folders
-    from sweeps.table import make_tables, show
+    from sweeps.table import stage
 
-    out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
-    show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True))
-    say(f"tables: {out}")
-    return out
+    return stage(cfg)
 
 
 def compare(cfg: DictConfig) -> Path:

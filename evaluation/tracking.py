@@ -135,9 +135,7 @@ class WandbTracker:
             say(f"W&B is off: {' '.join(str(error).split())[:160]}")
             return
         if reason:
-            say(
-                f"W&B writes offline to {about.folder / 'wandb'}: {reason}; `wandb sync` uploads it."
-            )
+            say(f"W&B writes offline to {about.folder / 'wandb'}: {reason}; `wandb sync` uploads it.")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one point to curves; steps count images (or training steps)."""

@@ -42,13 +42,9 @@ class AgainstAR:
     kid_missing: str  # why there is no KID
 
     @property
-    def found(self) -> list[Difference]:
-        return [value for value in (self.nll, self.kid) if value is not None]
-
-    @property
-    def differs(self) -> bool:
-        """Say whether a test found a difference; their p-values are corrected already."""
-        return any(differs(value) for value in self.found)
+    def found(self) -> list[bool]:
+        """Say of each test that could be made whether it found a difference."""
+        return [differs(value) for value in (self.nll, self.kid) if value is not None]
 
 
 @dataclass(frozen=True)
@@ -85,17 +81,17 @@ def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Com
     """Compare the runs of one group; metric: settings of a FeatureDistance, tried before those in the runs' folders."""
     found = Comparison(runs)
     others = [run for run in runs if not run.is_ar]
-    references = {id(run): quality_reference(run, runs) for run in others}
-    used = [run for run in runs if run in references.values()]
-    more = [run for run in runs if run.is_ar and run not in used]  # e.g. another seed: a control
-    references |= {id(run): quality_reference(run, used) for run in more}
-    tested = [run for run in more + others if references[id(run)] is not None]
-    lonely = [run.label for run in others if references[id(run)] is None]
+    references = {run.path: quality_reference(run, runs) for run in others}
+    used = {reference.path: reference for reference in references.values() if reference is not None}
+    more = [run for run in runs if run.is_ar and run.path not in used]  # e.g. another seed: a control
+    references |= {run.path: quality_reference(run, used.values()) for run in more}
+    tested = [run for run in more + others if references[run.path] is not None]
+    lonely = [run.label for run in others if references[run.path] is None]
     if lonely:
         found.skipped.append(f"{', '.join(lonely)}: no AR run of the same weights shares two prompts.")
     distances = KernelDistances(metric)
     for run in tested:
-        found.against_ar.append(_against_ar(run, references[id(run)], len(tested), distances))
+        found.against_ar.append(_against_ar(run, references[run.path], len(tested), distances))
     for first, second in combinations(others, 2):
         if first.adapter == second.adapter and not same_model(first, second):
             found.skipped.append(f"{second.label} − {first.label}: the model weights differ.")
@@ -162,7 +158,8 @@ def _ar_table(found: Comparison) -> Table:
              f"so that by chance one of them all differs in {100 * ALPHA:g} % of cases for each measure. No difference "
              "found is no proof of equality: the interval says how far apart they may be."]  # fmt: skip
     notes += [f"KID on features of {', '.join(names)}."] if names else []
-    reasons = dict.fromkeys(f"No KID for {row.run.label}: {row.kid_missing}." for row in rows if row.kid is None)
+    missing = {row.kid_missing: [r.run.label for r in rows if r.kid_missing == row.kid_missing] for row in rows}
+    reasons = [f"No KID for {', '.join(labels)}: {reason}." for reason, labels in missing.items() if reason]
     return Table("Against AR", header, cells, [*notes, *reasons, *([ADAPTER] if "†" in str(cells) else [])])
 
 
@@ -171,7 +168,7 @@ def _verdict(rows: Sequence[AgainstAR]) -> str:
     for kind, wanted in (("lossless", True), ("lossy", False)):
         tested = [row for row in rows if row.run.lossless is wanted and row.found]
         if tested:
-            names = [row.run.label for row in tested if row.differs]
+            names = [row.run.label for row in tested if any(row.found)]
             listed = f" ({', '.join(names)})" if names else ""
             words.append(f"{len(names)} of {len(tested)} {kind} differ from AR{listed}")
     return "; ".join(words or ["nothing could be tested"]) + "."

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
+from evaluation.console import say
 from evaluation.records import write_atomically
 from sjd2.errors import UserError
 from sweeps.formats import Table, latex, markdown, show
 from sweeps.notes import agreed, has_forced_tokens, notes
 from sweeps.published import Published, select
 from sweeps.rows import SCORES, Row, make_rows
-from sweeps.runs import Machine, Run, groups, read_runs, table_machine, with_baselines
+from sweeps.runs import Machine, Run, chosen_folders, groups, read_runs, table_machine, with_baselines
 
 __all__ = ["make_tables", "show", "with_baselines"]
 
@@ -259,3 +262,11 @@ def make_tables(
     for name, content in (("md", text), ("tex", "\n".join(map(latex, tables))), ("csv", to_csv(lines))):
         write_atomically(out / f"table.{name}", content.encode())
     return text
+
+
+def stage(cfg: DictConfig) -> Path:
+    """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; returns the folder written."""
+    out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
+    show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True))
+    say(f"tables: {out}")
+    return out

@@ -62,8 +62,13 @@ def test_the_main_settings_are_all_checked_and_explained() -> None:
         assert "#" in line, f"{key} has no comment"
 
 
-def test_the_command_line_wins_over_tuned_defaults() -> None:
-    assert settings("decoder=sjd2", "decoder.window=7").decoder.window == 7
+@pytest.mark.parametrize("path", sorted((CONF / "tuned").glob("*.yaml")), ids=lambda path: path.stem)
+def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -> None:
+    decoder, model = path.stem.rsplit("-", 1)
+    cfg = settings(f"decoder={decoder}", f"model={model}")
+    assert cfg.decoder.items() >= OmegaConf.load(path).decoder.items()
+    check_node(cfg.decoder)
+    assert settings(f"decoder={decoder}", f"model={model}", "decoder.window=7").decoder.window == 7
 
 
 # ---- bad input
@@ -84,6 +89,7 @@ def test_the_command_line_wins_over_tuned_defaults() -> None:
         (["limit=["], r"cannot read 'limit=\['"),
         (["decoder=ar,sjd"], r"python run.py -m decoder=a,b"),
         (["logger=null"], r"logger=none"),
+        (["decoder=sjd2"], r"needs a fine-tuned model"),
         (["decoder.window=abc"], r"decoder.window must be a whole number, got 'abc'"),
         (["decoder.window=0"], r"decoder.window must be 1 or more, got 0"),
         (["decoder.window=2.5"], r"decoder.window must be a whole number, got 2.5"),
