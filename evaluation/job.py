@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -69,8 +68,6 @@ def make_run(
     with plan.run.lock(wait=wait):
         plan.run.claim(settings, plan.identity)
         tracker.start(about(plan.run, "sample"))
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         if sample(job, tracker) or not (plan.run.path / "acceptance.png").is_file():
             image_grid(plan.run, GRID)
             acceptance_map(plan.run, plan.spec.layout, plan.decoder.window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -19,6 +20,7 @@ PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "torchmetrics", "cle
 
 def start_entry(device: torch.device, **more: Any) -> dict[str, Any]:
     """Return what provenance.jsonl says of a launch when it starts; `more`: dtype, weights, ... of the run."""
+    _reset_peak(device)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command(),
@@ -33,16 +35,30 @@ def start_entry(device: torch.device, **more: Any) -> dict[str, Any]:
 
 
 def end_entry(device: torch.device) -> dict[str, Any]:
-    """Return what a launch knows at its end: peak_memory_gb of the GPU, or of the process on a CPU (1e9 bytes)."""
+    """Return what a launch knows at its end: peak_memory_gb since `start_entry`, in 1e9 bytes.
+
+    Of the GPU, or of the process on a CPU (Linux; elsewhere the peak cannot be reset between runs, so it is left out).
+    """
     entry: dict[str, Any] = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+    return entry if peak is None else entry | {"peak_memory_gb": round(peak / 1e9, 3)}
+
+
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
-        return entry | {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+
+
+def _peak_resident() -> int | None:
     try:
-        import resource
-    except ImportError:  # Windows
-        return entry
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB elsewhere
-    return entry | {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)}
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
 
 
 def command() -> list[str]:

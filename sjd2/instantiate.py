@@ -43,7 +43,8 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
     if "_execution_whitelist_" in inspect.signature(hydra.utils.instantiate).parameters:
         extra = {**extra, "_execution_whitelist_": list(PACKAGES)}
     try:
-        return hydra.utils.instantiate(node, **extra)
+        # targets get plain lists and dictionaries, as their signatures say, not OmegaConf's
+        return hydra.utils.instantiate(node, _convert_="all", **extra)
     except InstantiationException as error:
         raise _refusal(error, node) from error
 
