@@ -1,0 +1,70 @@
+"""The main job as a user runs it: the embedded model, SJD2 and its AR baseline, all metrics; killed, and on two batch sizes."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import numpy as np
+
+from evaluation.records import RunFolder, run_folders
+from tests.cli import Cli
+
+MAIN = ("model=tiny", "decoder=sjd2", "evaluation=tiny", "batch_size=2", "logger=wandb")
+CONTRACT = (
+    "n_images forwards_mean step_compression step_compression_free nll_per_token latency_s_median latency_s_p95 images_per_s "
+    "seconds_encode_mean seconds_prefill_mean seconds_decode_mean seconds_image_mean accepted_per_forward_hist "
+    "fid fid_extractor fid_reference kid kid_std clip_score clip_model alignment alignment_all protocol"
+)
+
+
+def runs(cli: Cli) -> dict[str, RunFolder]:
+    return {path.name.split("-")[1]: RunFolder(path) for path in run_folders(cli.runs_dir)}
+
+
+def tokens(run: RunFolder) -> list[list[int]]:
+    return [np.load(run.path / "tokens" / path.name).tolist() for path in sorted((run.path / "tokens").iterdir())]
+
+
+def test_one_command_from_prompts_to_the_table(cli: Cli) -> None:
+    assert cli(*MAIN, "limit=12") == 0
+    found = runs(cli)
+    assert sorted(found) == ["ar", "sjd2"]
+    for name, run in found.items():
+        assert len(run.records()) == 12
+        assert set(CONTRACT.split()) <= set(run.metrics), name
+        assert run.metrics["alignment"] > 0.8
+        assert run.metrics["clip_score"] > 70
+    assert found["ar"].metrics["step_compression"] == 1
+    assert found["sjd2"].metrics["step_compression"] > 3
+    assert "| sjd2 | yes | 12 | 2 |" in cli.out
+    assert list((found["sjd2"].path / "wandb").glob("offline-run-*"))
+
+
+def test_sjd2_killed_and_started_again_has_the_tokens_of_an_undisturbed_run(cli: Cli) -> None:
+    job = (*MAIN, "evaluation=none", "logger=none", "baseline=null", "limit=8")
+    assert cli(*job, "runs_dir=" + str(cli.runs_dir / "whole")) == 0
+    process = cli.start(*job)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(cli.runs_dir.glob("tiny-*/samples*.jsonl")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert cli(*job) == 0
+    (cut,) = (RunFolder(p) for p in cli.runs_dir.glob("tiny-*"))
+    (whole,) = (RunFolder(p) for p in (cli.runs_dir / "whole").glob("tiny-*"))
+    assert [r["id"] for r in cut.records()] == [r["id"] for r in whole.records()]
+    assert tokens(cut) == tokens(whole)
+
+
+def test_gumbel_matching_gives_ars_images_on_any_batch_size(cli: Cli) -> None:
+    job = ("model=tiny", "dtype=float64", "sampler=gumbel", "limit=4", "baseline=null")
+    assert cli(*job, "decoder=ar", "batch_size=4") == 0
+    assert cli(*job, "decoder=sjd2", "batch_size=3") == 0
+    found = runs(cli)
+    assert tokens(found["ar"]) == tokens(found["sjd2"])
+
+
+def test_the_papers_rule_is_labelled_lossy(cli: Cli) -> None:
+    assert cli("model=tiny", "decoder=sjd2", "decoder.rule=paper", "limit=2", "batch_size=2") == 0
+    assert "| sjd2 rule=paper | **lossy** | 2 | 2 |" in cli.out
