@@ -290,16 +290,3 @@ def test_finetune_writes_its_folder_and_refuses_other_settings(cli: Cli) -> None
     cli.runs_dir = cli.runs_dir.with_name("with-model")
     assert cli(*command, "finetune.needs_model=true") == 0
     assert (cli.runs_dir / "finetune-count" / "final" / "seed").read_text() == "5 True"
-
-
-# ---- the embedded model
-
-
-def test_the_main_job_on_the_embedded_model(cli: Cli) -> None:
-    assert cli("model=tiny", "decoder=sjd2", "evaluation=tiny", "batch_size=1", "limit=2", "logger=wandb") == 0
-    ar, run = (RunFolder(path) for path in run_folders(cli.runs_dir))
-    assert (ar.path.name[:8], run.path.name[:10]) == ("tiny-ar-", "tiny-sjd2-")
-    assert ar.metrics["step_compression"] == 1.0
-    assert run.metrics["step_compression"] > 1.5
-    assert {"fid", "clip_score", "alignment", "nll_per_token", "latency_s_median"} <= run.metrics.keys()
-    assert "| sjd2 |" in cli.out

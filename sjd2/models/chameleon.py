@@ -85,10 +85,12 @@ class Chameleon(Backbone):
 
     def __init__(self, spec: ChameleonSpec, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer, ChameleonForConditionalGeneration
+        from transformers.utils import logging as transformers_logging
 
         from sjd2.models.vqgan import VQGAN
 
         folder = find(spec.weights)
+        transformers_logging.disable_progress_bar()  # its bar of tensors is noise beside the bar of images
         try:
             self.full = ChameleonForConditionalGeneration.from_pretrained(
                 folder, dtype=dtype, attn_implementation=spec.attention, local_files_only=True
