@@ -1,4 +1,4 @@
-"""The main job as a user runs it: the embedded model, SJD2 and its AR baseline, all metrics; killed, and on two batch sizes."""
+"""The main job as a user runs it: the embedded model, SJD2 and its AR baseline, all metrics; killed; on two batch sizes."""
 
 from __future__ import annotations
 
