@@ -202,8 +202,9 @@ class WandbTracker:
 
 
 def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
-    # offline, a resumed run counts from 0 again, so steps are named; online, W&B drops what lies behind its last step
-    run.log(dict(values), step=max(step, run.step))
+    # offline, a resumed run counts from 0 again, so steps are named; online, W&B drops what lies before its own next step.
+    # not `run.step`: that asks W&B's process at every call, and a busy machine answers too late
+    run.log(dict(values), step=max(step, run.starting_step))
 
 
 def has_account() -> bool:
