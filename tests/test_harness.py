@@ -129,7 +129,7 @@ def test_refill_has_the_same_tokens_and_resumes(cli: Cli) -> None:
 
 
 def test_what_decides_the_tokens_decides_the_folder(cli: Cli) -> None:
-    same = [(), ("limit=1",), ("device=cpu",), ("runtime=single",), ("evaluation=clip", "stage=sample"), ("trace=1",)]
+    same = [(), ("limit=1",), ("device=cpu",), ("runtime=all",), ("evaluation=clip", "stage=sample"), ("trace=1",)]
     other = [
         ("seed=1",),
         ("decoder.window=8",),
