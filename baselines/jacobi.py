@@ -5,27 +5,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sjd2.errors import choose
 from sjd2.models.base import ImageModel
-from sjd2.parts import Draft, State
+from sjd2.parts import Draft, Drafter, State
 
 
 @dataclass(kw_only=True)
-class Jacobi:
+class Jacobi(Drafter):
     """Keep the guesses; fill fresh slots by `init` (SJD, arXiv 2410.01699, section 4.3).
 
     random: uniform over the codes, recorded as 1/V. left, up: copy the token to the left or one row above, recorded one-hot.
     """
 
     init: str = "random"
-    exact: ClassVar[bool] = True
-    extra: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         choose("decoder.drafter.init", self.init, ("random", "left", "up"))

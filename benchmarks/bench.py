@@ -20,8 +20,9 @@ from baselines.jacobi import Jacobi
 from evaluation import validate
 from evaluation.console import say
 from evaluation.provenance import start_entry
-from sjd2.decoding import Decoder, Decoding, generate, stream
+from sjd2.decoding import Decoder, generate, stream
 from sjd2.errors import UserError
+from sjd2.loop import Decoding
 from sjd2.models.base import ImageModel
 from sjd2.noise import sample_seed
 from sjd2.paths import ROOT
@@ -104,7 +105,7 @@ def pass_times(model: ImageModel, own: Decoder, prompts: list[str], law: Samplin
 
 def _start(model: Any, decoder: Decoder, prompts: list[str], law: Sampling) -> Decoding:
     condition = model.encode(prompts)
-    decoding = Decoding(model, decoder, len(prompts), condition.embeds.shape[1], law)
+    decoding = decoder.start(model, len(prompts), condition.embeds.shape[1], law)
     spent = model.seconds
     decoding.admit(list(range(len(prompts))), condition, list(range(1, len(prompts) + 1)))
     model.seconds = spent  # a prefill is no pass of the window

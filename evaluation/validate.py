@@ -61,6 +61,7 @@ def plan(cfg: DictConfig) -> Plan:
     _ = prompts.texts
     spec.check()
     decoder.check(spec)
+    decoder.check_law(law)
     settings = identity(
         model=model_settings(cfg),
         digest=spec.digest(),

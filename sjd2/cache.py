@@ -86,6 +86,19 @@ class RowCache(Cache):
             seen = torch.where((inside < 0)[:, None], visible[:, :, :1], within & (inside < width)[:, None])
         return additive(seen, dtype)[:, None]
 
+    def compact(self, path: Tensor) -> None:
+        """Move the entries of an accepted tree path to the front of the pass: slots path [R, L] -> slots 1..L.
+
+        Entries beyond what gets committed move too; the next pass overwrites them.
+        """
+        begin = self.lengths[:, None]
+        source = (begin + path)[:, None, :, None]
+        target = (begin + torch.arange(1, path.shape[1] + 1, device=path.device))[:, None, :, None]
+        for layer in self.layers:
+            for field in (layer.keys, layer.values):
+                shape = (-1, field.shape[1], -1, field.shape[3])
+                field.scatter_(2, target.expand(shape), field.gather(2, source.expand(shape)))
+
     def reserve(self, capacity: int) -> None:
         """Make room for rows of up to `capacity` tokens; what is stored stays."""
         for layer in self.layers:

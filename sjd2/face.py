@@ -87,6 +87,7 @@ def generate(
         chosen.check(spec)
         law = dict(spec.sampling) | law
     sampling = Sampling(**law)
+    chosen.check_law(sampling)
     sampling.check(model.layout.vocabulary)
     seeds = [sample_seed(seed, index, 0) for index in range(len(prompts))]
     result = decoding.generate(model, chosen, model.encode(prompts), seeds, law=sampling, on_step=on_step)

@@ -28,6 +28,9 @@ class Purpose(IntEnum):
     COUPLE = 5  # the residual draw of a coupled draft
     INIT = 6  # the first draft of a slot
     NOISE = 7  # the Gaussian start of SJD2's slots
+    SIBLING = 8  # further guesses for one position
+    CORRECT = 9  # whether a guess stays when its law is corrected
+    MOVE = 10  # where it goes if not
 
 
 def sample_seed(seed: int, prompt_index: int, repeat: int) -> int:
@@ -54,16 +57,28 @@ class Noise:
         self.seeds = seeds  # [B] int64
         self.dtype = dtype
 
-    def _key(self, positions: Tensor, purpose: Purpose, iteration: Tensor | int) -> Tensor:
+    def _key(
+        self, positions: Tensor, purpose: Purpose, iteration: Tensor | int, lane: Tensor | int | None = None
+    ) -> Tensor:
         key = _mix(_mix(self.seeds) ^ int(purpose))
         key = _mix(key[:, None] + _GOLDEN * (positions + 1))
         if isinstance(iteration, Tensor):
             iteration = iteration[:, None]
-        return _mix(key + _GOLDEN * (iteration + 1))
+        key = key + _GOLDEN * (iteration + 1)
+        if lane is None:
+            return _mix(key)
+        if isinstance(lane, int):  # a tensor wraps around by itself
+            return _mix(key ^ ((lane * _MIX2 + 2**63) % 2**64 - 2**63))
+        return _mix(key ^ (lane * _MIX2))
 
-    def uniform(self, positions: Tensor, purpose: Purpose, iteration: Tensor | int = 0) -> Tensor:
-        """Return numbers in (0, 1), one per position: positions [B, S], iteration [B] or 0 -> [B, S]."""
-        return _unit(self._key(positions, purpose, iteration), self.dtype)
+    def uniform(
+        self, positions: Tensor, purpose: Purpose, iteration: Tensor | int = 0, lane: Tensor | int | None = None
+    ) -> Tensor:
+        """Return numbers in (0, 1), one per position: positions [B, S], iteration [B] or 0 -> [B, S].
+
+        lane [b, S] tells several draws for one position apart; lane 0 is the same as none.
+        """
+        return _unit(self._key(positions, purpose, iteration, lane), self.dtype)
 
     def codes(self, positions: Tensor, vocabulary: int) -> Tensor:
         """Return a code drawn uniformly for each position, the first guess of a slot: [B, S] -> [B, S]."""

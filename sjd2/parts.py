@@ -1,13 +1,13 @@
 """What a decoder is made of: drafts, the state that parts may read, and the protocols of the three parts.
 
-# B samples, S slots of a pass, V image vocabulary, D width, N image-phase tokens
-Slot 0 of a pass is the last committed token, slots 1..S-1 are guesses; the output at slot s is the law of slot s + 1.
+# B samples, R model rows (2B with guidance, else B), S slots of a pass, V image vocabulary, D width, N image-phase tokens
+Slot 0 of a pass is the last committed token, the others are guesses; the output at a slot is the law of the slots behind it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from sjd2.models.base import ImageModel
 from sjd2.noise import Noise
 from sjd2.sampling import Sampling
+from sjd2.tree import Tree
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Draft:
 
     tokens [B, S]; probs [B, S-1, V]: the law each guess was drawn from (None: deterministic, one-hot);
     embeds [B, S, D]: model inputs where they are not embed(tokens); level [B, S]: noise level, 0 = clean;
-    latent [B, S, D]: SJD2's noisy vectors in normalised space.
+    latent [B, S, D]: SJD2's noisy vectors in normalised space; tree: the shape (None: a chain).
     """
 
     tokens: Tensor
@@ -31,6 +32,7 @@ class Draft:
     embeds: Tensor | None = None
     level: Tensor | None = None
     latent: Tensor | None = None
+    tree: Tree | None = None
 
 
 @dataclass
@@ -44,20 +46,45 @@ class State:
     forced: Tensor  # [N + S] forced local id, -1 free; positions beyond N are forced dummies
     noise: Noise
     sampling: Sampling
+    starts: Tensor  # [R] prompt tokens of each model row: the position id of the image's first token
+    memory: Any = None  # what the drafter keeps of the batch
 
-    def positions(self, width: int) -> Tensor:
+    def positions(self, width: int, tree: Tree | None = None) -> Tensor:
         """Return the image position of each slot of the coming pass: [B, width]."""
-        return self.cached[:, None] + torch.arange(width, device=self.cached.device)
+        depth = torch.arange(width, device=self.cached.device) if tree is None else tree.depth
+        return self.cached[:, None] + depth
+
+    def guesses(self, draft: Draft) -> Tensor:
+        """Return the image positions of the guesses of the pass that has just run: [B, S-1]."""
+        return self.positions(draft.tokens.shape[1], draft.tree)[:, 1:]
 
     def at(self, positions: Tensor) -> Tensor:
         """Return the forced id of each position, -1 where free: [B, S] -> [B, S]."""
         return self.forced[positions.clamp(max=len(self.forced) - 1)]
 
-    def force(self, tokens: Tensor) -> Tensor:
+    def force(self, tokens: Tensor, tree: Tree | None = None) -> Tensor:
         """Put the forced tokens into the guesses of the coming pass: [B, S] -> [B, S]."""
-        forced = self.at(self.positions(tokens.shape[1]))
+        forced = self.at(self.positions(tokens.shape[1], tree))
         forced = forced.index_fill(1, torch.zeros(1, dtype=torch.long, device=tokens.device), -1)  # slot 0 is committed
         return torch.where(forced < 0, tokens, forced)
+
+
+@dataclass
+class Outcome:
+    """What a pass came to, for drafters that learn from it.
+
+    hidden [R, S, D] after the final norm; draft: of the pass; moved [B] tokens committed; path [B, L + 1]: slots of the
+    accepted path by depth; end [B]: the slot behind which the last token was drawn; source [B, C]: the slot that each carried
+    guess comes from, fresh [B, C]: those that come from none.
+    """
+
+    hidden: Tensor
+    draft: Draft
+    moved: Tensor
+    path: Tensor
+    end: Tensor
+    source: Tensor
+    fresh: Tensor
 
 
 class Part(Protocol):
@@ -66,16 +93,52 @@ class Part(Protocol):
     def prepare(self, model: ImageModel) -> None: ...
 
 
-class Drafter(Part, Protocol):
-    extra: int  # slots it appends behind the window (SJD2's timestep codes); never committed, no logits
+class Drafter:
+    """Base of all drafters. Only `fill` must be written; the hooks are for drafters that keep something of their own."""
 
-    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft: ...
+    exact: bool = True
+    extra: int = 0  # slots appended behind the pass (SJD2's timestep codes); never committed, no logits
+    forwards: int = 0  # evaluations of a draft network per pass
+
+    def check(self, spec: object, window: int) -> None:
+        """Raise `UserError` if this part cannot serve the model that `spec` describes; loads no weights."""
+
+    def prepare(self, model: ImageModel) -> None:
+        """Build tables, load a draft network; once per model."""
+
+    def carried(self, window: int) -> int:
+        """Return how many slots live on from pass to pass: all of a chain; 1 is the last committed token alone."""
+        return window
+
+    def open(self, model: ImageModel, rows: int, capacity: int, law: Sampling) -> Any:
+        """Return the memory of a batch of `rows` samples; it becomes `state.memory`."""
+
+    def admit(
+        self, memory: Any, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor
+    ) -> None:
+        """See prompts enter rows [b]: embeds, hidden [b, P, D], lengths [b], first token [b]; branch 1 is unconditional."""
+
+    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
+        """Return the guesses of the coming pass from those carried over: `fresh` [B, C] slots have just entered."""
+        raise NotImplementedError
+
+    def observe(self, outcome: Outcome, state: State) -> None:
+        """See what a pass came to, after its commit."""
 
 
 class Verifier(Part, Protocol):
-    def accept(self, draft: Draft, target: Tensor, state: State) -> Tensor: ...
-    def law(self, draft: Draft, target: Tensor, stop: Tensor, state: State) -> Tensor: ...
+    """A test of one draft. On trees p is what earlier siblings have left: multi-round speculative sampling."""
+
+    def chance(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+        """Return the chance to accept: law p [..., V], draft law q [..., V] (None: one-hot), token [...] -> [...]."""
+        ...
+
+    def rest(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+        """Return the law, unnormalised, after the draft was rejected: -> [..., V]; never all zero."""
+        ...
 
 
 class Refiner(Part, Protocol):
-    def __call__(self, draft: Draft, target: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft: ...
+    def __call__(self, draft: Draft, law: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
+        """Return the drafts for the next pass: law [B, S-1, V] is each guess's new law, keep [B, S-1] < exact chance."""
+        ...

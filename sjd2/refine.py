@@ -1,7 +1,7 @@
 """What happens to the drafts that were not committed: drawn afresh, coupled to their old value, or kept.
 
-A refiner sees all slots of a pass and must record the law its tokens were truly drawn from (push-forward), else the decoder
-is biased (decoders.md 2.0, V1).
+A refiner sees all guesses of a pass, on trees too, and must record the law its tokens were truly drawn from (push-forward),
+else the decoder is biased (decoders.md 2.0, V1).
 # B samples, S slots of a pass, V image vocabulary
 """
 
@@ -21,6 +21,12 @@ from sjd2.sampling import draw, draw_gumbel, draw_tokens
 from sjd2.verify import residual
 
 
+def couple(draft: Draft, law: Tensor, keep: Tensor, u: Tensor) -> Tensor:
+    """Return guesses of law [B, S-1, V] that change as little as can be: kept, or drawn from the residual by u [B, S-1]."""
+    old = draft.tokens[:, 1:].clamp(max=law.shape[-1] - 1)
+    return torch.where(keep, old, draw(residual(law, draft.probs, old), u))
+
+
 def _set(draft: Draft, tokens: Tensor, probs: Tensor | None) -> Draft:
     return replace(draft, tokens=torch.cat([draft.tokens[:, :1], tokens], 1), probs=probs)
 
@@ -38,9 +44,8 @@ class Resample:
     def prepare(self, model: ImageModel) -> None:
         """Nothing to prepare."""
 
-    def __call__(self, draft: Draft, target: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
-        law = target[:, :-1]
-        guesses = state_positions(draft, state)
+    def __call__(self, draft: Draft, law: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
+        guesses = state.guesses(draft)
         tokens = draw_tokens(law, state.noise, guesses, Purpose.FRESH, state.iteration, state.sampling.sampler)
         return _set(draft, tokens, law if self.record else None)
 
@@ -62,15 +67,13 @@ class Coupled:
     def prepare(self, model: ImageModel) -> None:
         """Nothing to prepare."""
 
-    def __call__(self, draft: Draft, target: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
-        law, guesses = target[:, :-1], state_positions(draft, state)
+    def __call__(self, draft: Draft, law: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
+        guesses = state.guesses(draft)
         if self.coupling == "gumbel" or state.sampling.sampler == "gumbel":
             return _set(draft, draw_gumbel(law, state.noise.gumbel(guesses, law.shape[-1])), law)
-        old = draft.tokens[:, 1:].clamp(max=law.shape[-1] - 1)
-        rest = residual(law, draft.probs, old)
-        moved = draw(rest, state.noise.uniform(guesses, Purpose.COUPLE, state.iteration))
+        coin = state.noise.uniform(guesses, Purpose.COUPLE, state.iteration)
         # `keep` is per slot, not masked by the run: masking it would bias the drafts behind a rejection
-        return _set(draft, torch.where(keep, old, moved), law)
+        return _set(draft, couple(draft, law, keep, coin), law)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +89,9 @@ class Keep:
     def prepare(self, model: ImageModel) -> None:
         """Nothing to prepare."""
 
-    def __call__(self, draft: Draft, target: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
-        fresh = Resample()(draft, target, chance, keep, state)
+    def __call__(self, draft: Draft, law: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
+        fresh = Resample()(draft, law, chance, keep, state)
         stays = chance >= self.threshold
         if draft.level is not None:
             stays &= draft.level[:, 1:] == 0
         return _set(draft, torch.where(stays, draft.tokens[:, 1:], fresh.tokens[:, 1:]), fresh.probs)
-
-
-def state_positions(draft: Draft, state: State) -> Tensor:
-    """Return the image positions of the guesses of the pass that has just run: [B, S-1]."""
-    return state.positions(draft.tokens.shape[1])[:, 1:]

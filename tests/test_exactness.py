@@ -104,33 +104,33 @@ def test_appended_timestep_tokens_do_not_change_the_law() -> None:
 class StaleRecord(Coupled):
     """A kept token keeps the law it had (rule 1): what SCD's released code does."""
 
-    def __call__(self, draft, target, chance, keep, state):
-        new = super().__call__(draft, target, chance, keep, state)
+    def __call__(self, draft, law, chance, keep, state):
+        new = super().__call__(draft, law, chance, keep, state)
         return replace(new, probs=torch.where(keep[..., None], draft.probs, new.probs))
 
 
 class NoResidual(Exact):
     """A rejected slot draws from the target instead of the residual (rule 2)."""
 
-    def law(self, draft, target, stop, state):
-        return target[torch.arange(len(stop)), stop]
+    def rest(self, p, q, token):
+        return p
 
 
 class MaskedCoupling(Coupled):
     """Coupling told that everything behind the first rejection was rejected (a bug of a prototype)."""
 
-    def __call__(self, draft, target, chance, keep, state):
-        return super().__call__(draft, target, chance, keep.cumprod(1).bool(), state)
+    def __call__(self, draft, law, chance, keep, state):
+        return super().__call__(draft, law, chance, keep.cumprod(1).bool(), state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedNoise(Resample):
     """All positions draw their drafts with the number of position 0 (rule 3)."""
 
-    def __call__(self, draft, target, chance, keep, state):
+    def __call__(self, draft, law, chance, keep, state):
         kept = state.noise
         state.noise = _OnePosition(kept)
-        new = super().__call__(draft, target, chance, keep, state)
+        new = super().__call__(draft, law, chance, keep, state)
         state.noise = kept
         return new
 
@@ -139,7 +139,7 @@ class _OnePosition:
     def __init__(self, noise):
         self.noise = noise
 
-    def uniform(self, positions, purpose, iteration=0):
+    def uniform(self, positions, purpose, iteration=0, lane=None):
         return self.noise.uniform(torch.zeros_like(positions), purpose, 0)
 
 

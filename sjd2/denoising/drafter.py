@@ -14,11 +14,11 @@ from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.denoising.space import EmbeddingSpace, sinusoid
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
-from sjd2.parts import Draft, State
+from sjd2.parts import Draft, Drafter, State
 
 
 @dataclass(kw_only=True)
-class Denoise:
+class Denoise(Drafter):
     """Feed noisy embeddings at slots of level > 0 and walk their levels down to clean.
 
     steps: K. levels: `age` lowers a slot by one level per pass (the paper); `slot` gives level by place in the window: 0 for
@@ -148,9 +148,9 @@ class Denoise:
         return torch.where(fresh[..., None], start, moved)
 
     def append(
-        self, x: Tensor, positions: Tensor, level: Tensor, gate: Tensor, start: Tensor, branches: int
+        self, x: Tensor, positions: Tensor, level: Tensor, gate: Tensor, start: Tensor, visible: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Put the K timestep tokens behind the window (arXiv 2510.08994): x [B, S, D] -> [B, S + K, D] and so on.
+        """Put the K timestep tokens behind the pass (arXiv 2510.08994): x [B, S, D] -> [B, S + K, D] and so on.
 
         A noisy slot sees the token of its own level; the tokens see themselves only and stand at the image's start [R].
         """
@@ -158,8 +158,9 @@ class Denoise:
         x = torch.cat([x, self.appended.expand(len(x), -1, -1)], 1)
         positions = torch.cat([positions, start[:, None].expand(-1, steps)], 1)
         gate = torch.cat([gate, gate.new_ones(rows, steps)], 1)
-        causal = torch.ones(size, size, dtype=torch.bool, device=x.device).tril().expand(rows, -1, -1)
-        own = level.repeat(branches, 1)[..., None] == torch.arange(1, steps + 1, device=x.device)
+        if visible is None:
+            visible = torch.ones(size, size, dtype=torch.bool, device=x.device).tril().expand(rows, -1, -1)
+        own = level.repeat(rows // len(level), 1)[..., None] == torch.arange(1, steps + 1, device=x.device)
         below = torch.cat([own.new_zeros(steps, size), torch.eye(steps, dtype=torch.bool, device=x.device)], 1)
-        visible = torch.cat([torch.cat([causal, own], 2), below.expand(rows, -1, -1)], 1)
+        visible = torch.cat([torch.cat([visible, own], 2), below.expand(rows, -1, -1)], 1)
         return x, positions, visible, gate
