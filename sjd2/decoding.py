@@ -70,7 +70,7 @@ class Decoder:
     @property
     def forwards(self) -> int:
         """Evaluations of a draft network per pass."""
-        return self.drafter.forwards if self.drafter is not None else 0
+        return self.drafter.forwards(self.window) if self.drafter is not None else 0
 
     @property
     def carried(self) -> int:

@@ -59,6 +59,7 @@ class Decoding:
             forced=forced,
             noise=Noise(zeros.clone(), wide),
             sampling=law,
+            window=size,
             starts=zeros.repeat(self.branches),
             memory=decoder.drafter.open(model, rows, capacity, law) if decoder.drafter is not None else None,
         )

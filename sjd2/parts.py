@@ -46,6 +46,7 @@ class State:
     forced: Tensor  # [N + S] forced local id, -1 free; positions beyond N are forced dummies
     noise: Noise
     sampling: Sampling
+    window: int  # S, slots of a pass
     starts: Tensor  # [R] prompt tokens of each model row: the position id of the image's first token
     memory: Any = None  # what the drafter keeps of the batch
 
@@ -98,7 +99,6 @@ class Drafter:
 
     exact: bool = True
     extra: int = 0  # slots appended behind the pass (SJD2's timestep codes); never committed, no logits
-    forwards: int = 0  # evaluations of a draft network per pass
 
     def check(self, spec: object, window: int) -> None:
         """Raise `UserError` if this part cannot serve the model that `spec` describes; loads no weights."""
@@ -109,6 +109,10 @@ class Drafter:
     def carried(self, window: int) -> int:
         """Return how many slots live on from pass to pass: all of a chain; 1 is the last committed token alone."""
         return window
+
+    def forwards(self, window: int) -> int:
+        """Return the evaluations of a draft network per pass."""
+        return 0
 
     def open(self, model: ImageModel, rows: int, capacity: int, law: Sampling) -> Any:
         """Return the memory of a batch of `rows` samples; it becomes `state.memory`."""

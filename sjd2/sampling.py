@@ -104,9 +104,15 @@ def draw_gumbel(law: Tensor, gumbel: Tensor) -> Tensor:
 
 
 def draw_tokens(
-    law: Tensor, noise: Noise, positions: Tensor, purpose: Purpose, iteration: Tensor | int, sampler: str
+    law: Tensor,
+    noise: Noise,
+    positions: Tensor,
+    purpose: Purpose,
+    iteration: Tensor | int,
+    sampler: str,
+    lane: int | None = None,
 ) -> Tensor:
     """Draw one token per position with the chosen sampler: law [B, S, V], positions [B, S] -> [B, S]."""
     if sampler == "gumbel":
         return draw_gumbel(law, noise.gumbel(positions, law.shape[-1]))
-    return draw(law, noise.uniform(positions, purpose, iteration))
+    return draw(law, noise.uniform(positions, purpose, iteration, lane))

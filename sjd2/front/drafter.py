@@ -1,14 +1,14 @@
 """Drafting at the front: further guesses where passes stop, and laws corrected for the left token that has changed.
 
 Half of all passes of a coupled Jacobi window stop at the first guess, because its law was computed with a left token that
-has just been replaced. Two remedies, both exact (docs/fcd.md): siblings, tested one after the other on what the others have
+has just been replaced. Two remedies, both exact (docs/sjd-fc.md): siblings, tested one after the other on what the others have
 left; and a corrector, which moves the recorded law towards the true one before a guess is tested.
 # B samples, R model rows, S slots of a pass, C slots of the main chain, F families, T depths, V image vocabulary, D width
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,7 +68,6 @@ class Front(Drafter):
         if self.chain.extra:
             raise UserError("the front needs a chain drafter without appended slots; use decoder.drafter.chain=jacobi.")
         self.exact = self.chain.exact
-        self.forwards = self.corrected
 
     def check(self, spec: object, window: int) -> None:
         """Raise `UserError` if the window is too small or the corrector's folder holds none."""
@@ -83,6 +82,9 @@ class Front(Drafter):
 
     def carried(self, window: int) -> int:
         return chain_slots(window, self.siblings, self.copies, self.full)
+
+    def forwards(self, window: int) -> int:
+        return self.corrected
 
     def prepare(self, model: Backbone) -> None:
         self.chain.prepare(model)
@@ -135,11 +137,12 @@ class Front(Drafter):
             self._siblings(level, depth, tokens, probs, token, law, state)
         tokens = state.force(tokens, front.tree)
         level = chain.level if chain.level is None else torch.nn.functional.pad(chain.level, (0, count))
-        embeds = None
+        embeds, latent = None, None
         if chain.embeds is not None:
+            latent = torch.nn.functional.pad(chain.latent, (0, 0, 0, count))  # branches are clean
             noisy = torch.nn.functional.pad(chain.embeds, (0, 0, 0, count))
             embeds = torch.where((level > 0)[..., None], noisy, self.model.embed(tokens))
-        return replace(chain, tokens=tokens, probs=probs, level=level, embeds=embeds, tree=front.tree)
+        return Draft(tokens, probs, embeds, level, latent, front.tree)
 
     def _siblings(
         self, level: Level, depth: int, tokens: Tensor, probs: Tensor, token: Tensor, law: Tensor, state: State
@@ -152,10 +155,8 @@ class Front(Drafter):
             mass = left.sum(-1, keepdim=True)
             law = torch.where(mass > 0, left / mass, law)  # a law of one token has no second
             place = position.expand(-1, len(slots))
-            if state.sampling.sampler == "gumbel":
-                token = draw_tokens(law, state.noise, place, Purpose.SAMPLE, 0, "gumbel")
-            else:
-                token = draw(law, state.noise.uniform(place, Purpose.SIBLING, state.iteration, rank))
+            sampler, purpose = state.sampling.sampler, Purpose.SIBLING
+            token = draw_tokens(law, state.noise, place, purpose, state.iteration, sampler, rank)
             tokens[:, slots], probs[:, slots - 1] = token, law
 
     def _correct(

@@ -1,0 +1,187 @@
+"""EAGLE's draft head: from a token and the state before it to the state at the token (arXiv 2401.15077, section 3.2).
+
+# B samples, R model rows (2B with guidance, else B), P prompt tokens, S slots of a call, T tree nodes of a pass, D width
+Pair t is (embedding of token t + 1, final state f_t); the head turns it into f_{t+1}, whose law is that of token t + 2. Pair t
+stands at position t, that of the token whose input gave f_t, and in entry t of the head's own cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sjd2.cache import SPAN_BUCKET, RowCache
+from sjd2.errors import UserError
+from sjd2.models.base import Backbone
+
+SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagleSettings:
+    """How a head is built. norm: give the layer a norm behind it, as the model's own last layer has."""
+
+    norm: bool = True
+
+
+def read_settings(folder: Path) -> EagleSettings:
+    """Read a head's settings. Raises `UserError` if the folder does not hold one."""
+    file = folder / SETTINGS
+    if not file.is_file():
+        raise UserError(
+            f"{folder} has no {SETTINGS}, so it is no EAGLE head; make one with stage=finetune finetune=eagle."
+        )
+    values = json.loads(file.read_text())
+    unknown = set(values) - {f.name for f in fields(EagleSettings)}
+    if unknown:
+        raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}.")
+    return EagleSettings(**values)
+
+
+class EagleHead(nn.Module):
+    """One decoder layer of the model's own class; embedding and output head are the model's, frozen and not stored here."""
+
+    def __init__(self, settings: EagleSettings, model: Backbone) -> None:
+        super().__init__()
+        decoder = model.decoder
+        config = decoder.config.get_text_config()
+        width = decoder.get_input_embeddings().weight.shape[1]
+        self.settings = settings
+        self._model = [model]  # in a list: its weights are not this module's to save
+        self.fc = nn.Linear(2 * width, width)
+        self.layer = type(decoder.layers[0])(config, 0)
+        self.norm = copy.deepcopy(decoder.norm) if settings.norm else nn.Identity()
+        self._start(config.initializer_range)
+        self.to(device=model.device, dtype=model.dtype).requires_grad_(True)
+
+    @torch.no_grad()
+    def _start(self, spread: float) -> None:
+        """Set first weights as the model's class would; the state passes through fc unchanged at first."""
+        for module in self.layer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=spread)
+        width = self.fc.out_features
+        self.fc.weight[:, width:] = torch.eye(width)
+        nn.init.zeros_(self.fc.bias)
+
+    def cache(self, rows: int, capacity: int) -> RowCache:
+        """Return an empty cache for `rows` model rows of up to `capacity` pairs, tree nodes of a pass included."""
+        return RowCache(1, rows, capacity, self._model[0].device)
+
+    def forward(
+        self,
+        embeds: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the next states: embeds, states [R, S, D], positions [R, S], additive mask -> [R, S, D]."""
+        x = self.fc(torch.cat([embeds, states], -1))
+        out = self.layer(
+            x,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            position_embeddings=self._model[0].decoder.rotary_emb(x, position_ids=positions),
+        )
+        return self.norm(out[0] if isinstance(out, tuple) else out)
+
+    def prefill(
+        self, cache: RowCache, rows: Tensor, embeds: Tensor, states: Tensor, lengths: Tensor, token: Tensor
+    ) -> Tensor:
+        """Put prompts into model rows [b] of the cache and return the predicted state at the first image token: [b, D].
+
+        embeds, states [b, P, D]: the prompt's inputs and final states, right-padded; lengths [b]; token [b]: the first one.
+        """
+        count, width = embeds.shape[:2]
+        index = torch.arange(count, device=embeds.device)
+        following = torch.cat([embeds[:, 1:], embeds[:, :1]], 1)
+        following[index, lengths - 1] = self._model[0].embed(token)
+        scratch = self.cache(count, width)
+        mask = scratch.window(width, embeds.dtype)
+        positions = torch.arange(width, device=embeds.device).expand(count, -1)
+        out = self(following, states, positions, scratch, mask)
+        scratch.lengths = lengths
+        cache.take_rows(rows, scratch, index)
+        cache.bound = max(cache.bound, width)
+        return out[index, lengths - 1]
+
+    def extend(self, cache: RowCache, tokens: Tensor, states: Tensor, count: Tensor) -> Tensor:
+        """Add pairs of committed tokens and return the predicted state behind the last one of each row: [R, D].
+
+        tokens [B, S] and the true states before them [R, S, D]; the first count [B] of each row are real and stay, what lies
+        beyond is overwritten by the next call. Rows of count 0 get a state that means nothing.
+        """
+        size, branches = tokens.shape[1], len(states) // len(tokens)
+        mask = cache.window(size, states.dtype)
+        embeds = self._model[0].embed(tokens).repeat(branches, 1, 1)
+        out = self(embeds, states, cache.slots, cache, mask)
+        count = count.repeat(branches)
+        cache.lengths = cache.lengths + count
+        cache.bound = min(cache.bound + size, cache.capacity)
+        return out[torch.arange(len(out), device=out.device), (count - 1).clamp(min=0)]
+
+    def step(
+        self, cache: RowCache, tokens: Tensor, states: Tensor, depth: Tensor, seen: Tensor, before: int = 0
+    ) -> Tensor:
+        """Predict the states at S tree nodes from those at their parents: tokens [B, S], states [R, S, D] -> [R, S, D].
+
+        before: nodes of this pass that were stepped already; their entries stand behind the committed ones. depth [b, S]:
+        1 for the root's children. seen [b, S, before + S]: which nodes each one sees, itself included (b is 1 or B).
+        Nothing is committed: the next `extend` overwrites all nodes.
+        """
+        size, branches = tokens.shape[1], len(states) // len(tokens)
+        base = cache.lengths
+        seen = seen.expand(len(tokens), -1, -1).repeat(branches, 1, 1)
+        visible = _behind(cache, base, seen)
+        cache.lengths = base + before
+        mask = cache.window(size, states.dtype, visible)
+        positions = base[:, None] + depth.expand(len(tokens), -1).repeat(branches, 1) - 1
+        embeds = self._model[0].embed(tokens).repeat(branches, 1, 1)
+        out = self(embeds, states, positions, cache, mask)
+        cache.lengths = base
+        return out
+
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write eagle.json and eagle.safetensors with weights of `dtype`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        state = {name: tensor.detach().to(dtype).contiguous().clone() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: Path, model: Backbone) -> EagleHead:
+        """Build the head in `folder` for the model. Raises `UserError` if the two do not fit."""
+        head = cls(read_settings(folder), model)
+        try:
+            stored = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the EAGLE head {folder / WEIGHTS} cannot be read: {error}") from error
+        own = head.state_dict()
+        wrong = set(own) ^ set(stored) or {name for name in own if own[name].shape != stored[name].shape}
+        if wrong:
+            raise UserError(f"the EAGLE head {folder} does not fit this model (e.g. {sorted(wrong)[0]}).")
+        head.load_state_dict({name: tensor.to(model.dtype) for name, tensor in stored.items()})
+        return head.eval().requires_grad_(False)
+
+
+def _behind(cache: RowCache, base: Tensor, seen: Tensor) -> Tensor:
+    """Return what tree nodes see of the whole cache: base [R] committed entries, seen [R, S, T] -> bool [R, S, span]."""
+    nodes = seen.shape[2]
+    if base.device.type == "cpu":
+        span = int(base.max()) + nodes
+    else:
+        span = min(cache.capacity, -(-(cache.bound + nodes) // SPAN_BUCKET) * SPAN_BUCKET)
+    inside = torch.arange(span, device=base.device) - base[:, None]  # [R, span], a node where 0 <= inside < T
+    index = inside.clamp(0, nodes - 1)[:, None].expand(-1, seen.shape[1], -1)
+    return (inside < 0)[:, None] | (seen.gather(2, index) & ((inside >= 0) & (inside < nodes))[:, None])
