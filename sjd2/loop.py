@@ -135,7 +135,8 @@ class Decoding:
         """One pass over all rows: fill -> forward -> target law -> verify -> commit -> refine -> shift."""
         state, decoder, size = self.state, self.decoder, self.decoder.window
         draft = self.draft if size == 1 else decoder.drafter.fill(self.draft, self.fresh, state)
-        hidden, target = self._forward(draft)  # [R, S, D], [B, S, V]
+        fed = draft
+        hidden, target = self._forward(fed)  # [R, S, D], [B, S, V]
         begin = state.cached + 1  # image position behind slot 0
         pending = state.committed - begin  # depths 1..pending are committed already; 0 except under rule=paper
         if size == 1:
@@ -163,7 +164,7 @@ class Decoding:
                 draft = self._refine(draft, target, chance.masked_fill(given, 1.0), keep, u)
             if draft.tree is not None:
                 self.cache.compact(way.path[:, 1 : draft.tree.crooked + 1].repeat(self.branches, 1))
-        self._shift(draft, hidden, way if size > 1 else None, moved)
+        self._shift(draft, fed, hidden, way if size > 1 else None, moved)
 
     def _forward(self, draft: Draft) -> tuple[Tensor, Tensor]:
         """Return the hidden states [R, S, D] and the target law behind each slot [B, S, V]."""
@@ -216,8 +217,11 @@ class Decoding:
             return moved
         return torch.minimum(moved, (draft.level == 0).cumprod(1).sum(1))
 
-    def _shift(self, draft: Draft, hidden: Tensor, way: Walk | None, moved: Tensor) -> None:
-        """Move every row's window by its own count; slots that enter are `fresh` and get filled in the next pass."""
+    def _shift(self, draft: Draft, fed: Draft, hidden: Tensor, way: Walk | None, moved: Tensor) -> None:
+        """Move every row's window by its own count; slots that enter are `fresh` and get filled in the next pass.
+
+        draft: the refined guesses; fed: those that the pass has seen.
+        """
         state, decoder, carried = self.state, self.decoder, self.decoder.carried
         advance = self._advance(draft, moved)
         state.iteration = state.iteration + 1
@@ -236,7 +240,7 @@ class Decoding:
         tokens = torch.where(known, state.tokens.gather(1, settled.clamp(max=state.tokens.shape[1] - 1)), tokens)
         self.fresh = fresh & ~known
         if way is not None:
-            decoder.drafter.observe(Outcome(hidden, draft, moved, way.path, way.end, source, self.fresh), state)
+            decoder.drafter.observe(Outcome(hidden, fed, moved, way.path, way.end, source, self.fresh), state)
         alone = carried == 1
         self.draft = replace(
             draft,

@@ -74,7 +74,7 @@ class State:
 class Outcome:
     """What a pass came to, for drafters that learn from it.
 
-    hidden [R, S, D] after the final norm; draft: of the pass; moved [B] tokens committed; path [B, L + 1]: slots of the
+    hidden [R, S, D] after the final norm; draft: as the pass has seen it; moved [B] tokens committed; path [B, L + 1]: slots of the
     accepted path by depth; end [B]: the slot behind which the last token was drawn; source [B, C]: the slot that each carried
     guess comes from, fresh [B, C]: those that come from none.
     """

@@ -129,8 +129,8 @@ class Front(Drafter):
         probs = torch.nn.functional.pad(chain.probs, (0, 0, 0, count))
         hidden = None if state.memory is None else state.memory.source[:, None]  # [R, F, D] of the families above
         for depth, level in enumerate(front.levels, 1):
-            law = probs[:, depth - 1 : depth].expand(-1, len(level.parents), -1)
-            token = tokens[:, depth : depth + 1].expand(-1, len(level.parents))
+            law = probs[:, depth - 1 : depth].repeat(1, len(level.parents), 1)
+            token = tokens[:, depth : depth + 1].repeat(1, len(level.parents))
             if depth <= self.corrected:
                 token, law, hidden = self._correct(level, depth, tokens, token, law, hidden[:, level.home], state)
             tokens[:, level.first], probs[:, level.first - 1] = token, law

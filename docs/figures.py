@@ -1,4 +1,4 @@
-"""Draw docs/sjd2.png, the README's picture of one pass: python docs/figure.py."""
+"""Draw docs/sjd2.png and docs/sjd-fc.png, the pictures of a pass: python docs/figures.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def box(axes: plt.Axes, x: float, y: float, colour: str, level: int, text: str, 
     axes.text(x + 0.43, y + 0.43, text, ha="center", va="center", fontsize=9, zorder=3)
 
 
-def main() -> None:
+def sjd2() -> None:
+    """Draw a pass of SJD2: what is verified, what loses noise, what enters."""
     rng = np.random.default_rng(0)
     figure, axes = plt.subplots(figsize=(9, 3.5))
     for slot in range(SLOTS):
@@ -56,5 +57,47 @@ def main() -> None:
     figure.savefig(Path(__file__).with_name("sjd2.png"), dpi=110, bbox_inches="tight")
 
 
+def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], colour: str = "#555555") -> None:
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=0.9))
+
+
+def sjd_fc() -> None:
+    """Draw a pass of SJD-FC: the rejected guess, the stale law behind it, its correction and the branches."""
+    rng = np.random.default_rng(0)
+    figure, axes = plt.subplots(figsize=(9, 4.9))
+    stale, rejected, branch = "#f0b429", "#c0392b", "#9b7fd1"
+    for slot in range(8):
+        colour = DONE if slot == 0 else rejected if slot == 3 else stale if slot == 4 else CLEAN
+        box(axes, slot, 6.2, colour, 0, "n" if slot == 0 else "x" if slot == 3 else f"+{slot}", rng)
+    for slot in (1, 2):
+        axes.text(slot + 0.43, 7.2, "ok", ha="center", fontsize=8, color=DONE)
+    axes.text(3.43, 7.2, "rejected:\ny instead", ha="center", fontsize=8, color=rejected)
+    axes.text(4.0, 8.1, "the law of +4 has seen x, not y", ha="left", fontsize=8, color="#8a6200")
+    arrow(axes, (4.43, 8.0), (4.43, 7.1), "#8a6200")
+    axes.text(-0.3, 6.6, "pass t", ha="right", va="center", fontsize=10)
+    axes.text(-0.3, 3.0, "pass t + 1", ha="right", va="center", fontsize=10)
+    box(axes, 3, 2.6, DONE, 0, "y", rng)
+    for slot in range(4, 11):
+        box(axes, slot, 2.6, stale if slot == 4 else CLEAN, 0, f"+{slot}", rng)
+    for number, height in enumerate((1.5, 0.4)):
+        for slot in range(4, 7):
+            text = f"+4{chr(39) * (number + 1)}" if slot == 4 else f"+{slot}"
+            box(axes, slot, height, branch if slot == 4 else CLEAN, 0, text, rng)
+        arrow(axes, (3.86, 2.75), (4.0, height + 0.45))
+    box(axes, 5, 3.75, branch, 0, "+5'", rng)
+    box(axes, 6, 3.75, CLEAN, 0, "+6", rng)
+    arrow(axes, (4.7, 3.46), (5.0, 4.1))
+    arrow(axes, (4.43, 6.15), (4.43, 3.5), "#8a6200")
+    axes.text(
+        4.6, 5.35, "corrector(state of +4, state that drew y, x, y)\nguess coupled to the corrected law, which is recorded",
+        fontsize=8, va="center", color="#8a6200",
+    )  # fmt: skip
+    axes.text(7.15, 1.4, "siblings, without replacement;\ntheir children are corrected too", fontsize=8, color="#5b3fa0", va="center")
+    axes.set(xlim=(-1.6, 11.2), ylim=(0.2, 8.6))
+    axes.axis("off")
+    figure.savefig(Path(__file__).with_name("sjd-fc.png"), dpi=110, bbox_inches="tight")
+
+
 if __name__ == "__main__":
-    main()
+    sjd2()
+    sjd_fc()
