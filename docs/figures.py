@@ -92,7 +92,8 @@ def sjd_fc() -> None:
         4.6, 5.35, "corrector(state of +4, state that drew y, x, y)\nguess coupled to the corrected law, which is recorded",
         fontsize=8, va="center", color="#8a6200",
     )  # fmt: skip
-    axes.text(7.15, 1.4, "siblings, without replacement;\ntheir children are corrected too", fontsize=8, color="#5b3fa0", va="center")
+    words = "siblings, without replacement;\ntheir children are corrected too"
+    axes.text(7.15, 1.4, words, fontsize=8, color="#5b3fa0", va="center")
     axes.set(xlim=(-1.6, 11.2), ylim=(0.2, 8.6))
     axes.axis("off")
     figure.savefig(Path(__file__).with_name("sjd-fc.png"), dpi=110, bbox_inches="tight")

@@ -70,7 +70,7 @@ def make_run(
         tracker.start(about(plan.run, "sample"))
         if sample(job, tracker) or not (plan.run.path / "acceptance.png").is_file():
             image_grid(plan.run, GRID)
-            acceptance_map(plan.run, plan.spec.layout, plan.decoder.window)
+            acceptance_map(plan.run, plan.spec.layout, plan.decoder.ahead + 1)
         figures = score(plan.run, metrics)
     mirror(plan.run, figures, tracker)
     return figures

@@ -36,7 +36,7 @@ def waiting(accepted: Sequence[int], window: int) -> np.ndarray:
     """Return how many passes each position was a guess in the window before the pass that committed it: [N].
 
     accepted: tokens committed at each pass, the prefill first, which guesses nothing. A later pass from n committed
-    tokens guesses positions n .. n + window - 2, so AR waits nowhere.
+    tokens guesses positions n .. n + window - 2, so AR waits nowhere; for trees window - 1 is their depth.
     """
     waited = np.zeros(sum(accepted), dtype=np.int64)
     committed = accepted[0]

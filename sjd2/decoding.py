@@ -73,6 +73,11 @@ class Decoder:
         return self.drafter.forwards(self.window) if self.drafter is not None else 0
 
     @property
+    def ahead(self) -> int:
+        """Positions behind the last committed token that a pass guesses."""
+        return self.drafter.ahead(self.window) if self.window > 1 else 0
+
+    @property
     def carried(self) -> int:
         """Slots that live on from pass to pass."""
         return self.drafter.carried(self.window) if self.window > 1 else 1

@@ -74,9 +74,9 @@ class State:
 class Outcome:
     """What a pass came to, for drafters that learn from it.
 
-    hidden [R, S, D] after the final norm; draft: as the pass has seen it; moved [B] tokens committed; path [B, L + 1]: slots of the
-    accepted path by depth; end [B]: the slot behind which the last token was drawn; source [B, C]: the slot that each carried
-    guess comes from, fresh [B, C]: those that come from none.
+    hidden [R, S, D] after the final norm; draft: as the pass has seen it; moved [B] tokens committed; path [B, L + 1]: slots
+    of the accepted path by depth; end [B]: the slot behind which the last token was drawn; source [B, C]: the slot that each
+    carried guess comes from, fresh [B, C]: those that come from none.
     """
 
     hidden: Tensor
@@ -109,6 +109,10 @@ class Drafter:
     def carried(self, window: int) -> int:
         """Return how many slots live on from pass to pass: all of a chain; 1 is the last committed token alone."""
         return window
+
+    def ahead(self, window: int) -> int:
+        """Return how many positions behind the last committed token a pass guesses."""
+        return self.carried(window) - 1
 
     def forwards(self, window: int) -> int:
         """Return the evaluations of a draft network per pass."""

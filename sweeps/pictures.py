@@ -136,11 +136,21 @@ def _maps(rows: Sequence[Row], path: Path, title: str) -> str:
     return "Passes that each position of the picture waited as a guess, mean over images; AR waits nowhere"
 
 
+def guesses_ahead(run: Run) -> int:
+    """Return how many positions behind the committed tokens a pass guessed; less than window - 1 where there was a tree."""
+    from sjd2.instantiate import instantiate
+
+    decoder = run.config["decoder"]
+    if "_target_" not in decoder:
+        return int(decoder["window"]) - 1
+    return instantiate(OmegaConf.create(decoder)).ahead
+
+
 def mean_waiting(run: Run) -> np.ndarray:
     """Return the mean number of passes that each position was a guess before it was committed: [N]."""
     from evaluation.pictures import waiting
 
-    window = int(run.identity["decoder"]["window"])
+    window = guesses_ahead(run) + 1
     images = [run.images[key] for key in sorted(run.images)[:MAP_IMAGES]]
     return np.mean([waiting(image.accepted.tolist(), window) for image in images], axis=0)
 

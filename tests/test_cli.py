@@ -68,7 +68,8 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
     cfg = settings(f"decoder={decoder}", f"model={model}")
     assert cfg.decoder.items() >= OmegaConf.load(path).decoder.items()
     check_node(cfg.decoder)
-    assert settings(f"decoder={decoder}", f"model={model}", "decoder.window=7").decoder.window == 7
+    width = next(key for key in ("window", "window_size") if key in cfg.decoder)
+    assert settings(f"decoder={decoder}", f"model={model}", f"decoder.{width}=7").decoder[width] == 7
 
 
 # ---- bad input

@@ -87,10 +87,13 @@ class Eagle(Drafter):
     def carried(self, window: int) -> int:
         return 1
 
-    def forwards(self, window: int) -> int:
-        """Return one that takes in what was committed, and one for each further depth."""
+    def ahead(self, window: int) -> int:
         static = max(map(len, self.tree), default=1)
         return {"chain": window - 1, "static": static, "dynamic": self.depth}[self.shape]
+
+    def forwards(self, window: int) -> int:
+        """Return one that takes in what was committed, and one for each depth behind the first."""
+        return self.ahead(window)
 
     def prepare(self, model: Backbone) -> None:
         self.model, self.head = model, EagleHead.load(find(self.weights), model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sjd2.cache import SPAN_BUCKET, RowCache
-from sjd2.errors import UserError
+from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
 
 SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
@@ -59,15 +59,19 @@ class EagleHead(nn.Module):
         self.fc = nn.Linear(2 * width, width)
         self.layer = type(decoder.layers[0])(config, 0)
         self.norm = copy.deepcopy(decoder.norm) if settings.norm else nn.Identity()
-        self._start(config.initializer_range)
         self.to(device=model.device, dtype=model.dtype).requires_grad_(True)
 
     @torch.no_grad()
-    def _start(self, spread: float) -> None:
-        """Set first weights as the model's class would; the state passes through fc unchanged at first."""
-        for module in self.layer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=spread)
+    def start(self, layer: str) -> None:
+        """Set first weights: the state passes through fc unchanged; the layer is a copy of the model's last, or random."""
+        model = self._model[0]
+        if choose("finetune.start", layer, ("last", "random")) == "last":
+            self.layer.load_state_dict(model.decoder.layers[-1].state_dict())
+        else:
+            spread = model.decoder.config.get_text_config().initializer_range
+            for module in self.layer.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=spread)
         width = self.fc.out_features
         self.fc.weight[:, width:] = torch.eye(width)
         nn.init.zeros_(self.fc.bias)

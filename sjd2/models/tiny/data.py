@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from sjd2.models.tiny import scenes
 from sjd2.models.tiny.ar import encode, token_batch
 from sjd2.models.vqgan import VQGAN
 from sjd2.paths import find
+
+PROMPTS = Path(__file__).parent / "captions.txt"
 
 
 @dataclass(kw_only=True)
@@ -32,3 +35,17 @@ class SceneTokens:
             return token_batch(self.vqgan, n, seed)
         shown = scenes.held_out(n, seed)
         return [scenes.caption(scene) for scene in shown], encode(self.vqgan, shown, seed)
+
+
+@dataclass(kw_only=True)
+class SceneCaptions:
+    """Captions of scenes for models that draw their own training images; those of `prompts=shapes` are never among them."""
+
+    def captions(self, n: int, seed: int, held_out: bool) -> list[str]:
+        """Return n captions; held-out ones are distinct and neither trained on nor in captions.txt."""
+        if not held_out:
+            return [scenes.caption(scene) for scene in scenes.training(n, seed)]
+        prompts = set(PROMPTS.read_text(encoding="utf-8").splitlines())
+        # + 1: seed 0 is what captions.txt was drawn with; of another seed's captions a few per cent are in it
+        shown = [scenes.caption(scene) for scene in scenes.held_out(2 * n + 100, seed + 1)]
+        return [text for text in shown if text not in prompts][:n]

@@ -1,0 +1,200 @@
+"""Training of the front corrector: raise the overlap of the corrected law with the true one.
+
+# M pairs, N image-phase tokens, V image vocabulary, D width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sjd2.errors import UserError
+from sjd2.finetune.front_pairs import Pairs, join, law_of, make_pairs
+from sjd2.finetune.generated import Generated
+from sjd2.finetune.loop import step_rng, train, warmup_decay
+from sjd2.front.corrector import Corrector, FrontSettings, embedding_width
+from sjd2.models.base import Backbone
+from sjd2.sampling import Sampling
+
+CHUNK = 16  # images that are run through the model together
+
+
+@dataclass(kw_only=True)
+class FinetuneFront:
+    """Train a `Corrector` on the model's own images with the total variation of the laws as the loss.
+
+    steps, batch_size (image tokens per step, each with three pairs), muon_lr (matrices), adam_lr (the rest), warmup, decay:
+    optimisation. ema: decay per step of the averaged weights, which are what is validated and written.
+    images: images whose pairs are made together and trained on for `round_steps` steps; then come others.
+    """
+
+    corrector: FrontSettings
+    data: Generated
+    steps: int
+    batch_size: int
+    images: int
+    round_steps: int
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    warmup: int = 20
+    decay: float = 0.6
+    ema: float = 0.99
+    bf16: bool = False
+    validate_every: int = 200
+    validation_images: int = 64
+    needs_model: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.images, self.round_steps, self.validation_images) < 1:
+            raise UserError("finetune.steps, batch_size, images, round_steps and validation_images must be 1 or more.")
+
+    def run(
+        self,
+        *,
+        model: Backbone,
+        out: Path,
+        log: Callable[[int, dict[str, float]], None] | None,
+        device: str,
+        seed: int,
+    ) -> dict[str, float]:
+        """Train and write the corrector to out/final/, and to out/latest/ at each validation; return its overlaps."""
+        self.data.prepare(model, out)
+        torch.manual_seed(seed)
+        corrector = Corrector(self.corrector, embedding_width(model)).to(model.device).train()
+        average = AveragedModel(corrector, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
+        held_out = self.pairs(model, self.validation_images, seed, held_out=True)
+        now: dict[int, Pairs] = {}
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+            number = step // self.round_steps
+            if number not in now:
+                now.clear()
+                now[number] = self.pairs(model, self.images, int(step_rng(seed, number, 2).integers(2**62)))
+            places, rng = self._places(model), step_rng(seed, step)
+            image = torch.from_numpy(rng.integers(self.images, size=self.batch_size)).to(places.device)
+            place = places[torch.from_numpy(rng.integers(len(places), size=self.batch_size)).to(places.device)]
+            return self.loss(model, corrector, now[number], image, place), {}
+
+        def after(done: int) -> dict[str, float]:
+            average.update_parameters(corrector)
+            if done % self.validate_every and done < self.steps:
+                return {}
+            average.module.save(out / "latest")
+            return self.validate(model, average.module, held_out)
+
+        train(
+            nn.ModuleDict({"corrector": corrector, "average": average}), loss, self._optimizers(corrector),
+            steps=self.steps, out=out, seed=seed, log=log,
+            schedule=warmup_decay(self.steps, self.warmup, self.decay), bf16=self.bf16, after=after,
+        )  # fmt: skip
+        average.module.save(out / "final")
+        return self.validate(model, average.module, held_out)
+
+    def _optimizers(self, corrector: Corrector) -> list[torch.optim.Optimizer]:
+        """Give the matrices to Muon, and biases and the zero-initialised last layer to AdamW."""
+        last = set(corrector.out.parameters())
+        matrices = [p for p in corrector.parameters() if p.ndim == 2 and p not in last]
+        rest = [p for p in corrector.parameters() if p.ndim != 2 or p in last]
+        return [
+            torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=self.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def pairs(self, model: Backbone, images: int, seed: int, held_out: bool = False) -> Pairs:
+        """Make the pairs of so many images; a pure function of the seed."""
+        prompts, codes, scales = self.data.scaled(images, seed, held_out)
+        tokens = model.layout.tokens(codes.to(model.device))
+        generator = torch.Generator().manual_seed(seed % 2**62)
+
+        def uniform(shape: torch.Size) -> Tensor:
+            return torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(model.device)
+
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
+            return join(
+                [
+                    make_pairs(
+                        model, prompts[i : i + CHUNK], tokens[i : i + CHUNK], scales[i : i + CHUNK].to(model.device),
+                        self._laws(model), uniform,
+                    )
+                    for i in range(0, len(prompts), CHUNK)
+                ]
+            )  # fmt: skip
+
+    def _laws(self, model: Backbone) -> dict[float, Sampling]:
+        usual = dict(getattr(getattr(model, "spec", None), "sampling", {}))
+        return {scale: Sampling(**(usual | {"guidance_scale": scale})) for scale in self.data.scales}
+
+    def _places(self, model: Backbone) -> Tensor:
+        """Return the tokens that can be replaced and whose successor the model chooses."""
+        free = model.layout.free
+        return (free[:-1] & free[1:]).nonzero()[:, 0].to(model.device)
+
+    def corrected(
+        self, model: Backbone, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Correct states behind tokens `place` [M] of images [M] -> kind: (corrected, stale, true [2M, D], counts [M]).
+
+        other: behind another draw; d1: behind a rejected draft; d2: one position on, where two tokens are replaced and the
+        source is the corrected state of d1. Rows are branch after branch; counts says which pairs exist.
+        """
+        n = pairs.tokens.shape[1]
+
+        def states(field: Tensor, at: Tensor) -> Tensor:
+            return field[image, :, at].transpose(0, 1).flatten(0, 1).to(model.dtype)
+
+        def embed(tokens: Tensor, at: Tensor) -> Tensor:
+            return model.embed(tokens[image, at]).repeat(2, 1)
+
+        def correct(old: Tensor, stale: Tensor, source: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            behind = states(stale, at)
+            hidden = corrector(behind, source, embed(old, at), embed(pairs.tokens, at))
+            after = (at + 1).clamp(max=n - 1)
+            counts = (at + 1 < n) & model.layout.free.to(at.device)[after]
+            return hidden, behind, states(pairs.hidden, at + 1), counts
+
+        source = states(pairs.hidden, place)
+        found = {"other": correct(pairs.other, pairs.other_stale, source, place)}
+        found["d1"] = correct(pairs.old, pairs.old_stale, source, place)
+        found["d2"] = correct(pairs.second, pairs.second_stale, found["d1"][0], place + 1)
+        return found
+
+    def loss(self, model: Backbone, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor) -> Tensor:
+        """Return the total variation between corrected and true laws, averaged over pairs, kinds and guidance scales."""
+        losses = []
+        for hidden, _, true, counts in self.corrected(model, corrector, pairs, image, place).values():
+            with torch.autocast(hidden.device.type, enabled=False):  # logits of bfloat16 are coarse
+                for law in self._laws(model).values():
+                    overlap = _overlap(law_of(model, hidden.to(true), law), law_of(model, true, law))
+                    losses.append(((1 - overlap) * counts).sum() / counts.sum().clamp(min=1))
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def validate(self, model: Backbone, corrector: Corrector, pairs: Pairs) -> dict[str, float]:
+        """Measure 1 - TV as decoding meets it, each scale on the images drawn under it; stale_*: without the corrector."""
+        places = self._places(model)
+        sums: dict[str, list[Tensor]] = {}
+        for i in range(0, len(pairs), CHUNK):
+            image = torch.arange(i, min(i + CHUNK, len(pairs)), device=places.device).repeat_interleave(len(places))
+            place = places.repeat(len(image) // len(places))
+            found = self.corrected(model, corrector, pairs, image, place)
+            for scale, law in self._laws(model).items():
+                weight = pairs.weight[image, place] * (pairs.scales[image] == scale)
+                for kind in ("d1", "d2"):
+                    hidden, stale, true, counts = found[kind]
+                    for name, state in (("overlap", hidden), ("stale", stale)):
+                        value = _overlap(law_of(model, state.to(true), law), law_of(model, true, law))
+                        total = torch.stack([(value * weight * counts).sum(), (weight * counts).sum()])
+                        sums.setdefault(f"{name}_g{scale:g}_{kind}", []).append(total)
+        totals = {name: torch.stack(parts).sum(0) for name, parts in sums.items()}
+        return {name: float(total[0] / total[1].clamp(min=1e-6)) for name, total in totals.items()}
+
+
+def _overlap(p: Tensor, q: Tensor) -> Tensor:
+    """Return 1 - TV: [M, V] twice -> [M]."""
+    return torch.minimum(p, q).sum(-1)

@@ -1,0 +1,150 @@
+"""Training pairs of the front corrector: what hidden states were behind replaced tokens, and what they should have been.
+
+# B samples, R model rows [conditional B | unconditional B], P prompt tokens, N image-phase tokens, V image vocabulary, D width
+State t, H_t, is the hidden state that predicts token t; it has seen the tokens before t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sjd2.finetune.windows import causal_mask, window_mask
+from sjd2.models.base import Backbone
+from sjd2.sampling import Sampling, draw
+from sjd2.verify import residual
+
+
+class Images:
+    """Image tokens [B, N] run through both guidance branches once; any of them can then be replaced in a short second run.
+
+    hidden [R, N + 1, D]: the states H_0..H_N.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Backbone, prompts: list[str], tokens: Tensor) -> None:
+        self.model, self.tokens = model, tokens
+        condition = model.encode(prompts)
+        rows, n = tokens.shape
+        width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
+        branches = [condition.embeds, condition.uncond_embeds.expand(rows, -1, -1)]
+        prompt = torch.cat([F.pad(embeds, (0, 0, 0, width - embeds.shape[1])) for embeds in branches])
+        self.lengths = torch.cat([condition.lengths, condition.uncond_lengths.expand(rows)])
+        self.width = width
+        self.own = torch.arange(n, device=tokens.device).expand(2 * rows, -1)
+        self.place = self.lengths[:, None] + self.own
+        self.cache = model.cache(2 * rows, width + 3 * n)
+        start = torch.arange(width, device=tokens.device).expand(2 * rows, -1)
+        x = torch.cat([prompt, model.embed(tokens).repeat(2, 1, 1)], 1)
+        hidden = model.forward(x, torch.cat([start, self.place], 1), self.cache, causal_mask(self.lengths, width, n))
+        first = hidden[torch.arange(2 * rows, device=tokens.device), self.lengths - 1]
+        self.hidden = torch.cat([first[:, None], hidden[:, width:]], 1)
+        self.cache.lengths = self.cache.lengths + width + n
+
+    @torch.no_grad()
+    def stale(self, old: Tensor) -> Tensor:
+        """Return H_{t+1} as it would be if token t alone were `old`, for each t: [B, N] -> [R, N, D]."""
+        return self._replaced(old, window_mask(self.lengths, self.width, self.own))
+
+    @torch.no_grad()
+    def stale_twice(self, old: Tensor) -> Tensor:
+        """Return H_{t+1} if token t were `old` and token t - 1 what the last call of `stale` put there: [B, N] -> [R, N, D].
+
+        Token 0 has none before it: only itself is replaced.
+        """
+        n = old.shape[1]
+        self.cache.lengths = self.cache.lengths + n  # the earlier replacements stay: the new ones stand behind them
+        alone = torch.eye(n, dtype=torch.bool, device=old.device)
+        seen = window_mask(self.lengths, self.width, (self.own - 1).clamp(min=0))
+        seen[:, :, -n:] &= ~alone
+        hidden = self._replaced(old, torch.cat([seen, alone.expand(len(seen), -1, -1)], 2))
+        self.cache.lengths = self.cache.lengths - n
+        return hidden
+
+    def _replaced(self, old: Tensor, visible: Tensor) -> Tensor:
+        return self.model.forward(self.model.embed(old).repeat(2, 1, 1), self.place, self.cache, visible)
+
+
+@dataclass
+class Pairs:
+    """For each image and token t: tokens that stood there instead, and what the states behind them were.
+
+    hidden [B, 2, N + 1, D] (branches in the second place); tokens [B, N]; scales [B] guidance.
+    other [B, N], other_stale [B, 2, N, D]: token t alone was `other`, a further draw from its law.
+    old, old_stale: token t alone was `old`, a rejected draft. weight [B, N]: how likely decoding recovers from that rejection
+    with the true token, against how often this one stands there.
+    second, second_stale: token t - 1 was `old` and token t `second`, a draft that followed it.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    scales: Tensor
+    other: Tensor
+    other_stale: Tensor
+    old: Tensor
+    old_stale: Tensor
+    weight: Tensor
+    second: Tensor
+    second_stale: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def law_of(model: Backbone, hidden: Tensor, law: Sampling) -> Tensor:
+    """Turn states of both branches [R, ..., D] into the law that `law` makes of them [B, ..., V]."""
+    if not law.guided:
+        hidden = hidden.chunk(2)[0]
+    return law.law(model.logits(hidden))
+
+
+@torch.no_grad()
+def make_pairs(
+    model: Backbone,
+    prompts: list[str],
+    tokens: Tensor,
+    scales: Tensor,
+    laws: dict[float, Sampling],
+    uniform: Callable[..., Tensor],
+) -> Pairs:
+    """Replace each token of images [B, N] as decoding would: by a draft that verification rejects.
+
+    The draft of token t comes from the law q behind a wrong token t - 1. Speculative sampling leaves a pair of a rejected
+    draft ~ max(0, q - p) and a recovered token ~ max(0, p - q); the image's own token is a draw from p, so the chance
+    max(0, 1 - q / p) is its weight. scales [B]: whose laws draw; uniform: shape -> numbers in (0, 1).
+    """
+    images = Images(model, prompts, tokens)
+
+    def target(hidden: Tensor) -> Tensor:
+        law = hidden.new_empty(*tokens.shape, model.layout.vocabulary, dtype=torch.float32)
+        for scale in set(scales.tolist()):
+            rows = scales == scale
+            law[rows] = law_of(model, hidden[:, : tokens.shape[1]][rows.repeat(2)], laws[scale]).float()
+        return law
+
+    code = tokens.clamp(max=model.layout.vocabulary - 1)
+    p = target(images.hidden)
+    other = draw(residual(p, None, code), uniform(tokens.shape))
+    other_stale = images.stale(other)
+    q = torch.cat([p[:, :1], target(other_stale)[:, :-1]], 1)
+    old = draw(residual(q, p, code), uniform(tokens.shape))
+    old_stale = images.stale(old)
+    second = draw(torch.cat([p[:, :1], target(old_stale)[:, :-1]], 1), uniform(tokens.shape))
+    chance = 1 - (q / p.clamp(min=1e-9)).gather(-1, code[..., None])[..., 0]
+    return Pairs(
+        _by_image(images.hidden), tokens, scales, other, _by_image(other_stale), old, _by_image(old_stale),
+        chance.clamp(min=0), second, _by_image(images.stale_twice(second)),
+    )  # fmt: skip
+
+
+def _by_image(hidden: Tensor) -> Tensor:
+    return hidden.unflatten(0, (2, -1)).transpose(0, 1).to(torch.bfloat16).contiguous()
+
+
+def join(parts: list[Pairs]) -> Pairs:
+    """Put the pairs of several batches of images together."""
+    return Pairs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Pairs.__dataclass_fields__})
