@@ -52,6 +52,13 @@ class Decoder:
                 else f"decoder '{self.name}' draws all its guesses anew in each pass, so a refiner has nothing to refine; "
                 "leave decoder/refiner=null."
             )
+        if self.window > 1 and self.drafter.recorded and not getattr(self.refiner, "record", True):
+            raise UserError(
+                f"{type(self.drafter).__name__} drafts from recorded laws; set decoder.refiner.record=true, or use "
+                "decoder/refiner=coupled."
+            )
+        if self.rule == "paper" and self.carried != self.window:
+            raise UserError("rule=paper commits along a chain, so it cannot be combined with trees; use rule=exact.")
         if self.rule not in ("exact", "paper"):
             raise UserError(f"decoder.rule must be exact or paper, got '{self.rule}'.")
         if self.lossless and self.rule == "paper":

@@ -98,6 +98,7 @@ class Drafter:
     """Base of all drafters. Only `fill` must be written; the hooks are for drafters that keep something of their own."""
 
     exact: bool = True
+    recorded: bool = False  # whether it needs the laws that the guesses were drawn from
     extra: int = 0  # slots appended behind the pass (SJD2's timestep codes); never committed, no logits
 
     def check(self, spec: object, window: int) -> None:

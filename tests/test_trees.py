@@ -246,6 +246,8 @@ def test_branches_are_counted_as_published() -> None:
         (lambda n: eagle(4, n, shape="static", tree=((0,), (2,))), "without its parent or earlier sibling"),
         (lambda n: eagle(9, n, shape="static", tree=PATHS).check(None), "must be 7"),
         (lambda n: replace(eagle(4, n, shape="chain"), refiner=Coupled()), "nothing to refine"),
+        (lambda n: front(9, n, siblings=(1,), refiner=Resample(record=False)), "record=true"),
+        (lambda n: replace(front(9, n, siblings=(1,)), rule="paper", lossless=False), "cannot be combined with trees"),
         (lambda n: replace(front(9, n, siblings=(1,)), refiner=None), "decoder/refiner=coupled"),
     ],
 )

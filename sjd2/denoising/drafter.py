@@ -37,6 +37,8 @@ class Denoise(Drafter):
     schedule: Schedule = field(default_factory=Schedule)
     extra: int = field(default=0, init=False)
 
+    recorded = True
+
     def __post_init__(self) -> None:
         choose("decoder.levels", self.levels, ("age", "slot"))
         if self.steps < 1:

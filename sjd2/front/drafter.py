@@ -54,6 +54,8 @@ class Front(Drafter):
     weights: str | None = None
     corrected: int = 0
 
+    recorded = True
+
     def __post_init__(self) -> None:
         self.siblings = tuple(self.siblings)
         if any(count < 0 for count in self.siblings):

@@ -1,0 +1,68 @@
+"""Prompt lookup adapted to images: guess the tokens that followed where the last ones were committed before.
+
+# B samples, S slots of a pass, N image-phase tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sjd2.errors import UserError
+from sjd2.models.base import ImageModel
+from sjd2.parts import Draft, Drafter, State
+
+
+@dataclass(kw_only=True)
+class Lookup(Drafter):
+    """Find the last `context` tokens in what is committed and copy on from there (prompt lookup, an n-gram decoder for text).
+
+    The longest match wins; then the nearest column, best the position right above; then the latest row. Without a match
+    the row above is copied. Copies are deterministic, one-hot drafts: exact, and accepted with the chance p(x).
+    """
+
+    context: int = 2
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise UserError(f"decoder.drafter.context must be 1 or more, got {self.context}.")
+
+    def prepare(self, model: ImageModel) -> None:
+        self.layout = model.layout
+
+    def carried(self, window: int) -> int:
+        return 1
+
+    def ahead(self, window: int) -> int:
+        return window - 1
+
+    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
+        """Copy on behind the best match: [B, 1] the last committed token -> [B, S]."""
+        last = state.committed[:, None] - 1
+        depth = torch.arange(1, state.window, device=last.device)
+        back = self._match(state, last)
+        # the copy may run into what it is about to write: it then repeats with the period `back`
+        source = last - back + 1 + (depth - 1) % back
+        # a forced token copied to a free place is no code
+        copies = state.tokens.gather(1, source).clamp(max=self.layout.vocabulary - 1)
+        return Draft(state.force(torch.cat([draft.tokens, copies], 1)), None)
+
+    def _match(self, state: State, last: Tensor) -> Tensor:
+        """Return how far behind the last token [B, 1] the best match ends: [B, 1], at least 1."""
+        total, stride = self.layout.length, self.layout.stride
+        place = torch.arange(total, device=last.device)
+        back = last - place  # [B, N]
+        run = torch.ones_like(back, dtype=torch.bool)
+        length = torch.zeros_like(back)
+        for shift in range(self.context):
+            own, there = last - shift, place - shift
+            same = state.tokens.gather(1, own.clamp(min=0)) == state.tokens[:, there.clamp(min=0)]
+            run &= same & (there >= 0)
+            length = length + run
+        rows = torch.div(back + stride // 2, stride, rounding_mode="floor")
+        column = (back - rows * stride).abs()
+        score = ((length + 1) * stride - column) * total + place  # in that order: length, column, row
+        best = torch.where(back > 0, score, -1).argmax(1, keepdim=True)
+        return (last - best).clamp(min=1)  # behind an image's first token there is no match
