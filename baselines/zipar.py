@@ -147,7 +147,7 @@ class ZipDecoding:
         """Prefill prompts and the forced header into these rows, and draw their first code."""
         begin = self.now()
         state, layout, index = self.state, self.model.layout, torch.tensor(rows, device=self.model.device)
-        state.noise.seeds[index] = torch.tensor(seeds, device=index.device)
+        state.noise.put(index, torch.tensor(seeds, device=index.device))
         prompts = [(condition.embeds, condition.lengths), (condition.uncond_embeds, condition.uncond_lengths)]
         prompts = [self._with_header(*branch) for branch in prompts]
         longest = max(embeds.shape[1] for embeds, _ in prompts)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sjd2.models.base import Condition, ImageModel
 from sjd2.noise import Noise, Purpose
 from sjd2.parts import Draft, Outcome, State
-from sjd2.sampling import Sampling, draw_tokens
+from sjd2.sampling import Sampling, draw, draw_tokens
 from sjd2.tree import Walk, walk
 from sjd2.verify import Exact, after_siblings, chances, law_behind, laws, take
 
@@ -83,7 +83,7 @@ class Decoding:
             self.cache.reserve(self.cache.capacity + longest - self.prompt)
             self.prompt = longest
         index = torch.tensor(rows, device=device)
-        state.noise.seeds[index] = torch.tensor(seeds, device=device)
+        state.noise.put(index, torch.tensor(seeds, device=device))
         prompts = [(condition.embeds, condition.lengths), (condition.uncond_embeds, condition.uncond_lengths)]
         hidden = []
         for branch, (embeds, lengths) in enumerate(prompts[: self.branches]):
@@ -183,10 +183,13 @@ class Decoding:
     def _draw(self, law: Tensor, position: Tensor, bonus: Tensor | None) -> Tensor:
         """Draw the token behind the accepted run, recovered from the residual or a bonus token: [B, V], [B] -> [B]."""
         state, position = self.state, position[:, None]
-        drawn = draw_tokens(law[:, None], state.noise, position, Purpose.SAMPLE, 0, self.law.sampler)
-        if bonus is not None and self.law.sampler == "cdf":
-            recovered = draw_tokens(law[:, None], state.noise, position, Purpose.RESIDUAL, state.iteration, "cdf")
-            drawn = torch.where(bonus[:, None], drawn, recovered)
+        if self.law.sampler == "gumbel":
+            drawn = draw_tokens(law[:, None], state.noise, position, Purpose.SAMPLE, 0, "gumbel")
+        else:
+            u = state.noise.uniform(position, Purpose.SAMPLE)
+            if bonus is not None:
+                u = torch.where(bonus[:, None], u, state.noise.uniform(position, Purpose.RESIDUAL, state.iteration))
+            drawn = draw(law[:, None], u)
         forced = state.at(position)
         return torch.where(forced < 0, drawn, forced)[:, 0]
 

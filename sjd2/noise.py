@@ -51,17 +51,24 @@ def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Noise:
-    """Random numbers of the B samples that are being decoded; `seeds` [B] may change row by row (refill)."""
+    """Random numbers of the B samples that are being decoded; seeds [B] int64, replaced row by row (refill)."""
 
     def __init__(self, seeds: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        self.seeds = seeds  # [B] int64
+        self.seeds = seeds
         self.dtype = dtype
+        self.streams: dict[int, Tensor] = {}  # per purpose [B]
+
+    def put(self, rows: Tensor, seeds: Tensor) -> None:
+        """Give rows [b] new seeds [b]."""
+        self.seeds[rows] = seeds
+        self.streams.clear()
 
     def _key(
         self, positions: Tensor, purpose: Purpose, iteration: Tensor | int, lane: Tensor | int | None = None
     ) -> Tensor:
-        key = _mix(_mix(self.seeds) ^ int(purpose))
-        key = _mix(key[:, None] + _GOLDEN * (positions + 1))
+        if purpose not in self.streams:
+            self.streams[purpose] = _mix(_mix(self.seeds) ^ int(purpose))
+        key = _mix(self.streams[purpose][:, None] + _GOLDEN * (positions + 1))
         if isinstance(iteration, Tensor):
             iteration = iteration[:, None]
         key = key + _GOLDEN * (iteration + 1)

@@ -95,7 +95,7 @@ class Corrector(nn.Module):
         law. source: the hidden state that predicted the left token. old, new: embeddings of the replaced and the new token.
         Each guidance branch is corrected with its own states.
         """
-        x = torch.cat([_norm(part) for part in (stale, source, old, new)], -1)
+        x = _norm(torch.stack([stale, source, old, new], -2)).flatten(-2)
         x = self.merge(x.to(self.merge.weight.dtype))
         for block in self.blocks:
             x = block(x)
