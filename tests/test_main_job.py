@@ -6,6 +6,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 
 from evaluation.records import RunFolder, run_folders
 from tests.cli import Cli
@@ -57,12 +58,42 @@ def test_sjd2_killed_and_started_again_has_the_tokens_of_an_undisturbed_run(cli:
     assert tokens(cut) == tokens(whole)
 
 
-def test_gumbel_matching_gives_ars_images_on_any_batch_size(cli: Cli) -> None:
-    job = ("model=tiny", "dtype=float64", "sampler=gumbel", "limit=4", "baseline=null")
-    assert cli(*job, "decoder=ar", "batch_size=4") == 0
-    assert cli(*job, "decoder=sjd2", "batch_size=3") == 0
-    found = runs(cli)
-    assert tokens(found["ar"]) == tokens(found["sjd2"])
+@pytest.mark.parametrize("decoder", ["sjd2", "sjd-pac", "eagle", "eagle1", "sjd2-fc"])
+def test_gumbel_matching_gives_ars_images_on_any_batch_size(cli: Cli, decoder: str) -> None:
+    job = ("model=tiny", "dtype=float64", "sampler=gumbel", "limit=2", "baseline=null")
+    assert cli(*job, "decoder=ar", "batch_size=2") == 0
+    assert cli(*job, f"decoder={decoder}", "batch_size=1") == 0
+    ar, other = sorted(
+        (RunFolder(p) for p in run_folders(cli.runs_dir)), key=lambda run: "tiny-ar-" not in str(run.path)
+    )
+    assert tokens(ar) == tokens(other)
+
+
+# what every decoder should make of 2 images: tokens per pass, within wide limits, and whether it counts draft passes
+DECODERS = {
+    "sjd++": (2, 4, False), "sjd-pac": (3, 5, False), "sjd-fc": (3.5, 7, True), "sjd2-fc": (3.5, 7, True),
+    "eagle": (1.1, 4, True), "eagle1": (1.5, 4, True), "lantern": (2, 9, True), "lantern++": (1.5, 6, True),
+    "gsd": (2.5, 5, False), "zipar": (1.9, 2.2, False), "lookup": (1, 2, False),
+}  # fmt: skip
+
+
+def test_every_rival_runs_and_stands_in_the_table(cli: Cli) -> None:
+    job = ("model=tiny", "evaluation=none", "baseline=null", "limit=2", "batch_size=2", "logger=none")
+    assert cli("-m", *job, "decoder=" + ",".join(DECODERS)) == 0
+    found = {RunFolder(path).config.decoder.name: RunFolder(path) for path in run_folders(cli.runs_dir)}
+    assert found.keys() == DECODERS.keys()
+    for name, (low, high, drafts) in DECODERS.items():
+        assert low < np.mean([r["tokens"] / r["forwards"] for r in found[name].records()]) < high, name
+        assert all((r["draft_forwards"] > 0) == drafts for r in found[name].records()), name
+        assert f"| {name} | {'yes' if found[name].config.decoder.lossless else '**lossy**'} |" in cli.out
+
+
+def test_greedy_trees_return_greedy_ar(cli: Cli) -> None:
+    job = ("model=tiny", "dtype=float64", "temperature=0", "limit=1", "baseline=null", "evaluation=none")
+    for decoder in ("ar", "sjd-fc", "eagle", "eagle1"):
+        assert cli(*job, f"decoder={decoder}") == 0
+    first, *others = (tokens(RunFolder(path)) for path in run_folders(cli.runs_dir))
+    assert all(other == first for other in others)
 
 
 def test_the_papers_rule_is_labelled_lossy(cli: Cli) -> None:
