@@ -108,7 +108,10 @@ class Decoder:
             )
 
     def prepare(self, model: ImageModel) -> None:
-        """Let the parts build their tables, once per model."""
+        """Let the parts build their tables and load their networks, once per model and not once per batch."""
+        if self.__dict__.get("_prepared") is model:
+            return
+        object.__setattr__(self, "_prepared", model)  # the settings are frozen, this is none
         for part in (self.drafter, self.verifier, self.refiner):
             if part is not None:
                 part.prepare(model)
