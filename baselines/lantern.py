@@ -75,8 +75,9 @@ class Relaxed:
         key = _digest(codebook, self.neighbours, self.normalise)
         if key != self.key:
             folder = cache_folder() if self.cache is None else Path(self.cache).expanduser()
-            table = neighbour_table(codebook, self.neighbours, self.normalise, folder / f"{key}.npy")
-            self.table, self.key = table.to(model.device), key
+            self.table = neighbour_table(codebook, self.neighbours, self.normalise, folder / f"{key}.npy")
+            self.key = key
+        self.table = self.table.to(model.device)
 
     def chance(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
         """Return min(1, (p(x) + S(x)) / q(x)) of each draft x; q None is one-hot: p, q [..., V], token [...] -> [...]."""

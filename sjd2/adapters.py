@@ -8,7 +8,7 @@ the untouched weights, bit for bit: drafts come from the tuned model, the output
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sjd2.denoising.space import AdditiveCode
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
+from sjd2.settings import read_part
 
 SETTINGS, WEIGHTS = "sjd2.json", "sjd2.safetensors"
 
@@ -50,16 +51,7 @@ class AdapterSettings:
 
 def read_settings(folder: Path) -> AdapterSettings:
     """Read a fine-tuning's settings. Raises `UserError` if the folder does not hold one."""
-    file = folder / SETTINGS
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no {SETTINGS}, so it is no SJD2 fine-tuning; make one with stage=finetune finetune=sjd2."
-        )
-    values = json.loads(file.read_text())
-    unknown = set(values) - {f.name for f in fields(AdapterSettings)}
-    if unknown:
-        raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}.")
-    return AdapterSettings(**(values | {"targets": tuple(values["targets"])}))
+    return read_part(folder, AdapterSettings, SETTINGS, WEIGHTS, "SJD2 fine-tuning", "sjd2")
 
 
 class Adapter(nn.Module):

@@ -77,7 +77,7 @@ class Decoder:
     @property
     def forwards(self) -> int:
         """Evaluations of a draft network per pass."""
-        return self.drafter.forwards(self.window) if self.drafter is not None else 0
+        return self.drafter.forwards(self.window) if self.window > 1 else 0
 
     @property
     def ahead(self) -> int:

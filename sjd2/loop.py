@@ -1,4 +1,4 @@
-"""The only decoding loop: draft, one forward, verify, commit, refine, shift; every row moves by its own accepted run.
+"""The loop of all decoders but ZipAR: draft, one forward, verify, commit, refine, shift; each row moves by its own run.
 
 # B samples, R model rows (2B with guidance, else B), S slots of a pass, C slots carried from pass to pass, V image vocabulary
 Slot 0 of a pass is the last committed token, the others are guesses; the output at a slot is the law of the slots behind it.

@@ -106,12 +106,26 @@ class Unnormalised(Front):
             probs[:, slots - 1] = law[:, : len(slots)]
 
 
-@dataclass(kw_only=True)
-class Pruned(Eagle):
-    """Sampled candidates taken for deterministic ones: draws without replacement, verified as one-hot."""
+class WholeLaw(Eagle):
+    """Children drawn without replacement, recorded with the law of the first one."""
 
     def fill(self, draft, fresh, state):
-        return replace(super().fill(draft, fresh, state), probs=None)
+        filled = super().fill(draft, fresh, state)
+        parents, rank = filled.tree.parents[0].tolist(), filled.tree.rank[0].tolist()
+        for slot in range(1, state.window):
+            first = next(s for s in range(1, state.window) if parents[s] == parents[slot] and rank[s] == 0)
+            filled.probs[:, slot - 1] = filled.probs[:, first - 1]
+        return filled
+
+
+class BestFirst(Eagle):
+    """Two sampled candidates, the likelier one tried first: chosen by its score, it is no draw from the law any more."""
+
+    def fill(self, draft, fresh, state):
+        filled = super().fill(draft, fresh, state)
+        score = filled.probs[:, 0].gather(1, filled.tokens[:, 1:3])
+        filled.tokens[:, 1:3] = filled.tokens[:, 1:3].gather(1, score.argsort(1, descending=True))
+        return filled
 
 
 @pytest.mark.parametrize(
@@ -119,11 +133,15 @@ class Pruned(Eagle):
     [
         lambda n: StaleLaw(chain=Jacobi(), weights=n["front"], corrected=1),
         lambda n: Unnormalised(chain=Jacobi(), siblings=(1, 1), copies=2),
+        lambda n: WholeLaw(weights=n["eagle"], shape="static", tree=PATHS),
+        lambda n: BestFirst(weights=n["eagle"], shape="static", tree=((0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1))),
     ],
-    ids=["stale law", "unnormalised siblings"],
+    ids=["stale law", "unnormalised siblings", "whole law", "best first"],
 )
-def test_broken_fronts_are_caught(drafter, nets: dict[str, str]) -> None:
-    decoder = Decoder(name="x", window=7, lossless=True, drafter=drafter(nets), verifier=Exact(), refiner=Coupled())
+def test_broken_trees_are_caught(drafter, nets: dict[str, str]) -> None:
+    broken = drafter(nets)
+    refiner = Coupled() if broken.carried(7) > 1 else None
+    decoder = Decoder(name="x", window=7, lossless=True, drafter=broken, verifier=Exact(), refiner=refiner)
     assert abs(z_score(decoder, GUIDED)) > 5
 
 
@@ -245,6 +263,10 @@ def test_branches_are_counted_as_published() -> None:
         (lambda n: eagle(4, n, shape="tree"), "did you mean 'static'|Valid"),
         (lambda n: eagle(4, n, shape="static", tree=((0,), (2,))), "without its parent or earlier sibling"),
         (lambda n: eagle(9, n, shape="static", tree=PATHS).check(None), "must be 7"),
+        (lambda n: eagle(3, n, shape="static", tree=((0,), (0,))), "repeated node"),
+        (lambda n: eagle(2, n, shape="static", tree=((),)), "empty or a repeated"),
+        (lambda n: front(9, n, Eagle(weights="x"), siblings=(1,)), "must keep its guesses"),
+        (lambda n: front(9, n, Front(chain=Jacobi()), siblings=(1,)), "must keep its guesses"),
         (lambda n: replace(eagle(4, n, shape="chain"), refiner=Coupled()), "nothing to refine"),
         (lambda n: front(9, n, siblings=(1,), refiner=Resample(record=False)), "record=true"),
         (lambda n: replace(front(9, n, siblings=(1,)), rule="paper", lossless=False), "cannot be combined with trees"),

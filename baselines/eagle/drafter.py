@@ -46,7 +46,7 @@ class Eagle(Drafter):
     weights: folder of a head (stage=finetune finetune=eagle). shape: chain; static: `tree` lists its nodes as paths of child
     numbers, children drawn without replacement; dynamic: at each of `depth` depths the `top_k` best nodes by cumulative
     probability are expanded and the best window - 1 candidates are kept. Static draws and dynamic (deterministic) candidates
-    are both exact; sampled candidates pruned by their scores would not be.
+    are both exact; sampled candidates chosen by their scores and verified as draws from the law would not be.
     """
 
     weights: str | None = None
@@ -146,6 +146,10 @@ class Eagle(Drafter):
 
     def _parents(self) -> list[int]:
         """Return the parent slot of each slot of the static tree; raises `UserError` if a node has none."""
+        if () in self.tree or len(set(self.tree)) < len(self.tree):
+            raise UserError(
+                "decoder.drafter.tree has an empty or a repeated node; each node is one path, e.g. [[0],[1],[0,0]]."
+            )
         number = {(): 0} | {node: slot for slot, node in enumerate(sorted(self.tree, key=lambda n: (len(n), n)), 1)}
         orphans = [
             node

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from sjd2.cache import SPAN_BUCKET, RowCache
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
+from sjd2.settings import read_part
 
 SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
 
@@ -34,16 +35,7 @@ class EagleSettings:
 
 def read_settings(folder: Path) -> EagleSettings:
     """Read a head's settings. Raises `UserError` if the folder does not hold one."""
-    file = folder / SETTINGS
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no {SETTINGS}, so it is no EAGLE head; make one with stage=finetune finetune=eagle."
-        )
-    values = json.loads(file.read_text())
-    unknown = set(values) - {f.name for f in fields(EagleSettings)}
-    if unknown:
-        raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}.")
-    return EagleSettings(**values)
+    return read_part(folder, EagleSettings, SETTINGS, WEIGHTS, "EAGLE head", "eagle")
 
 
 class EagleHead(nn.Module):

@@ -123,9 +123,11 @@ class FinetuneEagle:
 
     def __post_init__(self) -> None:
         choose("finetune.start", self.start, ("last", "random"))
-        counts = (self.steps, self.batch_size, self.unroll, self.validation_depth)
+        counts = (self.steps, self.batch_size, self.unroll, self.validation_depth, self.validate_every)
         if min(counts) < 1:
-            raise UserError("finetune.steps, batch_size, unroll and validation_depth must be 1 or more.")
+            raise UserError(
+                "finetune.steps, batch_size, unroll, validation_depth and validate_every must be 1 or more."
+            )
         weights = (self.regression, self.cross_entropy, self.guided, self.rejection)
         if min(weights) < 0 or not max(weights):
             raise UserError(

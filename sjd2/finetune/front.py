@@ -51,8 +51,18 @@ class FinetuneFront:
     needs_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.images, self.round_steps, self.validation_images) < 1:
-            raise UserError("finetune.steps, batch_size, images, round_steps and validation_images must be 1 or more.")
+        counts = (
+            self.steps,
+            self.batch_size,
+            self.images,
+            self.round_steps,
+            self.validation_images,
+            self.validate_every,
+        )
+        if min(counts) < 1:
+            raise UserError(
+                "finetune.steps, batch_size, images, round_steps, validation_images and validate_every must be 1 or more."
+            )
 
     def run(
         self,

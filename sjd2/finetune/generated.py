@@ -45,6 +45,10 @@ class FileCaptions:
     path: str
     held_out_share: int = 16
 
+    def __post_init__(self) -> None:
+        if self.held_out_share < 2:
+            raise UserError(f"captions.held_out_share must be 2 or more, got {self.held_out_share}.")
+
     def captions(self, n: int, seed: int, held_out: bool) -> list[str]:
         """Return n lines in an order given by the seed, from the start again when they run out."""
         file = find(self.path)

@@ -65,8 +65,8 @@ class FinetuneSJD2:
 
     def __post_init__(self) -> None:
         choose("finetune.context", self.context, ("windows", "in_place"))
-        if min(self.steps, self.batch_size, *self.levels) < 1:
-            raise UserError("finetune.steps, finetune.batch_size and finetune.levels must be 1 or more.")
+        if min(self.steps, self.batch_size, self.validate_every, *self.levels) < 1:
+            raise UserError("finetune.steps, batch_size, validate_every and levels must be 1 or more.")
         if not 1 < self.shortest <= self.longest:
             raise UserError(f"finetune needs 1 < shortest <= longest, got {self.shortest} and {self.longest}.")
         if (self.context == "windows") != self.adapter.gated:

@@ -10,7 +10,7 @@ recorded, is verified like any other, so the output law is untouched (decoders.m
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sjd2.errors import UserError
 from sjd2.models.base import Backbone
+from sjd2.settings import read_part
 
 SETTINGS, WEIGHTS = "front.json", "front.safetensors"
 
@@ -43,17 +44,7 @@ class FrontSettings:
 
 def read_settings(folder: Path) -> FrontSettings:
     """Read a corrector's settings. Raises `UserError` if the folder does not hold one."""
-    file = folder / SETTINGS
-    if not file.is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(
-            f"{folder} has no {SETTINGS} with {WEIGHTS}, so it is no front corrector; make one with "
-            "stage=finetune finetune=front."
-        )
-    values = json.loads(file.read_text())
-    unknown = set(values) - {f.name for f in fields(FrontSettings)}
-    if unknown:
-        raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}.")
-    return FrontSettings(**values)
+    return read_part(folder, FrontSettings, SETTINGS, WEIGHTS, "front corrector", "front")
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -67,8 +67,11 @@ class Front(Drafter):
                 "decoder.drafter.weights (a front corrector) and decoder.drafter.corrected (the depths it corrects) go "
                 "together: set both, or weights=null and corrected=0; make one with stage=finetune finetune=front."
             )
-        if self.chain.extra:
-            raise UserError("the front needs a chain drafter without appended slots; use decoder.drafter.chain=jacobi.")
+        if self.chain is None or isinstance(self.chain, Front) or self.chain.carried(9) != 9 or self.chain.extra:
+            raise UserError(
+                "decoder.drafter.chain must keep its guesses from pass to pass; use "
+                "decoder/drafter@decoder.drafter.chain=jacobi or denoise."
+            )
         self.exact = self.chain.exact
 
     def check(self, spec: object, window: int) -> None:
