@@ -35,9 +35,6 @@ class Lookup(Drafter):
     def carried(self, window: int) -> int:
         return 1
 
-    def ahead(self, window: int) -> int:
-        return window - 1
-
     def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
         """Copy on behind the best match: [B, 1] the last committed token -> [B, S]."""
         last = state.committed[:, None] - 1

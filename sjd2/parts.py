@@ -112,8 +112,9 @@ class Drafter:
         return window
 
     def ahead(self, window: int) -> int:
-        """Return how many positions behind the last committed token a pass guesses."""
-        return self.carried(window) - 1
+        """Return how many positions behind the last committed token a pass guesses; trees are less deep than this."""
+        carried = self.carried(window)
+        return (window if carried == 1 else carried) - 1
 
     def forwards(self, window: int) -> int:
         """Return the evaluations of a draft network per pass."""
