@@ -201,13 +201,13 @@ def identity(**parts: Any) -> dict[str, Any]:
 def by_content(value: Any, *, covered: bool = False, key: str = "") -> Any:
     """Replace settings that name local files by the digest of their content: what counts is never where a file lies.
 
-    covered: another digest holds the content of these files already; then they only become "local".
+    covered: another digest holds the content of these files (or hub ids) already; then they only become "local".
     """
     if isinstance(value, dict):
         return {k: by_content(v, covered=covered, key=str(k)) for k, v in value.items()}
     if isinstance(value, list):
         return [by_content(v, covered=covered, key=key) for v in value]
-    if isinstance(value, str) and key.endswith(PATH_KEYS) and find(value).exists():
+    if isinstance(value, str) and key.endswith(PATH_KEYS) and (covered or find(value).exists()):
         return "local" if covered else digest(find(value))
     return value
 

@@ -28,7 +28,7 @@ class _RowLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        index = self.owner.slots[:, None, :, None]
+        index = self.owner.slots[:, None, :, None].to(key_states.device)  # layers may lie on several GPUs
         self.keys.scatter_(2, index.expand_as(key_states), key_states)
         self.values.scatter_(2, index.expand_as(value_states), value_states)
         return self.keys[:, :, : self.owner.span], self.values[:, :, : self.owner.span]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sjd2.cache import RowCache, additive
 from sjd2.layout import TokenGrid
+from sjd2.models.weights import Source, check_loading, locate, reach
+from sjd2.paths import digest, find
 
 if TYPE_CHECKING:
     from sjd2.adapters import Adapter
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Condition:
-    """Encoded prompts, right-padded: embeds [B, P, D], lengths [B]; the unconditional branch has 1 row (shared) or B."""
+    """Encoded prompts, right-padded: embeds [B, P, D], lengths [B]; the unconditional branch has 1 row (shared) or B.
+
+    An unconditional prompt may have length 0 (its one row of padding is then never seen) where the first image token is
+    forced.
+    """
 
     embeds: Tensor
     lengths: Tensor
@@ -52,6 +58,70 @@ class ImageModel(Protocol):
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def decode(self, tokens: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a configuration says of a model, checked without loading a weight; families add their own settings.
+
+    weights: local folder or hub id. vocabulary: V. adapter: folder or hub id of an SJD2 fine-tuning. attention: kernel of
+    transformers. revision: of `weights` on the hub. device_map, quantisation: how transformers loads (null: all on one
+    device, in `dtype`). sampling: the model's customary law.
+    """
+
+    name: str
+    weights: str
+    vocabulary: int
+    adapter: str | None = None
+    attention: str = "sdpa"
+    revision: str | None = None
+    device_map: str | None = None
+    quantisation: str | None = None
+    sampling: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> TokenGrid:
+        """Return which token stands where."""
+        raise NotImplementedError
+
+    def sources(self) -> list[Source]:
+        """Return where each part of the weights lies, the language model first."""
+        raise NotImplementedError
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> Backbone:
+        """Load everything but the adapter."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
+        from sjd2.adapters import read_settings
+
+        check_loading(self.quantisation, self.device_map)
+        _ = self.layout
+        for source in self.sources():
+            reach(source)
+        if self.adapter is not None:
+            adapter = self._adapter()
+            reach(adapter)
+            if find(self.adapter).is_dir():
+                read_settings(find(self.adapter))
+
+    def digest(self) -> str:
+        """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""
+        return digest(*map(locate, self.sources()), locate(self._adapter()) if self.adapter else None)
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> Backbone:
+        """Load all weights: dtype is a torch dtype's name. Raises `UserError` if a file does not fit."""
+        from sjd2.adapters import Adapter
+
+        self.check()
+        model = self.build(torch.device(device), getattr(torch, dtype))
+        if self.adapter is not None:
+            model.adapter = Adapter.load(locate(self._adapter()), model)
+        return model
+
+    def _adapter(self) -> Source:
+        return Source(str(self.adapter), "model.adapter")
 
 
 class Backbone:
@@ -108,4 +178,4 @@ class Backbone:
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
-        ).last_hidden_state
+        ).last_hidden_state.to(x.device)

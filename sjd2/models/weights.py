@@ -1,0 +1,343 @@
+"""Where weights come from: a local folder or file, or a hub id; what goes wrong is said in seconds, with the mend.
+
+Only safetensors and torch files without code are read (`weights_only`), and remote code is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sjd2.errors import UserError, choose
+from sjd2.paths import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sjd2.models.base import ModelSpec
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TIMEOUT = 10.0  # seconds to wait for the hub's answer
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+QUANTISATIONS = ("8bit", "4bit")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one part of a model lies, and what has to be there.
+
+    where: a local path or a hub id; key: the setting that says so, e.g. "model.vq_weights". files: what a folder must hold.
+    patterns: what is fetched from the hub. single: `where` may be one file. inside: the one file that is meant of a hub
+    repository or folder that holds several.
+    """
+
+    where: str
+    key: str
+    files: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ("*.json", "*.safetensors", "*.model", "*.txt")
+    revision: str | None = None
+    single: bool = False
+    inside: str | None = None
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Return the patterns of the files to fetch."""
+        return (self.inside,) if self.inside else self.patterns
+
+
+def locate(source: Source) -> Path:
+    """Return the local folder (or file) of a source; fetches from the hub what is not there yet.
+
+    Raises `UserError` in one sentence where the path is wrong, the hub cannot be reached or does not let us in, or a file
+    is missing.
+    """
+    local = _local(source)
+    if local is None:
+        from huggingface_hub import snapshot_download
+
+        reach(source)
+        with _hub_errors(source):
+            folder = Path(snapshot_download(source.where, revision=source.revision, allow_patterns=list(source.wanted)))
+        local = _inside(folder, source)
+    return local
+
+
+def reach(source: Source) -> None:
+    """Raise `UserError` if a source is neither here nor can be fetched; asks the hub, fetches nothing."""
+    if _local(source) is None:
+        _ask_hub(source)
+
+
+def _local(source: Source) -> Path | None:
+    """Return where the source lies on this machine, None if it has to be fetched first."""
+    path = find(source.where)
+    if path.exists():
+        return _inside(path, source)
+    if not HUB_ID.fullmatch(source.where) or source.where.startswith((".", "~")):
+        raise UserError(f"{source.key}={source.where} does not exist; give a local folder or a hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            source.where, revision=source.revision, allow_patterns=list(source.wanted), local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return _inside(Path(folder), source) if _complete(Path(folder), source) else None
+
+
+def _complete(folder: Path, source: Source) -> bool:
+    """Say whether a cached snapshot holds every file that is asked for, all shards of an index included."""
+    if source.inside:
+        return (folder / source.inside).is_file()
+    named = [name for index in INDEXES if (folder / index).is_file() for name in _shards(folder / index)]
+    there = all((folder / name).is_file() for name in (*source.files, *named))
+    return there and (
+        bool(named) or any(f.suffix in (".safetensors", ".bin", ".pt", ".ckpt") for f in folder.iterdir())
+    )
+
+
+def _inside(path: Path, source: Source) -> Path:
+    """Return the file or folder meant by a path that exists; raises `UserError` if it lacks a file."""
+    if source.inside and path.is_dir():
+        if not (path / source.inside).is_file():
+            raise UserError(f"{source.key}={source.where} has no {source.inside}.")
+        return path / source.inside
+    if path.is_file():
+        if not source.single and not source.inside:
+            raise UserError(f"{source.key}={source.where} is a file; give the folder that holds {source.files[0]}.")
+        return path
+    for name in source.files:
+        if not (path / name).is_file():
+            raise UserError(f"{source.key}={source.where} has no {name}, so it is no folder of these weights.")
+    return path
+
+
+@cache
+def _ask_hub(source: Source) -> None:
+    """Raise `UserError` if the hub cannot be reached, does not let us in, lacks the files, or the disk is too small."""
+    from huggingface_hub import HfApi, constants
+
+    with _hub_errors(source):
+        info = HfApi().model_info(source.where, revision=source.revision, files_metadata=True, timeout=TIMEOUT)
+    files = {f.rfilename: f.size or 0 for f in info.siblings or []}
+    lacking = [name for name in (*source.files, *((source.inside,) if source.inside else ())) if name not in files]
+    if lacking:
+        raise UserError(
+            f"{source.key}={source.where} has no {lacking[0]} on the hub, so it is no source of these weights."
+        )
+    size = sum(size for name, size in files.items() if any(fnmatch(name, pattern) for pattern in source.wanted))
+    cache_folder = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache_folder, *cache_folder.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise UserError(
+            f"{source.key}={source.where} takes {size / 1e9:.1f} GB of disk and {there} has {free / 1e9:.1f} GB free; "
+            "make room, or set HF_HOME to a larger disk."
+        )
+
+
+@contextlib.contextmanager
+def _hub_errors(source: Source) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence with the command that mends it."""
+    from huggingface_hub import errors
+
+    what = f"{source.key}={source.where}"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{what} is gated: accept its licence on the hub's page of {source.where}, then run `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{what} is not on the hub, or private; check the name, or run `hf auth login`, or give a local folder."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"{what} has no revision '{source.revision}'; leave model.revision=null for the newest."
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise UserError(
+            f"{what} is not on this machine and HF_HUB_OFFLINE is set; unset it, or run `hf download {source.where}` "
+            f"where there is a network and give {source.key}=FOLDER."
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise UserError(_unreachable(source)) from error
+    except Exception as error:
+        # the client's own connection errors belong to whichever http library it uses, which is not ours to import
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
+            raise UserError(_unreachable(source)) from error
+        raise
+
+
+def _unreachable(source: Source) -> str:
+    return (
+        f"{source.key}={source.where} is not on this machine and the hub cannot be reached; run "
+        f"`hf download {source.where}` where there is a network and give {source.key}=FOLDER."
+    )
+
+
+# ---- reading
+
+
+def check_loading(quantisation: str | None, device_map: str | None) -> None:
+    """Raise `UserError` for loading settings that do not exist or whose library is not installed."""
+    if device_map is not None:
+        choose("model.device_map", device_map, DEVICE_MAPS)
+    if quantisation is not None:
+        choose("model.quantisation", quantisation, QUANTISATIONS)
+        import importlib.util
+
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"model.quantisation={quantisation} needs bitsandbytes: pip install -e '.[quantisation]'.")
+
+
+def check_memory(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `UserError` if the weights in `folder` do not fit into the memory of the device (all of them with device_map)."""
+    need = stored_bytes(folder, dtype) * {None: 1.0, "8bit": 0.55, "4bit": 0.32}[spec.quantisation]  # some layers stay
+    free = free_bytes(device, everywhere=spec.device_map is not None)
+    if need > free:
+        where = "the devices together have" if spec.device_map else f"{device} has"
+        raise UserError(
+            f"model.weights={spec.weights} needs {need / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and {where} "
+            f"{free / 1e9:.1f} GB free; use a smaller dtype, model.quantisation=8bit or 4bit, or model.device_map=auto."
+        )
+
+
+def stored_bytes(folder: Path, dtype: torch.dtype) -> float:
+    """Return the bytes that the safetensors files of a folder take once loaded in `dtype`."""
+    total = 0.0
+    width = torch.empty(0, dtype=dtype).element_size()
+    for file in folder.glob("*.safetensors"):
+        for name, entry in _header(file).items():
+            if name != "__metadata__":
+                count = torch.Size(entry["shape"]).numel()
+                total += count * (width if entry["dtype"] in ("F64", "F32", "F16", "BF16") else 1)
+    return total
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file: name -> {dtype, shape}; reads no weights."""
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        return json.loads(handle.read(size)) if 0 < size < 2**28 else {}
+
+
+def free_bytes(device: torch.device, everywhere: bool = False) -> float:
+    """Return the free memory of the device, or of all GPUs and the host together."""
+    import psutil
+
+    host = float(psutil.virtual_memory().available)
+    gpus = range(torch.cuda.device_count())
+    if everywhere:
+        return host + sum(torch.cuda.mem_get_info(i)[0] for i in gpus)
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+
+
+def pretrained(
+    cls: type[PreTrainedModel], folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load a transformers model for inference: frozen, on its device, quantised or spread if the spec says so.
+
+    Raises `UserError` if the files do not fit the class or the memory.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    check_loading(spec.quantisation, spec.device_map)
+    check_memory(folder, spec, device, dtype)
+    transformers_logging.disable_progress_bar()  # its bar of tensors is noise beside the bar of images
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention, "local_files_only": True}
+    if spec.quantisation is not None:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=spec.quantisation == "8bit",
+            load_in_4bit=spec.quantisation == "4bit",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if spec.device_map is not None:
+        settings["device_map"] = spec.device_map
+    elif device.type == "cuda" or spec.quantisation is not None:
+        settings["device_map"] = {"": device}  # straight to the GPU: 7B weights need not pass through the host's memory
+    try:
+        model = cls.from_pretrained(folder, **settings)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"model.weights={spec.weights} cannot be loaded: {_first_line(error)}") from error
+    if "device_map" not in settings:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder. Raises `UserError` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}={folder} has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
+    """Read the tensors of a file (.safetensors; .pt, .pth, .ckpt, .bin without code) or of a folder's shards.
+
+    A wrapping `{"model": {...}}` or `{"state_dict": {...}}` is opened. Raises `UserError` if it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        index = next((path / name for name in INDEXES if (path / name).is_file()), None)
+        files = [path / name for name in _shards(index)] if index else sorted(path.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{key}={path} holds no .safetensors file.")
+        return {name: tensor for file in files for name, tensor in read_tensors(file, key).items()}
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{key}={path} cannot be read as weights: {_first_line(error)}") from error
+    for wrapper in ("model", "state_dict", "module"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict):
+        raise UserError(f"{key}={path} holds a {type(found).__name__}, not named tensors.")
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def fit(module: nn.Module, tensors: dict[str, Tensor], key: str) -> None:
+    """Copy tensors into a module of just these names and shapes. Raises `UserError` naming the first misfit."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        what = f"lack {missing[0]!r}" if missing else f"have an unknown {extra[0]!r}"
+        raise UserError(f"the weights of {key} {what} ({len(missing)} missing, {len(extra)} unknown).")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            have, want = tuple(tensors[name].shape), tuple(tensor.shape)
+            raise UserError(f"the weights of {key}: {name!r} has shape {have}, the model wants {want}.")
+    module.load_state_dict(tensors)
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
