@@ -24,7 +24,7 @@ class Reuse:
 
     threshold: ours (more likely than not), the paper's value is not published; 1 is SJD.
     With S = {x: p(x) > threshold} a guess of law q becomes one of law q 1_S + q(S^c) p. That law is recorded: with the old q
-    or with p the decoder would be biased (decoders.md 2.5). It is q(S) TV(q(.|S), p) away from p, where SJD's guesses are
+    or with p the decoder would be biased (docs/exactness.md). It is q(S) TV(q(.|S), p) away from p, where SJD's guesses are
     not at all; what reuse has to offer is steadier inputs for the guesses behind.
     """
 

@@ -88,7 +88,8 @@ class Board:
     iteration: Tensor  # [B] the sample's own pass counter
     tested: Tensor  # [B] first token of the next row while it is under test, -1: none
     law: Tensor  # [B, V] the law it was drawn from
-    starts: Tensor  # [R] prompt tokens of each model row, forced header included
+    begins: Tensor  # [R] cache entry of the image's first token in each model row: its prompt tokens
+    starts: Tensor  # [R] position id of that token
     noise: Noise
 
 
@@ -134,6 +135,7 @@ class ZipDecoding:
             iteration=zeros.clone(),
             tested=zeros - 1,
             law=torch.zeros(rows, layout.vocabulary, dtype=wide, device=device),
+            begins=zeros.repeat(self.branches),
             starts=zeros.repeat(self.branches),
             noise=Noise(zeros.clone(), wide),
         )
@@ -158,7 +160,8 @@ class ZipDecoding:
         for branch, (embeds, lengths) in enumerate(prompts[: self.branches]):
             place = index + branch * len(state.committed)
             ends.append(self._prefill(embeds, lengths, place).expand(len(rows), -1))
-            state.starts[place] = lengths - len(layout.prefix)  # header tokens keep their place in the raster
+            state.begins[place] = lengths - len(layout.prefix)  # header tokens keep their place in the raster
+            state.starts[place] = self.model.starts(lengths - len(layout.prefix))
         law = self.law.law(self.model.logits(torch.cat(ends)[:, None]))  # [b, 1, V]
         first = torch.full((len(rows), 1), len(layout.prefix), device=index.device)
         noise = Noise(state.noise.seeds[index], state.noise.dtype)
@@ -249,18 +252,18 @@ class ZipDecoding:
         feed = plan.feed[..., None]
         seen = ((place < feed) & fed[:, None]) | (place == feed)  # [B, S, N]; a stand-in is seen by itself alone
         state.fed = fed
-        starts, feed = state.starts[:, None], plan.feed.repeat(count, 1)
+        begins, feed = state.begins[:, None], plan.feed.repeat(count, 1)
         behind = self.prompt + self.total + torch.arange(self.size, device=fed.device)
-        self.cache.entries = torch.where(feed < 0, behind, starts + feed)
+        self.cache.entries = torch.where(feed < 0, behind, begins + feed)
         span = self.prompt + self.total
         if fed.device.type == "cpu":  # a device would have to be asked, and every span is a shape of its own
-            span = int((starts + feed.clamp(min=0)).max()) + 1
-        column = torch.arange(span, device=fed.device) - starts  # [R, span] position of each entry, < 0: the prompt
+            span = int((begins + feed.clamp(min=0)).max()) + 1
+        column = torch.arange(span, device=fed.device) - begins  # [R, span] position of each entry, < 0: the prompt
         inside = ((column >= 0) & (column < self.total))[:, None]
         seen = seen.repeat(count, 1, 1).gather(2, column.clamp(0, self.total - 1)[:, None].expand(-1, self.size, -1))
         visible = (seen & inside) | (column < 0)[:, None]
         x = self.model.embed(plan.token).repeat(count, 1, 1)
-        hidden = self.model.forward(x, starts + feed.clamp(min=0), self.cache, visible)
+        hidden = self.model.forward(x, state.starts[:, None] + feed.clamp(min=0), self.cache, visible)
         return self.law.law(self.model.logits(hidden))
 
     def _test(self, plan: Plan, law: Tensor, drawn: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Decoder:
 
     window: model inputs per pass, the last committed token and the nodes of trees included (AR is 1, drafts = window - 1).
     refiner: None where the drafter draws all guesses anew in each pass (EAGLE).
-    rule: `exact` commits only behind clean inputs (decoders.md 3.4, rule E), `paper` commits any accepted slot.
+    rule: `exact` commits only behind clean inputs (docs/exactness.md), `paper` commits any accepted slot.
     refeed: with rule=paper, committed tokens whose keys came from a noisy input pass once more, clean (else they stay).
     """
 

@@ -47,7 +47,7 @@ class State:
     noise: Noise
     sampling: Sampling
     window: int  # S, slots of a pass
-    starts: Tensor  # [R] prompt tokens of each model row: the position id of the image's first token
+    starts: Tensor  # [R] the position id of the image's first token in each model row
     memory: Any = None  # what the drafter keeps of the batch
 
     def positions(self, width: int, tree: Tree | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """What happens to the drafts that were not committed: drawn afresh, coupled to their old value, or kept.
 
 A refiner sees all guesses of a pass, on trees too, and must record the law its tokens were truly drawn from (push-forward),
-else the decoder is biased (decoders.md 2.0, V1).
+else the decoder is biased (docs/exactness.md, 2).
 # B samples, S slots of a pass, V image vocabulary
 """
 
@@ -80,7 +80,7 @@ class Coupled:
 class Keep:
     """SJD2's refinement of clean drafts (arXiv 2510.08994, section 4): those with a ratio below `threshold` are redrawn.
 
-    The others stay although the recorded law is the new one, so this breaks rule 1 (decoders.md V2): lossy.
+    The others stay although the recorded law is the new one, so this breaks rule 1 (docs/exactness.md, 2): lossy.
     """
 
     threshold: float = 0.5

@@ -22,7 +22,7 @@ class Sampling:
     guidance_scale: g in l = u + g (c - u); 1 leaves the unconditional rows out.
     temperature: 0 is greedy. top_k: 0 is off; ties with the k-th logit are kept. top_p: 1 is off.
     sampler: `cdf` draws by inverse CDF; `gumbel` by argmax(log p + G) with G fixed per position, under which exact
-    verification is Gumbel matching and every lossless decoder returns the very tokens of AR (decoders.md 2.0).
+    verification is Gumbel matching and every lossless decoder returns the very tokens of AR (docs/exactness.md).
     """
 
     guidance_scale: float = 1.0

@@ -67,7 +67,7 @@ def laws(target: Tensor, tree: Tree | None) -> Tensor:
 def after_siblings(verifier: Verifier, law: Tensor, draft: Draft) -> Tensor:
     """Return the law each guess is tested against: what its earlier siblings, all rejected, have left: [B, S-1, V].
 
-    Multi-round speculative sampling: P' = norm(rest(P, Q, x)) from sibling to sibling (decoders.md 2.6).
+    Multi-round speculative sampling: P' = norm(rest(P, Q, x)) from sibling to sibling (docs/exactness.md).
     """
     tree = draft.tree
     if tree is None or tree.ranks < 2:

@@ -8,7 +8,8 @@ from sweeps.rows import Row
 from sweeps.runs import Machine
 
 COUNTS = (
-    "Passes are passes of the target model, the prefill included, since it yields the first token. Counts include "
+    "Passes are passes of the target model, the prefill included, since it yields the first token. Step compression is "
+    "the mean over images of tokens / passes, so it lies a little above tokens over mean passes. Counts include "
     "forced tokens (row ends, headers), each its own pass for AR; "
 )
 FREE = "the step compression in parentheses leaves them out."
@@ -22,6 +23,7 @@ INTERVALS = (
     "corrected for the number of rows). ± after a step compression is the standard error over prompts, after a KID the "
     "standard deviation over its subsets; a single FID has no interval."
 )
+FEW = 16  # images from which a bootstrap over prompts and a standard error mean something
 ADAPTER = "† The run has a fine-tuned adapter; the AR run beside it is the same model without one."
 
 
@@ -95,12 +97,17 @@ def _scores(rows: Sequence[Row]) -> list[str]:
 
 
 def _doubts_about_n(rows: Sequence[Row]) -> list[str]:
+    found = []
+    if few := [row for row in rows if row.n < FEW]:
+        who = "all rows" if len(few) == len(rows) else _names(few)
+        found.append(f"{who}: with fewer than {FEW} images, intervals and standard errors are too narrow to trust.")
     if len({row.n for row in rows}) == 1:
-        return []
+        return found
     return [
+        *found,
         f"runs have different N ({_listed(rows, lambda row: row.n)}): differences and speed-ups use only the images "
         "that both runs have; passes, latency and scores are of each run's own images, and FID does not compare "
-        "between N."
+        "between N.",
     ]
 
 

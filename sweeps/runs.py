@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from evaluation.records import Id, RunFolder, name, run_folders
 from evaluation.speed import seconds_per_image
 from sjd2.errors import UserError
+from sweeps.labels import flatten, set_labels, tail
 
 SPEED_KEYS = ("law", "sampler", "batch_size", "refill", "dtype")  # beside model, hardware and threads
-RUN_WIDE = ("batch_size", "seed", "dtype", "refill", "sampler", "repeats")  # settings that are no decoder's own
 Machine = tuple[str, int | None]  # (hardware, CPU threads of torch)
 
 
@@ -90,7 +90,7 @@ class Run:
     def model(self) -> tuple[tuple[str, Any], ...]:
         """The model without a fine-tuned adapter; of paths the last two parts, since the same file has many paths."""
         settings = {key: str(value) for key, value in flatten(self.identity["model"]).items() if key != "adapter"}
-        return tuple(sorted((settings | {key: _tail(path) for key, path in self.files.items()}).items()))
+        return tuple(sorted((settings | {key: tail(path) for key, path in self.files.items()}).items()))
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -104,19 +104,6 @@ class Run:
     def timed(self, machine: Machine | None) -> dict[Id, Image]:
         """Return the images whose time was taken on `machine`."""
         return {key: image for key, image in self.images.items() if machine is not None and image.machine == machine}
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Turn nested settings into dotted keys; `_target_` becomes its class name."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        if key == "_target_":
-            found[prefix] = str(inner).rpartition(".")[2]
-        else:
-            found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def read_run(path: Path) -> Run:
@@ -212,51 +199,6 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
     """Sort window=8 before window=16."""
     parts = re.findall(r"\d+\.?\d*|\D+", text)
     return [(0, float(part), "") if part[0].isdigit() else (1, 0.0, part) for part in parts]
-
-
-# ---- labels
-
-
-def set_labels(runs: Sequence[Run]) -> None:
-    """Name each run by its decoder and by the settings in which the runs of the table differ."""
-    shared = [key for key in RUN_WIDE if len({_run_wide(r)[key] for r in runs}) > 1]
-    for run in runs:
-        own = [_own(other) for other in runs if other.decoder == run.decoder]
-        mine = _own(run)
-        keys = [key for key in dict.fromkeys(k for o in own for k in o) if len({o.get(key) for o in own}) > 1]
-        words = [f"{key}={_short(mine[key])}" for key in keys if key in mine]
-        words += [f"{key}={_short(_run_wide(run)[key])}" for key in shared]
-        if mine.get("rule") == "paper" and "rule=paper" not in words:
-            words.append("rule=paper")
-        run.label = " ".join([run.decoder, *words])
-    counts = Counter(run.label for run in runs)
-    for run in runs:
-        if counts[run.label] > 1:
-            run.label += f" {run.identity['id'][:4]}"
-
-
-def _own(run: Run) -> dict[str, str]:
-    """Return the settings that belong to a decoder's run, as text."""
-    decoder = flatten(
-        {key: value for key, value in run.identity["decoder"].items() if key not in ("_target_", "lossless", "breaks")}
-    )
-    return {key: str(value) for key, value in decoder.items() if key != "name"} | {
-        "adapter": "none" if run.adapter is None else _tail(run.adapter),
-        "weights": str(run.identity.get("digest")) if run.adapter is None else "",
-    }
-
-
-def _run_wide(run: Run) -> dict[str, str]:
-    others = {"sampler": run.setting("sampler"), "repeats": run.identity["prompts"].get("repeats")}
-    return {key: str(others[key] if key in others else run.identity.get(key)) for key in RUN_WIDE}
-
-
-def _tail(path: str) -> str:
-    return "/".join(Path(path).parts[-2:])
-
-
-def _short(text: str) -> str:
-    return text[:8] if re.fullmatch(r"[0-9a-f]{12,}", text) else text
 
 
 # ---- what may be compared

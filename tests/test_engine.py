@@ -126,7 +126,7 @@ def test_invariants(model: Toy, decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_levels_by_age_bound_the_compression(model: Toy, steps: int) -> None:
-    # a slot must have been in `steps` passes before it is clean, so at most W / (K + 1) tokens a pass (decoders.md 3.4)
+    # a slot must have been in `steps` passes before it is clean, so at most W / (K + 1) tokens a pass (docs/exactness.md)
     window = 12
     for sample in decode(model, sjd2(window, steps=steps)).samples:
         assert GRID.length / sample.forwards <= window / (steps + 1) + 1

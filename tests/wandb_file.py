@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class Offline:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = False  # whether its exit record is there
 
     def curve(self, key: str) -> list[tuple[int, Any]]:
         """Return (step, value) of one logged key."""
@@ -34,8 +36,15 @@ def offline_runs(folder: Path) -> list[Path]:
     return sorted(folder.rglob("offline-run-*/run-*.wandb"))
 
 
-def read(path: Path) -> Offline:
-    """Read one .wandb file."""
+def read(path: Path, *, patience: float = 20.0) -> Offline:
+    """Read one .wandb file; waits for its last record, since W&B's own process closes the file after `finish` returns."""
+    until = time.monotonic() + patience
+    while not (run := _parse(path)).complete and time.monotonic() < until:
+        time.sleep(0.05)
+    return run
+
+
+def _parse(path: Path) -> Offline:
     from wandb.proto import wandb_internal_pb2 as protocol
 
     run = Offline()
@@ -52,6 +61,8 @@ def read(path: Path) -> Offline:
             run.summary |= _items(record.summary.update)
         elif kind == "history":
             run.history.append(_items(record.history.item))
+        elif kind == "exit":
+            run.complete = True
     return run
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baselines.eagle.head import EagleHead, read_settings
-from sjd2.cache import RowCache
+from baselines.eagle.head import EagleHead, PairCache, read_settings
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
 from sjd2.noise import Purpose
@@ -30,7 +29,7 @@ class Memory:
     ahead [R, D]; entered [R]: rows whose `ahead` comes from a prefill; tokens [B, L], states [R, L, D], count [B]: committed.
     """
 
-    cache: RowCache
+    cache: PairCache
     prompt: int
     ahead: Tensor
     entered: Tensor

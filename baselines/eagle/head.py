@@ -2,7 +2,7 @@
 
 # B samples, R model rows (2B with guidance, else B), P prompt tokens, S slots of a call, T tree nodes of a pass, D width
 Pair t is (embedding of token t + 1, final state f_t); the head turns it into f_{t+1}, whose law is that of token t + 2. Pair t
-stands at position t, that of the token whose input gave f_t, and in entry t of the head's own cache.
+stands at the position of the token whose input gave f_t, and in entry t of the head's own cache.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ def read_settings(folder: Path) -> EagleSettings:
     return read_part(folder, EagleSettings, SETTINGS, WEIGHTS, "EAGLE head", "eagle")
 
 
+class PairCache(RowCache):
+    """The head's cache; `shift` [R] leads from an image pair's entry to its position, 0 for most models (`starts`)."""
+
+    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+        super().__init__(1, rows, capacity, device)
+        self.shift = torch.zeros_like(self.lengths)
+
+
 class EagleHead(nn.Module):
     """One decoder layer of the model's own class; embedding and output head are the model's, frozen and not stored here."""
 
@@ -68,9 +76,13 @@ class EagleHead(nn.Module):
         self.fc.weight[:, width:] = torch.eye(width)
         nn.init.zeros_(self.fc.bias)
 
-    def cache(self, rows: int, capacity: int) -> RowCache:
+    def starts(self, lengths: Tensor) -> Tensor:
+        """Return the position id of the image's first token, as the model has it: [R] -> [R]."""
+        return self._model[0].starts(lengths)
+
+    def cache(self, rows: int, capacity: int) -> PairCache:
         """Return an empty cache for `rows` model rows of up to `capacity` pairs, tree nodes of a pass included."""
-        return RowCache(1, rows, capacity, self._model[0].device)
+        return PairCache(rows, capacity, self._model[0].device)
 
     def forward(
         self,
@@ -93,7 +105,7 @@ class EagleHead(nn.Module):
         return self.norm(out[0] if isinstance(out, tuple) else out)
 
     def prefill(
-        self, cache: RowCache, rows: Tensor, embeds: Tensor, states: Tensor, lengths: Tensor, token: Tensor
+        self, cache: PairCache, rows: Tensor, embeds: Tensor, states: Tensor, lengths: Tensor, token: Tensor
     ) -> Tensor:
         """Put prompts into model rows [b] of the cache and return the predicted state at the first image token: [b, D].
 
@@ -109,10 +121,11 @@ class EagleHead(nn.Module):
         out = self(following, states, positions, scratch, mask)
         scratch.lengths = lengths
         cache.take_rows(rows, scratch, index)
+        cache.shift[rows] = self.starts(lengths) - lengths
         cache.bound = max(cache.bound, width)
         return out[index, lengths - 1]
 
-    def extend(self, cache: RowCache, tokens: Tensor, states: Tensor, count: Tensor) -> Tensor:
+    def extend(self, cache: PairCache, tokens: Tensor, states: Tensor, count: Tensor) -> Tensor:
         """Add pairs of committed tokens and return the predicted state behind the last one of each row: [R, D].
 
         tokens [B, S] and the true states before them [R, S, D]; the first count [B] of each row are real and stay, what lies
@@ -121,14 +134,14 @@ class EagleHead(nn.Module):
         size, branches = tokens.shape[1], len(states) // len(tokens)
         mask = cache.window(size, states.dtype)
         embeds = self._model[0].embed(tokens).repeat(branches, 1, 1)
-        out = self(embeds, states, cache.slots, cache, mask)
+        out = self(embeds, states, cache.slots + cache.shift[:, None], cache, mask)
         count = count.repeat(branches)
         cache.lengths = cache.lengths + count
         cache.bound = min(cache.bound + size, cache.capacity)
         return out[torch.arange(len(out), device=out.device), (count - 1).clamp(min=0)]
 
     def step(
-        self, cache: RowCache, tokens: Tensor, states: Tensor, depth: Tensor, seen: Tensor, before: int = 0
+        self, cache: PairCache, tokens: Tensor, states: Tensor, depth: Tensor, seen: Tensor, before: int = 0
     ) -> Tensor:
         """Predict the states at S tree nodes from those at their parents: tokens [B, S], states [R, S, D] -> [R, S, D].
 
@@ -142,7 +155,7 @@ class EagleHead(nn.Module):
         visible = _behind(cache, base, seen)
         cache.lengths = base + before
         mask = cache.window(size, states.dtype, visible)
-        positions = base[:, None] + depth.expand(len(tokens), -1).repeat(branches, 1) - 1
+        positions = (base + cache.shift)[:, None] + depth.expand(len(tokens), -1).repeat(branches, 1) - 1
         embeds = self._model[0].embed(tokens).repeat(branches, 1, 1)
         out = self(embeds, states, positions, cache, mask)
         cache.lengths = base

@@ -22,7 +22,7 @@ class Denoise(Drafter):
     """Feed noisy embeddings at slots of level > 0 and walk their levels down to clean.
 
     steps: K. levels: `age` lowers a slot by one level per pass (the paper); `slot` gives level by place in the window: 0 for
-    the first `clean` slots, rising to K at the last, reached by larger DDIM jumps (decoders.md 3.5).
+    the first `clean` slots, rising to K at the last, reached by larger DDIM jumps.
     early: with levels=slot or age, feed a slot clean at once where the law its token was drawn from has a maximum of at least
     `early` (null: never); exact, since it reads the law and not the token.
     nearest: the token of a noisy slot is the entry nearest to its embedding by cosine similarity (rule=paper); it is then

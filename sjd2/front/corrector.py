@@ -3,7 +3,7 @@
 A Jacobi pass computes the law of a position with the draft on its left. When that draft is rejected, the law is stale, and
 half of all passes stop there. The corrector moves the hidden state of the position to where the new left token would have put
 it; the model's own image head turns it into a law. It is draft-only: a guess drawn from a corrected law, with that law
-recorded, is verified like any other, so the output law is untouched (decoders.md 2.0).
+recorded, is verified like any other, so the output law is untouched (docs/exactness.md).
 # D width
 """
 

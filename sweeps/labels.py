@@ -1,0 +1,125 @@
+"""Name runs in a table: the decoder, its parts where they are not its usual ones, and the settings in which runs differ."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sjd2.paths import ROOT
+
+if TYPE_CHECKING:
+    from sweeps.runs import Run
+
+RUN_WIDE = ("batch_size", "seed", "dtype", "refill", "sampler", "repeats")  # settings that are no decoder's own
+PARTS = ("drafter", "verifier", "refiner")
+UNNAMED = ("_target_", "name", "lossless", "breaks", *PARTS)
+CONF = ROOT / "conf" / "decoder"
+
+
+def set_labels(runs: Sequence[Run]) -> None:
+    """Give each run of a table its label; two runs never share one."""
+    shared = [key for key in RUN_WIDE if len({_run_wide(r)[key] for r in runs}) > 1]
+    for run in runs:
+        rivals = [other for other in runs if other.decoder == run.decoder]
+        words = [*_parts(run, rivals), *_settings(run, rivals)]
+        words += [f"{key}={_short(_run_wide(run)[key])}" for key in shared]
+        if run.identity["decoder"].get("rule") == "paper" and "rule=paper" not in words:
+            words.append("rule=paper")
+        run.label = " ".join([run.decoder, *words])
+    counts = Counter(run.label for run in runs)
+    for run in runs:
+        if counts[run.label] > 1:
+            run.label += f" {run.identity['id'][:4]}"
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Turn nested settings into dotted keys; `_target_` becomes its class name."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if key == "_target_":
+            found[prefix] = str(inner).rpartition(".")[2]
+        else:
+            found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def tail(path: str) -> str:
+    """Return the last two parts of a path: the same file has many paths."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def _parts(run: Run, rivals: Sequence[Run]) -> list[str]:
+    """Return `verifier=relaxed` and the like for parts that are not the decoder's usual ones, or differ where none is."""
+    usual, words = _usual(run.decoder), []
+    for part in PARTS:
+        mine = _option(run, part)
+        differs = mine != usual[part] if part in usual else len({_option(other, part) for other in rivals}) > 1
+        if mine and differs:
+            words.append(f"{part}={mine}")
+    return words
+
+
+def _settings(run: Run, rivals: Sequence[Run]) -> list[str]:
+    """Return the settings in which runs of one decoder differ; those of a part count among runs with that part only."""
+    mine, words = _own(run), []
+    for key in mine:
+        part = key.partition(".")[0]
+        alike = [o for o in rivals if part not in PARTS or _option(o, part) == _option(run, part)]
+        if len({_own(other).get(key) for other in alike}) > 1:
+            words.append(f"{key}={_short(mine[key])}")
+    return words
+
+
+def _own(run: Run) -> dict[str, str]:
+    """Return the settings that belong to a decoder's run, as text."""
+    decoder = {key: value for key, value in run.identity["decoder"].items() if key not in UNNAMED}
+    for part in PARTS:
+        node = run.identity["decoder"].get(part)
+        decoder |= {part: {k: v for k, v in node.items() if k != "_target_"}} if isinstance(node, dict) else {}
+    return {key: str(value) for key, value in flatten(decoder).items()} | {
+        "adapter": "none" if run.adapter is None else tail(run.adapter),
+        "weights": str(run.identity.get("digest")) if run.adapter is None else "",
+    }
+
+
+def _option(run: Run, part: str) -> str:
+    """Return the name of a part's yaml, e.g. exact; a class of no yaml by its own name; empty where there is no part."""
+    node = run.identity["decoder"].get(part)
+    target = node.get("_target_") if isinstance(node, dict) else None
+    return "" if target is None else _options(part).get(target, target.rpartition(".")[2])
+
+
+@cache
+def _options(part: str) -> dict[str, str]:
+    """Return target -> yaml of one part."""
+    return {yaml.safe_load(file.read_text())["_target_"]: file.stem for file in sorted((CONF / part).glob("*.yaml"))}
+
+
+@cache
+def _usual(decoder: str) -> dict[str, str]:
+    """Return the parts that a decoder's yaml chooses, those of the decoder it builds on included."""
+    file = CONF / f"{decoder}.yaml"
+    chosen: dict[str, str] = {}
+    for entry in yaml.safe_load(file.read_text()).get("defaults", []) if file.is_file() else []:
+        if isinstance(entry, str):
+            chosen |= _usual(entry)
+        else:
+            chosen |= {key.removeprefix("override "): value or "" for key, value in entry.items()}
+    return chosen
+
+
+def _run_wide(run: Run) -> dict[str, str]:
+    others = {"sampler": run.setting("sampler"), "repeats": run.identity["prompts"].get("repeats")}
+    return {key: str(others[key] if key in others else run.identity.get(key)) for key in RUN_WIDE}
+
+
+def _short(text: str) -> str:
+    return text[:8] if re.fullmatch(r"[0-9a-f]{12,}", text) else text
