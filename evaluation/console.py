@@ -18,7 +18,7 @@ from typing import Any
 from sjd2.errors import UserError, unknown
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "logger", "runtime")
+GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "tune", "logger", "runtime")
 SEVERAL = "several choices need -m: python run.py -m {key}=a,b"
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
@@ -39,12 +39,12 @@ def show_logs() -> None:
 class Progress:
     """Images done, images/s, tokens per forward and the time left; use as a context manager."""
 
-    def __init__(self, title: str, done: int, total: int) -> None:
-        """Start at `done` of `total` images; rates count only what this launch makes."""
+    def __init__(self, title: str, done: int, total: int, *, shown: bool = True) -> None:
+        """Start at `done` of `total` images; rates count only what this launch makes. Of several ranks one is `shown`."""
         self.title, self.done, self.total, self.first = title, done, total, done
         self.tokens = self.forwards = 0
         self.began = self.told = time.monotonic()
-        self._bar = _bar() if sys.stderr.isatty() else None
+        self._bar = _bar() if shown and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

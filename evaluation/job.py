@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from evaluation.console import GROUPS
+from evaluation.distributed import ALONE, Ranks
 from evaluation.pictures import acceptance_map, image_grid
-from evaluation.records import RunFolder
+from evaluation.records import RunFolder, write_atomically
 from evaluation.sampling import Job, sample
-from evaluation.score import Metric, score
+from evaluation.score import NOTE, Metric, score
 from evaluation.tracking import About, NoTracker, Tracker
 from evaluation.validate import Plan
 from sjd2.models.base import ImageModel
@@ -38,16 +42,26 @@ class Models:
         key = (plan.spec.name, plan.identity["digest"], plan.device, plan.dtype)
         if key != self._key:
             self._model = None  # free the old weights first: two 7B models rarely fit
+            if plan.device.startswith("cuda:"):
+                torch.cuda.set_device(plan.device)  # what a library puts on "cuda" lands there too
             self._model, self._key = plan.spec.load(plan.device, plan.dtype), key
         return self._model
 
 
 def make_run(
-    cfg: DictConfig, plan: Plan, *, metrics: Mapping[str, Metric], tracker: Tracker, models: Models, wait: bool = False
+    cfg: DictConfig,
+    plan: Plan,
+    *,
+    metrics: Mapping[str, Metric],
+    tracker: Tracker,
+    models: Models,
+    wait: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Sample what the run folder lacks, score it, and return its metrics; the tracker's run stays open.
 
-    wait: queue behind a process that is making the same run. Raises UserError if the folder is in use or another run's.
+    wait: queue behind a process that is making the same run. ranks: the processes that share the work; all but the first
+    return {} when their share is made. Raises UserError if the folder is in use or another run's.
     """
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     settings.identity = plan.identity
@@ -63,25 +77,60 @@ def make_run(
         batch_size=cfg.batch_size,
         refill=cfg.refill,
         trace=cfg.trace,
+        grace_s=cfg.runtime.grace_s,
         launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
     )
-    with plan.run.lock(wait=wait):
-        plan.run.claim(settings, plan.identity)
-        tracker.start(about(plan.run, "sample"))
-        if sample(job, tracker) or not (plan.run.path / "acceptance.png").is_file():
+    with _inside(plan.run, ranks, wait=wait):
+        if ranks.main:
+            plan.run.claim(settings, plan.identity)
+            tracker.start(about(plan.run, "sample"))
+        made = sample(job, tracker, ranks)
+        if not ranks.main:
+            return {}
+        if made or not (plan.run.path / "acceptance.png").is_file():
             image_grid(plan.run, GRID)
             acceptance_map(plan.run, plan.spec.layout, plan.decoder.ahead + 1)
-        figures = score(plan.run, metrics)
+        figures = measure(plan.run, metrics, settings.evaluation)
     mirror(plan.run, figures, tracker)
     return figures
 
 
-def make_baseline(cfg: DictConfig, plan: Plan, *, metrics: Mapping[str, Metric], models: Models) -> None:
+@contextlib.contextmanager
+def _inside(run: RunFolder, ranks: Ranks, *, wait: bool) -> Iterator[None]:
+    """Hold the run's lock: rank 0 takes it, the others join it."""
+    if ranks.main:
+        with run.lock(wait=wait, shared=ranks.world > 1):
+            ranks.broadcast(lambda: True)
+            yield
+    else:
+        ranks.broadcast(lambda: True)
+        with run.join():
+            yield
+
+
+def measure(run: RunFolder, metrics: Mapping[str, Metric], settings: DictConfig) -> dict[str, Any]:
+    """Score a run and write its metrics.json; one that was scored with these settings, and is as long, costs nothing."""
+    note = run.path / NOTE
+    state = {"n_images": len(run.records()), "settings": OmegaConf.to_container(settings, resolve=True)}
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(note.read_text(encoding="utf-8")) == state and run.metrics.get("n_images") == state["n_images"]:
+            return run.metrics
+    figures = score(run, metrics)  # removes the note: after a kill in between there is none
+    write_atomically(note, json.dumps(state).encode())
+    return figures
+
+
+def make_baseline(
+    cfg: DictConfig, plan: Plan, *, metrics: Mapping[str, Metric], models: Models, ranks: Ranks = ALONE
+) -> None:
     """Make the AR run where runs_dir lacks it or part of it; another process that makes it is waited for."""
-    with plan.run.lock(wait=True):
-        lacking = plan.run.missing(plan.prompts.ids(cfg.limit)) or not plan.run.metrics
-    if lacking:
-        make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=models, wait=True)
+
+    def lacking() -> bool:
+        with plan.run.lock(wait=True):
+            return bool(plan.run.missing(plan.prompts.ids(cfg.limit)) or not plan.run.metrics)
+
+    if ranks.broadcast(lacking):
+        make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=models, wait=True, ranks=ranks)
 
 
 def mirror(run: RunFolder, figures: Mapping[str, Any], tracker: Tracker) -> None:
@@ -121,10 +170,24 @@ def baseline_settings(cfg: DictConfig) -> DictConfig:
 
     Tuned defaults follow the new decoder; an experiment's values under `decoder:` do not reach it.
     """
-    hydra = HydraConfig.get()
-    kept = [override for override in hydra.overrides.task if not OWN.match(override)]
-    choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if group != "decoder"}
+    choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS if group != "decoder"}
     own = [f"{group}={choice}" for group, choice in choices.items() if choice]
+    base = recompose([], decoder=cfg.baseline)
+    base.decoder = _compose([*own, f"decoder={cfg.baseline}"]).decoder
+    return base
+
+
+def recompose(overrides: Sequence[str], *, decoder: str | None = None) -> DictConfig:
+    """Compose this command once more with further overrides; with `decoder`, without what it says about its own one."""
+    mine = HydraConfig.get().overrides.task
+    if decoder is None:
+        return _compose([*mine, *overrides])
+    return _compose([*(word for word in mine if not OWN.match(word)), *overrides, f"decoder={decoder}"])
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    """Compose with the folders of this command, from within it."""
+    hydra = HydraConfig.get()
     folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
     extra = [f"file://{source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"]
     path = [f"hydra.searchpath={extra}"] if extra else []
@@ -132,14 +195,11 @@ def baseline_settings(cfg: DictConfig) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(folder, version_base="1.3"):
-            base = compose(hydra.job.config_name, [*kept, *path, f"decoder={cfg.baseline}"])
-            plain = compose(hydra.job.config_name, [*own, *path, f"decoder={cfg.baseline}"])
+            return compose(hydra.job.config_name, [*overrides, *path])
     finally:
         GlobalHydra.instance().clear()
         if outer is not None:
             GlobalHydra.instance().initialize(outer)
-    base.decoder = plain.decoder
-    return base
 
 
 def about(run: RunFolder, kind: str) -> About:

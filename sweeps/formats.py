@@ -5,6 +5,8 @@ A `Table` holds cells that are ready to read; numbers for programs go to the CSV
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -97,6 +99,16 @@ def latex(table: Table) -> str:
     lines += [r"\bottomrule", r"\end{tabular}"]
     lines += [rf"\par\smallskip\footnotesize {escape(note)}" for note in table.notes]
     return "\n".join(line for line in [*lines, r"\end{table*}"] if line) + "\n"
+
+
+def csv_cells(tables: Sequence[Table]) -> str:
+    """Return the cells of tables of one header as CSV, the title of each in front."""
+    buffer = io.StringIO()
+    lines = csv.writer(buffer, lineterminator="\n")
+    for table in tables:
+        lines.writerow(["table", *table.header])
+        lines.writerows([table.title, *row] for row in table.rows)
+    return buffer.getvalue()
 
 
 def show(text: str) -> None:

@@ -29,7 +29,14 @@ class Published:
     fid: float | None
     clip_score: float | None
     geneval_overall: float | None
+    geneval_single_object: float | None
+    geneval_two_object: float | None
+    geneval_counting: float | None
+    geneval_colors: float | None
+    geneval_position: float | None
+    geneval_color_attr: float | None
     memory_gb: float | None
+    gflops_per_token: float | None
     hardware: str
     paper: str
     arxiv: str

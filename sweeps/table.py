@@ -19,19 +19,27 @@ from evaluation.records import write_atomically
 from sjd2.errors import UserError
 from sweeps.formats import Table, latex, markdown, show
 from sweeps.notes import agreed, has_forced_tokens, notes
+from sweeps.paper import make_paper_table
 from sweeps.published import Published, select
 from sweeps.rows import SCORES, Row, make_rows
 from sweeps.runs import Machine, Run, chosen_folders, groups, read_runs, table_machine, with_baselines
 
 __all__ = ["make_tables", "show", "with_baselines"]
 
+GENEVAL = {"single_object": "single", "two_object": "two", "counting": "counting"}  # tasks, and their heads
+GENEVAL |= {"colors": "colours", "position": "position", "color_attr": "attribution"}
+
 
 @dataclass(frozen=True)
 class Column:
-    """One column for readers: `text` returns the cell, '' without a value; a column without any value is left out."""
+    """One column for readers: `text` returns the cell, '' without a value; a column without any value is left out.
+
+    key: the column of the CSV that holds its number, by which a report sorts and which it can show unrounded.
+    """
 
     title: str
     text: Callable[[Row], str]
+    key: str = ""
     always: bool = False
 
 
@@ -72,30 +80,43 @@ def _scored(row: Row, key: str, digits: int, error: str | None = None) -> str:
     return text if row.scored == row.n else f"{text} (N={row.scored})"
 
 
+def _geneval(row: Row) -> str:
+    """Return GenEval's six sub-scores in one cell; '' without any."""
+    found = [_number(row.metrics.get(f"geneval_{task}"), 2) or "–" for task in GENEVAL]
+    return " / ".join(found) if any(f"geneval_{task}" in row.metrics for task in GENEVAL) else ""
+
+
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns of a table; what produced a score stands in its heading where all rows agree on it."""
     extractor, clip = agreed(rows, "fid_extractor"), agreed(rows, "clip_model")
     forced = has_forced_tokens(rows)
     fid = f" ({extractor.rpartition(' ')[0] or extractor})" if extractor else ""
     found = [
-        Column("decoder", lambda row: row.run.label, always=True),
-        Column("lossless", lambda row: "yes" if row.run.lossless else "**lossy**", always=True),
-        Column("N", lambda row: str(row.n), always=True),
-        Column("batch", lambda row: str(row.run.setting("batch_size")), always=True),
-        Column("passes", _passes, always=True),
-        Column("step compression", lambda row: _compression(row, forced), always=True),
-        Column("latency s", lambda row: _significant(row.latency_s), always=True),
+        Column("decoder", lambda row: row.run.label, "label", always=True),
+        Column("lossless", lambda row: "yes" if row.run.lossless else "**lossy**", "lossless", always=True),
+        Column("N", lambda row: str(row.n), "n", always=True),
+        Column("batch", lambda row: str(row.run.setting("batch_size")), "batch_size", always=True),
+        Column("passes", _passes, "forwards_mean", always=True),
+        Column("step compression", lambda row: _compression(row, forced), "step_compression", always=True),
+        Column("latency s", lambda row: _significant(row.latency_s), "latency_s_median", always=True),
         Column(
             "speed-up",
             lambda row: "" if row.speedup is None else f"{row.speedup:.2f}×{'†' * row.other_adapter}",
+            "speedup",
             always=True,
         ),
-        Column("images/s", lambda row: _significant(row.images_per_s)),
-        Column("NLL/token (Δ to AR)", _nll),
-        Column(f"FID{fid} ↓", lambda row: _scored(row, "fid", 2) + _mark(row, "fid", "fid_extractor", extractor)),
-        Column("KID ↓", lambda row: _scored(row, "kid", 4, "kid_std")),
-        Column(f"CLIP score{f' ({clip})' if clip else ''} ↑", lambda row: _scored(row, "clip_score", 2)),
-        Column("alignment ↑", lambda row: _scored(row, "alignment", 3)),
+        Column("images/s", lambda row: _significant(row.images_per_s), "images_per_s"),
+        Column("NLL/token (Δ to AR)", _nll, "nll_per_token"),
+        Column(
+            f"FID{fid} ↓", lambda row: _scored(row, "fid", 2) + _mark(row, "fid", "fid_extractor", extractor), "fid"
+        ),
+        Column("KID ↓", lambda row: _scored(row, "kid", 4, "kid_std"), "kid"),
+        Column(f"CLIP score{f' ({clip})' if clip else ''} ↑", lambda row: _scored(row, "clip_score", 2), "clip_score"),
+        Column("alignment ↑", lambda row: _scored(row, "alignment", 3), "alignment"),
+        Column("GenEval ↑", lambda row: _scored(row, "geneval_overall", 3), "geneval_overall"),
+        Column(f"GenEval: {', '.join(GENEVAL.values())} ↑", _geneval),
+        Column("HPSv2 ↑", lambda row: _scored(row, "hpsv2", 2), "hpsv2"),
+        Column("ImageReward ↑", lambda row: _scored(row, "image_reward", 3), "image_reward"),
     ]
     return [column for column in found if column.always or any(column.text(row) for row in rows)]
 
@@ -225,12 +246,17 @@ def failed_row(job: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def make_tables(
-    run_dirs: Sequence[Path], out: Path, failed: Sequence[Mapping[str, Any]] = (), *, published: bool = False
+    run_dirs: Sequence[Path],
+    out: Path,
+    failed: Sequence[Mapping[str, Any]] = (),
+    *,
+    published: bool = False,
+    paper: str | None = None,
 ) -> str:
     """Write table.md, table.tex, table.csv and the pictures of these runs into `out`; return the Markdown.
 
     failed: status.json of jobs that made no run; they, and folders that cannot be read, become rows with their reason.
-    published: put the published figures of the same model below.
+    published: put the published figures of the same model below. paper: a table of the SJD2 paper to write beside ours.
     Raises UserError if there is neither a run nor a failed job.
     """
     from sweeps.pictures import draw
@@ -261,12 +287,12 @@ def make_tables(
     text = "\n".join(markdown(table) for table in tables)
     for name, content in (("md", text), ("tex", "\n".join(map(latex, tables))), ("csv", to_csv(lines))):
         write_atomically(out / f"table.{name}", content.encode())
-    return text
+    return text if paper is None else f"{text}\n{make_paper_table(paper, runs, out)}"
 
 
 def stage(cfg: DictConfig) -> Path:
     """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; returns the folder written."""
     out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
-    show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True))
+    show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True, paper=cfg.paper))
     say(f"tables: {out}")
     return out

@@ -1,0 +1,165 @@
+"""Tables of the SJD2 paper (arXiv 2510.08994) with our value beside every published one; what no one has run stays blank.
+
+`paper="Table 1"` on the command line, or set by experiment=, says which table. Ours are matched by model, prompts, decoder
+and whether the weights are tuned. On a model that the paper has not (the embedded one) the rows are matched by decoder
+alone, and the heading says so: same table, other model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.records import write_atomically
+from sjd2.errors import unknown
+from sweeps.formats import Table, csv_cells, latex, markdown
+from sweeps.published import Published, read
+from sweeps.rows import Row, make_rows
+from sweeps.runs import Run, groups, table_machine
+
+ARXIV = "2510.08994"
+# a published figure, its heading, our metric, and how many digits ours gets
+METRICS = (
+    ("steps", "passes", "forwards_mean", 1),
+    ("step_compression", "step compression", "step_compression", 2),
+    ("latency_s", "latency s", "latency_s_median", 2),
+    ("latency_speedup", "speed-up", "speedup", 2),
+    ("fid", "FID", "fid", 2),
+    ("clip_score", "CLIP score", "clip_score", 2),
+    ("geneval_single_object", "single", "geneval_single_object", 2),
+    ("geneval_two_object", "two", "geneval_two_object", 2),
+    ("geneval_counting", "counting", "geneval_counting", 2),
+    ("geneval_colors", "colors", "geneval_colors", 2),
+    ("geneval_position", "position", "geneval_position", 2),
+    ("geneval_color_attr", "attribute", "geneval_color_attr", 2),
+    ("geneval_overall", "GenEval", "geneval_overall", 2),
+    ("memory_gb", "memory GB", "peak_memory_gb", 1),
+    ("gflops_per_token", "GFLOP/token", "gflops_per_token", 2),
+)
+METHODS = {name: name.lower() for name in ("AR", "Jacobi", "SJD", "EAGLE", "LANTERN", "ZipAR", "SJD2")}
+DENOISING_ONLY = "SJD2 denoising only"
+MODELS = {"lumina-mgpt (768 px)": "lumina", "emu3": "emu3", "janus-pro-1b": "janus"}
+DATASETS = {"COCO2017": "coco2017", "COCO2014": "coco2014", "GenEval": "geneval", "COCO subset": "coco2017"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which run answers a published row; None leaves a property open."""
+
+    decoder: str | None
+    tuned: bool | None
+    model: str | None
+    prompts: str | None
+
+    def fits(self, run: Run, *, stand_in: bool) -> bool:
+        """Say whether a run is the row's; stand_in: its model is none of the paper's, so only the method counts."""
+        if run.decoder != self.decoder or (self.tuned is not None and (run.adapter is not None) != self.tuned):
+            return False
+        if stand_in:
+            return True
+        prompts = (run.config.get("prompts") or {}).get("name")
+        return run.config["model"]["name"] == self.model and self.prompts in (None, prompts)
+
+
+def names(rows: Sequence[Published] | None = None) -> list[str]:
+    """Return the tables and figures of the paper that have printed figures."""
+    return list(dict.fromkeys(_name(row) for row in (read() if rows is None else rows) if row.arxiv == ARXIV))
+
+
+def _name(row: Published) -> str:
+    """Return 'Figure 9' for 'Figure 9a', 'Figure 6' for 'Figure 6, image 1'."""
+    return row.table.partition(",")[0].rstrip("ab")
+
+
+def check(table: str | None) -> None:
+    """Raise `UserError` if the paper has no such table in published.csv."""
+    if table is not None and table not in names():
+        raise unknown("paper", table, names())
+
+
+def wanted(row: Published) -> Wanted:
+    """Read from a published row which run answers it."""
+    method = row.method.partition(" (")[0]
+    decoder = "denoise" if method.startswith(DENOISING_ONLY) else METHODS.get(method)
+    tuned = None
+    if "not tuned" in row.method:
+        tuned = False
+    elif "tuned" in row.method or decoder == "sjd2":
+        tuned = True
+    prompts = next((ours for theirs, ours in DATASETS.items() if row.dataset.startswith(theirs)), None)
+    return Wanted(decoder, tuned, MODELS.get(row.model.lower()), prompts)
+
+
+def make_paper_table(table: str, runs: Sequence[Run], out: Path) -> str:
+    """Write paper.md, paper.tex and paper.csv of one table of the paper into `out`; return the Markdown.
+
+    Raises `UserError` if the paper has no such table.
+    """
+    check(table)
+    published = [row for row in read() if row.arxiv == ARXIV and _name(row) == table]
+    rows = [row for members in groups(runs) for row in make_rows(members, table_machine(members))]
+    tables = [_table(table, published, rows, stand_in) for stand_in in _stand_ins(runs)]
+    text = "\n".join(map(markdown, tables))
+    for suffix, content in (("md", text), ("tex", "\n".join(map(latex, tables))), ("csv", csv_cells(tables))):
+        write_atomically(out / f"paper.{suffix}", content.encode())
+    return text
+
+
+def _stand_ins(runs: Sequence[Run]) -> list[str | None]:
+    """Return None for the paper's own models, and the name of every other model among the runs."""
+    others = {run.config["model"]["name"] for run in runs} - set(MODELS.values())
+    own = any(run.config["model"]["name"] in MODELS.values() for run in runs)
+    return ([None] if own or not others else []) + sorted(others)
+
+
+def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand_in: str | None) -> Table:
+    mine = [row for row in rows if stand_in is None or row.run.config["model"]["name"] == stand_in]
+    shown = [metric for metric in METRICS if any(getattr(row, metric[0]) is not None for row in published)]
+    header = ["method", "model", "prompts"]
+    header += [f"{title}, {whose}" for _, title, _, _ in shown for whose in ("published", "ours")] + [
+        "N ours",
+        "source",
+    ]
+    cells = [
+        line for entry in published for line in _lines(entry, [r for r in mine if _fits(entry, r, stand_in)], shown)
+    ]
+    own = f"ours: {stand_in}, which is not the paper's model" if stand_in else "ours: the same models"
+    note = (
+        "Blank: not printed in the paper, or not run here. Ours is measured on the machine and prompts of its run; the "
+        "paper's latency, memory and FID are those of its own hardware and code."
+    )
+    return Table(f"SJD2 paper, {name} ({own})", header, cells, [note])
+
+
+def _fits(entry: Published, row: Row, stand_in: str | None) -> bool:
+    return wanted(entry).fits(row.run, stand_in=stand_in is not None)
+
+
+def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, str, str, int]]) -> list[list[str]]:
+    """Return one line per run that answers the published row; one with blanks where none does."""
+    lines = []
+    for row in found or [None]:
+        values = [cell for metric in shown for cell in _pair(entry, row, metric)]
+        label = entry.method if row is None or row.run.label == row.run.decoder else f"{entry.method} ({row.run.label})"
+        source = f"{entry.arxiv}, {entry.table}" + (f", {entry.hardware}" if entry.hardware else "")
+        lines.append([label, entry.model, entry.dataset, *values, "" if row is None else str(row.n), source])
+    return lines
+
+
+def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, int]) -> tuple[str, str]:
+    theirs, _, ours, digits = metric
+    value, mine = getattr(entry, theirs), None if row is None else _ours(row, ours)
+    return "" if value is None else f"{value:g}", "" if mine is None else f"{mine:.{digits}f}"
+
+
+def _ours(row: Row, name: str) -> float | None:
+    """Return our value of a metric: costs from the row, which times on one machine only, scores from metrics.json."""
+    costs = {
+        "forwards_mean": row.passes,
+        "step_compression": row.compression,
+        "latency_s_median": row.latency_s,
+        "speedup": row.speedup,
+    }
+    value = costs[name] if name in costs else row.metrics.get(name)
+    return None if value is None else float(value)

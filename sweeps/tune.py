@@ -1,0 +1,394 @@
+"""stage=tune: search a decoder's settings for least latency under a bound on quality, with Optuna used directly.
+
+Every trial is an ordinary run folder of its own captions, so a killed search goes on where it was (study.db, sqlite) and no
+image is made twice. The captions that judge the outcome are never those of the search.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from evaluation import job, validate
+from evaluation.console import CONF, say
+from evaluation.intervals import paired
+from evaluation.records import RunFolder, write_atomically
+from evaluation.score import Metric
+from evaluation.speed import Speed
+from evaluation.tracking import NoTracker
+from sjd2.errors import UserError, choose
+from sjd2.instantiate import instantiate
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial, Trial
+
+OBJECTIVES = {"latency": "latency_s_median", "passes": "forwards_mean"}
+QUALITIES = {"kid": "kid", "fid": "fid", "nll": "nll_per_token"}
+SAMPLERS = ("tpe", "nsga2", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """What to search and by which measure.
+
+    space: key of the command line -> list of choices, or {low, high, step, log} of a number. trials: of the whole search.
+    prompts: captions per trial, from the end of the list; judge: captions that judge the outcome, from its start.
+    early: captions after which a trial that is `hopeless` times worse than the best is cut. objective: latency (median
+    seconds of an image) or passes. quality: kid, fid or nll, which may exceed AR's by `bound`; trust_lossless: a decoder
+    that is lossless by proof is not refused for its noise.
+    """
+
+    name: str
+    space: dict[str, Any]
+    trials: int = 40
+    prompts: int = 32
+    judge: int = 128
+    early: int = 8
+    hopeless: float = 1.5
+    objective: str = "latency"
+    quality: str = "kid"
+    bound: float = 0.02
+    trust_lossless: bool = True
+    sampler: str = "tpe"
+    random_trials: int = 10
+    fixed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        choose("tune.objective", self.objective, OBJECTIVES)
+        choose("tune.quality", self.quality, QUALITIES)
+        choose("tune.sampler", self.sampler, SAMPLERS)
+        if min(self.trials, self.prompts, self.judge, self.early, self.random_trials) < 1:
+            raise UserError("tune.trials, prompts, judge, early and random_trials must be 1 or more.")
+        if self.hopeless <= 1:
+            raise UserError(f"tune.hopeless must be more than 1, got {self.hopeless}.")
+        if not self.space:
+            raise UserError("tune.space is empty; name settings to search, e.g. tune.space.decoder.window=[16,32].")
+        for key, values in flatten(self.space).items():
+            check_range(key, values)
+
+    def check(self) -> None:
+        """Raise `UserError` if Optuna is not installed."""
+        try:
+            import optuna  # noqa: F401
+        except ImportError as error:
+            raise UserError("stage=tune needs Optuna: pip install -e '.[tune]'.") from error
+
+
+def flatten(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested keys into dotted ones; a mapping with `low` is a range, a list holds choices."""
+    found: dict[str, Any] = {}
+    for key, value in space.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and "low" not in value:
+            found |= flatten(value, name)
+        else:
+            found[name] = value
+    return found
+
+
+def check_range(key: str, values: Any) -> None:
+    """Raise `UserError` if a setting's choices or range make no sense."""
+    if isinstance(values, (list, tuple)):
+        if len(values) < 2:
+            raise UserError(f"tune.space.{key} needs two choices or more, got {list(values)}.")
+        return
+    if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "step", "log"}:
+        raise UserError(f"tune.space.{key} must be a list of choices or a range with low and high (and step or log).")
+    if not values["low"] < values["high"]:
+        raise UserError(f"tune.space.{key} needs low < high, got {values['low']} and {values['high']}.")
+
+
+def suggest(trial: Trial, space: Mapping[str, Any]) -> list[str]:
+    """Let Optuna choose one value of every setting -> overrides of the command line."""
+    words = []
+    for key, values in flatten(space).items():
+        if isinstance(values, (list, tuple)):
+            value = trial.suggest_categorical(key, [_text(v) for v in values])
+        elif isinstance(values["low"], int) and isinstance(values["high"], int):
+            more = {"step": values.get("step", 1), "log": values.get("log", False)}
+            value = _text(trial.suggest_int(key, values["low"], values["high"], **more))
+        else:
+            more = {"step": values.get("step"), "log": values.get("log", False)}
+            value = _text(trial.suggest_float(key, values["low"], values["high"], **more))
+        words.append(f"{key}={value}")
+    return words
+
+
+def _text(value: Any) -> str:
+    """Write a value as an override says it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value).replace(" ", "")
+
+
+@dataclass
+class Outcome:
+    """What one setting came to on its captions: the objective, the quality's distance to AR, whether it is lossless."""
+
+    objective: float
+    quality: float
+    lossless: bool
+
+
+class Search:
+    """One search: its settings, its study, and the model that all trials share."""
+
+    def __init__(self, cfg: DictConfig, tune: Tune, metrics: Mapping[str, Metric], out: Path) -> None:
+        self.cfg, self.tune, self.out = cfg, tune, out
+        self.metrics = {"speed": Speed(), **metrics}
+        self.models = job.Models()
+        total = len(instantiate(cfg.prompts).texts)
+        if tune.judge + tune.prompts > total:
+            raise UserError(
+                f"tune.judge={tune.judge} and tune.prompts={tune.prompts} together exceed the {total} captions of prompts="
+                f"{cfg.prompts.name}; take fewer."
+            )
+        self.own = [f"prompts.skip={total - tune.prompts}"]  # the captions of the search, last of the list
+
+    def compose(self, *overrides: str, decoder: str | None = None) -> DictConfig:
+        """Compose the command once more with further settings."""
+        common = [f"runs_dir={self.out / 'runs'}", "baseline=null", "run_dir=null"]
+        return job.recompose([*self.tune.fixed, *common, *overrides], decoder=decoder)
+
+    def make(self, cfg: DictConfig, limit: int, metrics: Mapping[str, Metric]) -> RunFolder:
+        """Make the first `limit` images of a run; what is there stays."""
+        cfg.limit = limit
+        plan = validate.plan(cfg)
+        if plan.run.missing(plan.prompts.ids(limit)) or not metrics.keys() <= set(plan.run.metrics.get("protocol", {})):
+            job.make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=self.models, wait=True)
+        return plan.run
+
+    def outcome(self, run: RunFolder, reference: RunFolder) -> Outcome:
+        """Compare a scored run with AR on the same captions."""
+        key, quality = OBJECTIVES[self.tune.objective], QUALITIES[self.tune.quality]
+        lacking = [run.path.name for run in (run, reference) if quality not in run.metrics]
+        if lacking:
+            raise UserError(
+                f"tune.quality={self.tune.quality} is not measured under evaluation=; choose another of the two."
+            )
+        return Outcome(
+            run.metrics[key], run.metrics[quality] - reference.metrics[quality], bool(run.config.decoder.lossless)
+        )
+
+    def violation(self, outcome: Outcome) -> float:
+        """Return by how much a setting exceeds the bound; 0 or less is allowed."""
+        if outcome.lossless and self.tune.trust_lossless:
+            return 0.0
+        return outcome.quality - self.tune.bound
+
+    def attempt(self, trial: Trial, best: Callable[[], float | None]) -> tuple[float, float]:
+        """Run one trial; raises TrialPruned for settings that do not fit together or are hopeless after a few images."""
+        import optuna
+
+        overrides = suggest(trial, self.tune.space)
+        try:
+            cfg = self.compose(*overrides, *self.own)
+            early = min(self.tune.early, self.tune.prompts)
+            run = self.make(cfg, early, {"speed": Speed()})
+            soon, champion = run.metrics[OBJECTIVES[self.tune.objective]], best()
+            if champion is not None and soon > self.tune.hopeless * champion:
+                trial.set_user_attr("pruned", f"{soon:.4g} after {early} images, the best has {champion:.4g}")
+                raise optuna.TrialPruned
+            run = self.make(cfg, self.tune.prompts, self.metrics)
+        except UserError as error:
+            trial.set_user_attr("pruned", str(error))
+            raise optuna.TrialPruned from error
+        found = self.outcome(run, self.reference)
+        trial.set_user_attr("run", run.path.name)
+        trial.set_user_attr("overrides", overrides)
+        trial.set_user_attr("violation", self.violation(found))
+        trial.set_constraint("quality", self.violation(found))
+        trial.set_user_attr("lossless", found.lossless)
+        return found.objective, found.quality
+
+    def run(self) -> Path:
+        """Search, judge the outcome on other captions, and write trials.csv, pareto.png and the best as a decoder yaml."""
+        say(f"tune: AR on the {self.tune.prompts} captions of the search")
+        self.reference = self.make(self.compose(*self.own, decoder="ar"), self.tune.prompts, self.metrics)
+        study = open_study(self.out, self.tune)
+        done = sum(trial.state.is_finished() for trial in study.trials)
+        while done < self.tune.trials:
+            trial = study.ask()
+            self._step(study, trial)
+            done += 1
+            say(f"trial {done}/{self.tune.trials}: {describe(study.trials[trial.number])}")
+        write_trials(study, self.out)
+        champion = least(study)
+        if champion is None:
+            raise UserError(
+                f"none of {done} trials of stage=tune keeps tune.bound={self.tune.bound}; see {self.out / 'trials.csv'}."
+            )
+        show_front(study, self.tune)
+        return self.judge(champion)
+
+    def _step(self, study: Study, trial: Trial) -> None:
+        import optuna
+
+        def best() -> float | None:
+            found = least(study)
+            return None if found is None else found.values[0]
+
+        try:
+            study.tell(trial, self.attempt(trial, best))
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+    def judge(self, champion: FrozenTrial) -> Path:
+        """Compare the best trial with the decoder's own settings and AR on captions that no trial has seen."""
+        from sweeps.table import make_tables, show
+
+        overrides = champion.user_attrs["overrides"]
+        best, default = self.compose(*overrides), self.compose()
+        cfgs = (self.compose(decoder="ar"), default, best)
+        runs = [self.make(cfg, self.tune.judge, self.metrics) for cfg in cfgs]
+        out = self.out / "judged"
+        show(make_tables(list(dict.fromkeys(run.path for run in runs)), out))
+        file = write_decoder(best, overrides, self.out, self.tune)
+        say(verdict(runs[1], runs[2], self.tune))
+        say(f"best settings: {' '.join(overrides)}")
+        say(f"as a decoder: python run.py --config-dir {self.out} decoder={file.stem}")
+        return self.out
+
+
+def open_study(out: Path, tune: Tune) -> Study:
+    """Open the study in out/study.db, a cut one where it was: trials that a kill left unfinished are tried again.
+
+    Raises `UserError` if the study there searched something else.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    out.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{out / 'study.db'}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=storage, study_name="tune", directions=["minimize", "minimize"], load_if_exists=True
+        )
+        study.sampler = _sampler(tune, len(study.trials))
+    asked = {"space": flatten(tune.space), "objective": tune.objective, "quality": tune.quality, "fixed": tune.fixed}
+    if study.user_attrs.get("asked", asked) != asked:
+        raise UserError(f"{out} holds a search of other settings; choose another tune.name, or remove that folder.")
+    study.set_user_attr("asked", asked)
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    return study
+
+
+def _sampler(tune: Tune, done: int) -> Any:
+    import optuna
+
+    seed = done  # a search that goes on must not draw the same settings again
+    if tune.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=tune.random_trials, multivariate=True, group=True)
+    if tune.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=tune.random_trials)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def complete(study: Study) -> list[FrozenTrial]:
+    """Return the trials that ran to their end."""
+    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+
+
+def least(study: Study) -> FrozenTrial | None:
+    """Return the trial of the least objective among those that keep the bound; None where there is none."""
+    fit = [trial for trial in complete(study) if trial.user_attrs["violation"] <= 0]
+    return min(fit, key=lambda trial: trial.values[0], default=None)
+
+
+def pareto_front(study: Study) -> list[FrozenTrial]:
+    """Return the trials that no other beats in both objective and quality, by objective."""
+    kept: list[FrozenTrial] = []
+    for trial in sorted(complete(study), key=lambda trial: tuple(trial.values)):
+        if not kept or trial.values[1] < kept[-1].values[1]:
+            kept.append(trial)
+    return kept
+
+
+def describe(trial: FrozenTrial) -> str:
+    """Say in one line what a trial came to."""
+    words = " ".join(f"{key}={value}" for key, value in trial.params.items())
+    if trial.state.name != "COMPLETE":
+        return f"{words}: left ({trial.user_attrs.get('pruned', trial.state.name.lower())})"
+    bound = "" if trial.user_attrs["violation"] <= 0 else ", beyond the bound"
+    return f"{words}: {trial.values[0]:.4g}, quality {trial.values[1]:+.4g}{bound}"
+
+
+def show_front(study: Study, tune: Tune) -> None:
+    """Print the Pareto front."""
+    say(f"Pareto front ({OBJECTIVES[tune.objective]}; {tune.quality} minus AR's):")
+    for trial in pareto_front(study):
+        say(f"  {describe(trial)}")
+
+
+def write_trials(study: Study, out: Path) -> None:
+    """Write trials.csv, one line per trial, and pareto.png."""
+    from sweeps.plots import Point, pareto
+
+    asked = study.user_attrs["asked"]
+    keys = list(asked["space"])
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(
+        ["trial", "state", *keys, asked["objective"], f"{asked['quality']}_minus_ar", "within", "run", "why"]
+    )
+    for trial in study.trials:
+        whole = trial.state.name == "COMPLETE"
+        own = [*trial.values, trial.user_attrs["violation"] <= 0, trial.user_attrs["run"]] if whole else [""] * 4
+        values = [trial.params.get(key, "") for key in keys]
+        lines.writerow([trial.number, trial.state.name.lower(), *values, *own, trial.user_attrs.get("pruned", "")])
+    write_atomically(out / "trials.csv", text.getvalue().encode())
+    points = [Point(str(t.number), t.values[0], t.values[1], t.user_attrs["lossless"]) for t in complete(study)]
+    if points:
+        panel = {f"{asked['quality']} minus AR's": (points, True)}
+        pareto(panel, out / "pareto.png", caption=f"trials, {asked['objective']}")
+
+
+def write_decoder(cfg: DictConfig, overrides: list[str], out: Path, tune: Tune) -> Path:
+    """Write the settings found as a decoder that `--config-dir` makes a choice of decoder=."""
+    name = f"{cfg.decoder.name}-tuned"
+    file = out / "decoder" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = (
+        f"# decoder={cfg.decoder.name} with the settings that stage=tune found: {' '.join(overrides)}\n"
+        f"#   python run.py --config-dir {out} decoder={name}\n"
+    )
+    write_atomically(file, (head + OmegaConf.to_yaml(cfg.decoder, resolve=True)).encode())
+    return file
+
+
+def verdict(default: RunFolder, best: RunFolder, tune: Tune) -> str:
+    """Say how the best compares with the decoder's own settings, on captions that no trial has seen."""
+    if default.path == best.path:
+        return "the best settings are the decoder's own."
+    key = OBJECTIVES[tune.objective]
+    ours, theirs = best.metrics[key], default.metrics[key]
+    gap = paired(_passes(default), _passes(best))
+    return (
+        f"judged on {tune.judge} other captions: {key} {ours:.4g} against {theirs:.4g} of the decoder's own settings "
+        f"({theirs / ours:.3f} times better); passes {gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], 95 %."
+    )
+
+
+def _passes(run: RunFolder) -> dict[tuple[int, int], float]:
+    return {(record["id"][0], record["id"][1]): float(record["forwards"]) for record in run.records()}
+
+
+def stage(cfg: DictConfig) -> Path:
+    """Search the settings of decoder= as tune= says."""
+    if cfg.get("tune") is None:
+        there = sorted(path.stem for path in (CONF / "tune").glob("*.yaml"))
+        raise UserError(f"stage=tune needs a search: tune={' or tune='.join(there) or 'NAME'}.")
+    tune, metrics = instantiate(cfg.tune), validate.metrics(cfg)
+    tune.check()
+    return Search(cfg, tune, metrics, Path(cfg.runs_dir) / f"tune-{tune.name}").run()

@@ -1,0 +1,140 @@
+"""stage=tune: what is searched, what a cut search keeps, what it hands out."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from sjd2.errors import UserError
+from sweeps import tune
+from tests.cli import Cli
+
+SMALL = (
+    *("stage=tune", "tune=scd", "decoder=scd", "tune.objective=passes", "tune.quality=nll", "tune.prompts=4"),
+    *("tune.judge=4", "tune.early=2", "tune.random_trials=2"),
+)
+
+
+def test_a_space_is_flat_and_its_ranges_are_checked() -> None:
+    nested = {"decoder": {"window": {"low": 2, "high": 8}, "refiner": {"coupling": ["gumbel", "maximal"]}}}
+    assert tune.flatten(nested) == {
+        "decoder.window": {"low": 2, "high": 8},
+        "decoder.refiner.coupling": ["gumbel", "maximal"],
+    }
+    for space, words in (
+        ({}, "empty"),
+        ({"decoder.window": [16]}, "two choices"),
+        ({"decoder.window": {"low": 8, "high": 8}}, "low < high"),
+        ({"decoder.window": {"low": 1, "high": 8, "steps": 2}}, "low and high"),
+        ({"decoder.window": 16}, "list of choices"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tune.Tune(name="x", space=space)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"objective": "speed"}, "latency, passes"), ({"trials": 0}, "1 or more"), ({"hopeless": 1.0}, "more than 1")],
+)
+def test_settings_are_checked(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        tune.Tune(name="x", space={"a": [1, 2]}, **settings)
+
+
+def study_of(points: list[tuple[float, float, float]]) -> optuna.Study:
+    """Make a study of trials (objective, quality, violation)."""
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    for objective, quality, violation in points:
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=[objective, quality],
+                user_attrs={"violation": violation, "run": "r", "lossless": True, "overrides": []},
+            )
+        )
+    return study
+
+
+def test_the_best_is_the_fastest_within_the_bound_and_the_front_is_brute_force() -> None:
+    points = [(3.0, 0.0, 0.0), (1.0, 0.9, 0.5), (2.0, 0.1, -0.1), (2.5, 0.1, 0.0), (2.0, 0.3, 0.0)]
+    study = study_of(points)
+    assert tune.least(study).values == [2.0, 0.1]
+    beaten = {
+        b for a, b in itertools.permutations([p[:2] for p in points], 2) if a[0] <= b[0] and a[1] <= b[1] and a != b
+    }
+    assert {tuple(t.values) for t in tune.pareto_front(study)} == {p[:2] for p in points} - beaten
+    assert tune.least(study_of([(1.0, 1.0, 0.1)])) is None
+
+
+def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
+    settings = tune.Tune(name="x", space={"a": {"low": 0, "high": 9}})
+    study = tune.open_study(tmp_path, settings)
+    study.tell(study.ask({"a": optuna.distributions.IntDistribution(0, 9)}), (1.0, 0.0))
+    cut = study.ask()  # ... and killed here
+    chosen = tune.suggest(cut, settings.space)
+    again = tune.open_study(tmp_path, settings)
+    assert [trial.state.name for trial in again.trials] == ["COMPLETE", "FAIL", "WAITING"]
+    assert tune.suggest(again.ask(), settings.space) == chosen
+    with pytest.raises(UserError, match="other settings"):
+        tune.open_study(tmp_path, tune.Tune(name="x", space={"a": {"low": 0, "high": 8}}))
+
+
+def test_a_search_from_start_to_decoder(cli: Cli) -> None:
+    assert cli(*SMALL, "tune.trials=4") == 0, cli.err
+    out = cli.runs_dir / "tune-scd"
+    rows = list(csv.DictReader((out / "trials.csv").open()))
+    assert len(rows) == 4
+    whole = [row for row in rows if row["state"] == "complete"]
+    assert whole
+    assert all(row["within"] == "True" for row in whole)  # SCD is lossless, whatever four captions say
+    best = min(whole, key=lambda row: float(row["passes"]))
+    decoder = yaml.safe_load((out / "decoder" / "scd-tuned.yaml").read_text())
+    assert decoder["window"] == int(best["decoder.window"])
+    assert "judged on 4 other captions" in cli.out or "the decoder's own" in cli.out
+    assert (out / "judged" / "table.md").is_file()
+    assert (out / "pareto.png").is_file()
+
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("images/*.png")}
+    assert cli(*SMALL, "tune.trials=4") == 0  # nothing is made twice
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("images/*.png")} == made
+    assert cli(*SMALL, "tune.trials=5") == 0  # and a longer search goes on
+    assert [row["decoder.window"] for row in csv.DictReader((out / "trials.csv").open())][:4] == [
+        row["decoder.window"] for row in rows
+    ]
+    path = f"hydra.searchpath=[file://{out}]"
+    assert cli("decoder=scd-tuned", "limit=2", "baseline=null", path) == 0, cli.err
+    assert cli.run("scd").config.decoder.window == decoder["window"]
+
+
+def test_the_captions_of_search_and_judgement_are_disjoint(cli: Cli) -> None:
+    assert cli(*SMALL, "tune.trials=1") == 0
+    search, judged = set(), set()
+    for path in (cli.runs_dir / "tune-scd" / "runs").glob("toy-*"):
+        texts = {line["prompt"] for line in map(yaml.safe_load, (path / "samples.jsonl").read_text().splitlines())}
+        (search if yaml.safe_load((path / "config.yaml").read_text())["prompts"]["skip"] else judged).update(texts)
+    assert len(search) == len(judged) == 4
+    assert not search & judged
+
+
+def test_settings_that_do_not_fit_are_left_and_nothing_within_the_bound_is_said(cli: Cli) -> None:
+    lossy = ("tune.trust_lossless=false", "tune.bound=-100")
+    assert cli(*SMALL, *lossy, "tune.trials=2") == 1
+    assert "none of 2 trials" in cli.err
+    wrong = ("tune.name=wrong", "tune.space.decoder.window.low=-2", "tune.space.decoder.window.high=-1")
+    assert cli(*SMALL, *wrong, "tune.trials=2") == 1
+    assert "none of 2 trials" in cli.err
+    rows = list(csv.DictReader((cli.runs_dir / "tune-wrong" / "trials.csv").open()))
+    assert all("decoder.window must be 1 or more" in row["why"] for row in rows)
+
+
+def test_errors_before_anything_is_made(cli: Cli) -> None:
+    assert cli("stage=tune") == 1
+    assert "tune=sjd2" in cli.err
+    assert cli(*SMALL, "tune.judge=5000") == 1
+    assert "exceed the 2000 captions" in cli.err
+    assert not cli.runs_dir.exists() or not any(cli.runs_dir.rglob("samples.jsonl"))
