@@ -101,6 +101,7 @@ def make_paper_table(table: str, runs: Sequence[Run], out: Path) -> str:
     rows = [row for members in groups(runs) for row in make_rows(members, table_machine(members))]
     tables = [_table(table, published, rows, stand_in) for stand_in in _stand_ins(runs)]
     text = "\n".join(map(markdown, tables))
+    out.mkdir(parents=True, exist_ok=True)
     for suffix, content in (("md", text), ("tex", "\n".join(map(latex, tables))), ("csv", csv_cells(tables))):
         write_atomically(out / f"paper.{suffix}", content.encode())
     return text
