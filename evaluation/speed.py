@@ -85,14 +85,15 @@ class Speed:
         *("forwards_mean", "draft_forwards_mean", "step_compression", "step_compression_free", "nll_per_token"),
         *("accepted_per_forward_hist", "latency_s_median", "latency_s_p95", "images_per_s"),
         *(f"seconds_{part}_mean" for part in PARTS),
-        *("peak_memory_gb", "hardware", "n_timed"),
+        *("peak_memory_gb", "hardware", "n_timed", "gflops_per_token"),
     )
     protocol = (
         "step_compression: mean over images of tokens / target-model passes, the prefill counted as the pass of the "
         "first token, forced tokens included; step_compression_free: free tokens / passes that committed one; "
         "nll_per_token: under the target law (guidance, temperature, top-k, top-p), nats, forced tokens cost nothing; "
         "latency: prefill + decode of an image's batch, device-synchronised after a warm-up, traced images left out; "
-        "images_per_s: all four parts; peak_memory_gb: of the GPU, or the process's resident set on a CPU (1e9 bytes)."
+        "images_per_s: all four parts; peak_memory_gb: of the GPU, or the process's resident set on a CPU (1e9 bytes); "
+        "gflops_per_token: counted over one image (runtime.flops), matrix products and attention, both guidance branches."
     )
 
     def check(self) -> None:
@@ -117,6 +118,8 @@ class Speed:
         free = free_positions(run)
         if free is not None and all(record["tokens"] == len(free) for record in records):
             out["step_compression_free"] = fmean(step_compression_free(record, free) for record in records)
+        if counts := [launch["gflops_per_token"] for launch in run.provenance() if "gflops_per_token" in launch]:
+            out["gflops_per_token"] = counts[-1]
         return out
 
     def _times(self, run: RunFolder, records: Sequence[Record]) -> dict[str, Any]:

@@ -19,23 +19,23 @@ from sweeps.rows import Row, make_rows
 from sweeps.runs import Run, groups, table_machine
 
 ARXIV = "2510.08994"
-# a published figure, its heading, our metric, and how many digits ours gets
+# a published figure, its heading, our metric, and how ours is written
 METRICS = (
-    ("steps", "passes", "forwards_mean", 1),
-    ("step_compression", "step compression", "step_compression", 2),
-    ("latency_s", "latency s", "latency_s_median", 2),
-    ("latency_speedup", "speed-up", "speedup", 2),
-    ("fid", "FID", "fid", 2),
-    ("clip_score", "CLIP score", "clip_score", 2),
-    ("geneval_single_object", "single", "geneval_single_object", 2),
-    ("geneval_two_object", "two", "geneval_two_object", 2),
-    ("geneval_counting", "counting", "geneval_counting", 2),
-    ("geneval_colors", "colors", "geneval_colors", 2),
-    ("geneval_position", "position", "geneval_position", 2),
-    ("geneval_color_attr", "attribute", "geneval_color_attr", 2),
-    ("geneval_overall", "GenEval", "geneval_overall", 2),
-    ("memory_gb", "memory GB", "peak_memory_gb", 1),
-    ("gflops_per_token", "GFLOP/token", "gflops_per_token", 2),
+    ("steps", "passes", "forwards_mean", ".1f"),
+    ("step_compression", "step compression", "step_compression", ".2f"),
+    ("latency_s", "latency s", "latency_s_median", ".2f"),
+    ("latency_speedup", "speed-up", "speedup", ".2f"),
+    ("fid", "FID", "fid", ".2f"),
+    ("clip_score", "CLIP score", "clip_score", ".2f"),
+    ("geneval_single_object", "single", "geneval_single_object", ".2f"),
+    ("geneval_two_object", "two", "geneval_two_object", ".2f"),
+    ("geneval_counting", "counting", "geneval_counting", ".2f"),
+    ("geneval_colors", "colors", "geneval_colors", ".2f"),
+    ("geneval_position", "position", "geneval_position", ".2f"),
+    ("geneval_color_attr", "attribute", "geneval_color_attr", ".2f"),
+    ("geneval_overall", "GenEval", "geneval_overall", ".2f"),
+    ("memory_gb", "memory GB", "peak_memory_gb", ".1f"),
+    ("gflops_per_token", "GFLOP/token", "gflops_per_token", ".3g"),
 )
 METHODS = {name: name.lower() for name in ("AR", "Jacobi", "SJD", "EAGLE", "LANTERN", "ZipAR", "SJD2")}
 DENOISING_ONLY = "SJD2 denoising only"
@@ -96,15 +96,23 @@ def make_paper_table(table: str, runs: Sequence[Run], out: Path) -> str:
 
     Raises `UserError` if the paper has no such table.
     """
-    check(table)
-    published = [row for row in read() if row.arxiv == ARXIV and _name(row) == table]
-    rows = [row for members in groups(runs) for row in make_rows(members, table_machine(members))]
-    tables = [_table(table, published, rows, stand_in) for stand_in in _stand_ins(runs)]
+    tables = paper_tables(table, runs)
     text = "\n".join(map(markdown, tables))
     out.mkdir(parents=True, exist_ok=True)
     for suffix, content in (("md", text), ("tex", "\n".join(map(latex, tables))), ("csv", csv_cells(tables))):
         write_atomically(out / f"paper.{suffix}", content.encode())
     return text
+
+
+def paper_tables(table: str, runs: Sequence[Run]) -> list[Table]:
+    """Return one table of the paper with our values, per model that is none of the paper's another one.
+
+    Raises `UserError` if the paper has no such table.
+    """
+    check(table)
+    published = [row for row in read() if row.arxiv == ARXIV and _name(row) == table]
+    rows = [row for members in groups(runs) for row in make_rows(members, table_machine(members))]
+    return [_table(table, published, rows, stand_in) for stand_in in _stand_ins(runs)]
 
 
 def _stand_ins(runs: Sequence[Run]) -> list[str | None]:
@@ -137,7 +145,7 @@ def _fits(entry: Published, row: Row, stand_in: str | None) -> bool:
     return wanted(entry).fits(row.run, stand_in=stand_in is not None)
 
 
-def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, str, str, int]]) -> list[list[str]]:
+def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, str, str, str]]) -> list[list[str]]:
     """Return one line per run that answers the published row; one with blanks where none does."""
     lines = []
     for row in found or [None]:
@@ -148,10 +156,10 @@ def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, st
     return lines
 
 
-def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, int]) -> tuple[str, str]:
-    theirs, _, ours, digits = metric
+def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, str]) -> tuple[str, str]:
+    theirs, _, ours, form = metric
     value, mine = getattr(entry, theirs), None if row is None else _ours(row, ours)
-    return "" if value is None else f"{value:g}", "" if mine is None else f"{mine:.{digits}f}"
+    return "" if value is None else f"{value:g}", "" if mine is None else f"{mine:{form}}"
 
 
 def _ours(row: Row, name: str) -> float | None:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import sjd2
+from evaluation.flops import gflops_per_token
 from sjd2.errors import UserError
+from sjd2.sampling import Sampling
 from sweeps import paper
 from sweeps.published import read
 from sweeps.runs import read_run
@@ -73,6 +76,21 @@ def test_the_embedded_model_stands_in_for_the_papers_and_says_so(tmp_path: Path)
     rows = list(csv.DictReader((tmp_path / "out" / "paper.csv").open()))
     assert {r["model"] for r in rows if r["passes, ours"]} == {"Lumina-mGPT (768 px)", "Emu3"}
     assert all(not r["passes, ours"] for r in rows if r["method"] != "AR")
+
+
+def test_operations_are_those_of_the_weights_and_of_attention() -> None:
+    model = sjd2.load("tiny", adapter=None)
+    weights = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if "norm" not in name)
+    head = model.layout.vocabulary * model.decoder.config.hidden_size
+    tokens, prompt = model.layout.length, int(model.encode(["a red circle"]).lengths[0])
+    attention = 4 * model.decoder.config.hidden_size * model.decoder.config.num_hidden_layers  # per token seen
+    seen = sum(prompt + n for n in range(tokens))
+    by_hand = 2 * tokens * 2 * (weights + head) + 2 * attention * seen  # two guidance branches, a prompt shorter in one
+    counted = gflops_per_token(model, sjd2.decoder("ar"), "a red circle", Sampling(guidance_scale=3.0), 0)
+    assert counted * tokens * 1e9 == pytest.approx(by_hand, rel=0.03)
+    assert gflops_per_token(model, sjd2.decoder("ar"), "a red circle", Sampling(), 0) == pytest.approx(
+        counted / 2, rel=0.05
+    )
 
 
 def test_an_unknown_table_is_refused_with_the_valid_ones(cli: Cli) -> None:
