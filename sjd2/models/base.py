@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sjd2.cache import RowCache, additive
 from sjd2.layout import TokenGrid
-from sjd2.models.weights import Source, check_loading, locate, reach
-from sjd2.paths import digest, find
+from sjd2.models.weights import Source, check_loading, check_part, locate, locate_part, reach
+from sjd2.paths import digest
 
 if TYPE_CHECKING:
     from sjd2.adapters import Adapter
@@ -47,6 +47,7 @@ class ImageModel(Protocol):
 
     def encode(self, prompts: list[str]) -> Condition: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
+    def starts(self, lengths: Tensor) -> Tensor: ...
     def cache(self, rows: int, capacity: int) -> RowCache: ...
     def forward(
         self,
@@ -101,14 +102,11 @@ class ModelSpec:
         for source in self.sources():
             reach(source)
         if self.adapter is not None:
-            adapter = self._adapter()
-            reach(adapter)
-            if find(self.adapter).is_dir():
-                read_settings(find(self.adapter))
+            check_part(self._adapter(), read_settings)
 
     def digest(self) -> str:
         """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""
-        return digest(*map(locate, self.sources()), locate(self._adapter()) if self.adapter else None)
+        return digest(*map(locate, self.sources()), locate_part(self._adapter()) if self.adapter else None)
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> Backbone:
         """Load all weights: dtype is a torch dtype's name. Raises `UserError` if a file does not fit."""
@@ -117,11 +115,11 @@ class ModelSpec:
         self.check()
         model = self.build(torch.device(device), getattr(torch, dtype))
         if self.adapter is not None:
-            model.adapter = Adapter.load(locate(self._adapter()), model)
+            model.adapter = Adapter.load(locate_part(self._adapter()), model)
         return model
 
     def _adapter(self) -> Source:
-        return Source(str(self.adapter), "model.adapter")
+        return Source(str(self.adapter), "model.adapter", files=("sjd2.json",))
 
 
 class Backbone:
@@ -144,6 +142,13 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.dtype
+
+    def starts(self, lengths: Tensor) -> Tensor:
+        """Return the position id of the image's first token behind prompts of `lengths` tokens: [R] -> [R].
+
+        The token count itself, but for models whose prompts fill a fixed number of places (LlamaGen).
+        """
+        return lengths
 
     def cache(self, rows: int, capacity: int) -> RowCache:
         """Return an empty cache for `rows` model rows of up to `capacity` tokens."""

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 from sjd2.errors import UserError
 from sjd2.layout import TokenGrid
 from sjd2.models.base import Backbone, Condition, ModelSpec
-from sjd2.models.weights import Source, locate, pretrained, tokenizer
+from sjd2.models.weights import Source, locate, pretrained, stored_shape
+from sjd2.paths import find
 
+BOS = "<s>"  # id 0; the configs of Chameleon, Anole and Lumina-mGPT say 1, which is <pad>
 logger = logging.getLogger(__name__)
 
 
@@ -25,15 +28,16 @@ logger = logging.getLogger(__name__)
 class ChameleonSpec(ModelSpec):
     """A Chameleon checkpoint in transformers' layout that draws rows x columns codes.
 
-    vq_weights: VQGAN folder or taming checkpoint. tokenizer: folder or hub id, where it does not lie with the weights.
+    vq_weights: VQGAN folder or file. text_weights: tokenizer.json or its folder, where it does not lie with the weights.
     instruction: text put before the prompt. text_end, image_start: tokens behind the text and before the image.
     uncond: tokens of the unconditional prompt; () is legal where the first image token is forced (null: [bos, image_start]).
+    forced_names: what the vocabulary must call the forced ids, checked at loading.
     """
 
     vq_weights: str
     rows: int
     columns: int
-    tokenizer: str | None = None
+    text_weights: str | None = None
     instruction: str = ""
     text_end: tuple[str, ...] = ()
     image_start: tuple[str, ...] = ("<racm3:break>",)
@@ -41,17 +45,26 @@ class ChameleonSpec(ModelSpec):
     prefix: tuple[int, ...] = ()
     row_end: int | None = None
     suffix: tuple[int, ...] = ()
+    forced_names: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.uncond is not None and not self.uncond and not self.prefix:
+            raise UserError(
+                "model.uncond=[] leaves nothing before the first image token, so that token must be forced by model.prefix; "
+                "set model.uncond=null for [bos, image_start]."
+            )
 
     @property
     def layout(self) -> TokenGrid:
         return TokenGrid(self.rows, self.columns, self.vocabulary, tuple(self.prefix), self.row_end, tuple(self.suffix))
 
     def sources(self) -> list[Source]:
-        words = () if self.tokenizer else ("tokenizer.json",)
+        words = () if self.text_weights else ("tokenizer.json",)
         model = Source(self.weights, "model.weights", files=("config.json", *words), revision=self.revision)
         vq = Source(self.vq_weights, "model.vq_weights", patterns=("*.json", "*.safetensors", "*.ckpt"), single=True)
-        text = [Source(self.tokenizer, "model.tokenizer", files=("tokenizer.json",))] if self.tokenizer else []
-        return [model, vq, *text]
+        if self.text_weights is None:
+            return [model, vq]
+        return [model, vq, Source(self.text_weights, "model.text_weights", single=True, inside="tokenizer.json")]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Chameleon:
         return Chameleon(self, device, dtype)
@@ -61,50 +74,72 @@ class Chameleon(Backbone):
     """A loaded Chameleon text-to-image model (contract: `ImageModel`)."""
 
     def __init__(self, spec: ChameleonSpec, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import ChameleonForConditionalGeneration
-
+        from sjd2.models.chameleon_lm import ChameleonLM, drawing_config
         from sjd2.models.vqgan import VQGAN
 
         folder, vq, *words = map(locate, spec.sources())
-        self.full = pretrained(ChameleonForConditionalGeneration, folder, spec, device, dtype)
-        self.tokenizer = tokenizer(*((words[0], "model.tokenizer") if words else (folder, "model.weights")))
+        self.spec = spec
+        self.words = read_words(words[0] if words else folder / "tokenizer.json")
+        settings = json.loads((folder / "config.json").read_text())
+        names = settings.get("vocabulary_map") or self.words.get_vocab()
+        ids = self._token_ids(names)
+        config = drawing_config(settings, names, _norm_rows(folder, spec))
+        self.full = pretrained(ChameleonLM, folder, spec, device, dtype, config=config)
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.lm_head
-        self.vq = VQGAN.load(vq).to(device)
-        self.spec = spec
+        self.vq = VQGAN.load(vq, spec.vocabulary).to(self.device)  # float32 in every dtype
+        self.ids = ids.to(self.device)  # [V + F] the model's id of each local id
+        self.first = int(ids[0])
         self.told = False
-        self.ids = self._token_ids(folder).to(device)  # [V + F] the model's id of each local id
-        codes = self.ids[: spec.vocabulary]
-        if not torch.equal(codes, torch.arange(int(codes[0]), int(codes[0]) + len(codes), device=device)):
-            raise UserError(f"the image codes of {spec.weights} are not one range of ids, which this loader expects.")
-        self.first = int(codes[0])
 
-    def _token_ids(self, folder: Path) -> Tensor:
-        """Map codes to the model's ids by the names in its vocabulary (IMGIMG + digits as letters + Z)."""
-        names = json.loads((folder / "config.json").read_text())["vocabulary_map"]
-        letters = str.maketrans("ABCDEFGHIJ", "0123456789")
+    def _token_ids(self, names: dict[str, int]) -> Tensor:
+        """Map local ids to the model's by the names in its vocabulary (IMGIMG + digits as letters + Z): -> [V + F].
+
+        Raises `UserError` where codes or forced tokens are not what the settings say.
+        """
+        spec, letters = self.spec, str.maketrans("ABCDEFGHIJ", "0123456789")
         codes = {int(name[6:-1].translate(letters)): i for name, i in names.items() if name.startswith("IMGIMG")}
-        if sorted(codes) != list(range(self.layout.vocabulary)):
-            raise UserError(
-                f"the checkpoint names {len(codes)} image codes, model.vocabulary says {self.layout.vocabulary}."
-            )
-        return torch.tensor([codes[c] for c in range(len(codes))] + list(self.layout.forced_ids))
+        if sorted(codes) != list(range(spec.vocabulary)):
+            raise UserError(f"the checkpoint names {len(codes)} image codes, model.vocabulary says {spec.vocabulary}.")
+        ids = [codes[code] for code in range(len(codes))]
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise UserError(f"the image codes of {spec.weights} are not one range of ids, which this loader expects.")
+        for name, wanted in spec.forced_names.items():
+            if names.get(name) != wanted:
+                raise UserError(
+                    f"the vocabulary of {spec.weights} has id {names.get(name)} for {name}, where {wanted} is expected."
+                )
+        return torch.tensor(ids + list(self.spec.layout.forced_ids))
 
     @property
     def codebook(self) -> Tensor:
         """The VQ code vectors [V, C]."""
         return self.vq.codebook
 
+    def special(self, names: tuple[str, ...]) -> list[int]:
+        """Look up tokens by name. Raises `UserError` if the tokenizer lacks one."""
+        ids = [self.words.token_to_id(name) for name in names]
+        if None in ids:
+            raise UserError(f"the tokenizer of {self.spec.name} has no token {names[ids.index(None)]}.")
+        return ids
+
+    def prompt_ids(self, prompts: list[str]) -> tuple[list[list[int]], list[int]]:
+        """Return the token ids of the conditional prompts and of the unconditional one, which may be empty."""
+        spec = self.spec
+        start = self.special(tuple(spec.image_start))
+        behind, begin = [*self.special(tuple(spec.text_end)), *start], self.special((BOS,))
+        encoded = self.words.encode_batch([spec.instruction + prompt for prompt in prompts], add_special_tokens=False)
+        nothing = [*begin, *start] if spec.uncond is None else self.special(tuple(spec.uncond))
+        return [[*begin, *text.ids, *behind] for text in encoded], nothing
+
     def encode(self, prompts: list[str]) -> Condition:
         """Tokenise and embed both guidance branches; the unconditional one is the same for all prompts."""
-        spec, special = self.spec, self.tokenizer.convert_tokens_to_ids
-        end, start = special(list(spec.text_end)), special(list(spec.image_start))
-        ids = [[*row, *end, *start] for row in self.tokenizer([spec.instruction + p for p in prompts])["input_ids"]]
-        unknown = sum(self.tokenizer.unk_token_id in row for row in ids)
+        ids, nothing = self.prompt_ids(prompts)
+        strange = self.words.token_to_id("<unk>")
+        unknown = sum(strange in row for row in ids)
         if unknown and not self.told:
             self.told = True
-            logger.warning("%d of %d prompts have words that %s does not know.", unknown, len(ids), spec.name)
-        nothing = [self.tokenizer.bos_token_id, *start] if spec.uncond is None else special(list(spec.uncond))
+            logger.warning("%d of %d prompts have words that %s does not know.", unknown, len(ids), self.spec.name)
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         longest = int(lengths.max())
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.device)
@@ -118,12 +153,52 @@ class Chameleon(Backbone):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
-        # a slice of the weight is a view: 8 times cheaper than the whole head of a 65536-token vocabulary
-        out = torch.nn.functional.linear(
-            hidden, self.full.lm_head.weight[self.first : self.first + self.layout.vocabulary]
-        )
+        out = image_rows(self.full.lm_head, hidden, self.first, self.layout.vocabulary)
         return out if out.dtype == torch.float64 else out.float()
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Draw complete token sequences: [B, N] -> uint8 [B, 3, H, W]."""
         return self.vq.decode(self.layout.codes(tokens.to(self.device)))
+
+
+def image_rows(head: nn.Module, hidden: Tensor, first: int, count: int) -> Tensor:
+    """Apply rows first..first + count - 1 of an output head: [..., D] -> [..., count] on the device of `hidden`.
+
+    A slice of the weight is a view, 8 times cheaper than the whole head of 65536 rows. A head that is quantised or lies
+    elsewhere than its module says (device_map) is called as a whole.
+    """
+    weight = getattr(head, "weight", None)
+    if type(head) is not nn.Linear or weight.device.type == "meta":
+        return head(hidden)[..., first : first + count].to(hidden.device)
+    rows = weight[first : first + count]
+    return nn.functional.linear(hidden.to(rows.device), rows).to(hidden.device)
+
+
+def read_words(file: Path) -> Tokenizer:
+    """Read a tokenizer.json (or Meta's text_tokenizer.json), as it is: no class may cut text otherwise or add tokens."""
+    try:
+        words = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{file} cannot be read as a tokenizer.json: {error}.") from error
+    words.no_padding()
+    words.no_truncation()
+    return words
+
+
+def default_words(weights: str, elsewhere: str) -> str | None:
+    """Return where the tokenizer of `weights` is: None if in their own folder, else `elsewhere`."""
+    return None if (find(weights) / "tokenizer.json").is_file() else elsewhere
+
+
+def _norm_rows(folder: Path, spec: ChameleonSpec) -> int | None:
+    """Return the rows of the query norms in the files, None for one per head; raises `UserError` for what cannot load."""
+    shape = stored_shape(folder, "model.layers.0.self_attn.q_norm.weight")
+    heads = json.loads((folder / "config.json").read_text()).get("num_attention_heads", 32)
+    if shape is None or shape[0] == heads:
+        return None
+    if shape[0] != 1:
+        raise UserError(
+            f"model.weights={spec.weights} has query norms for {shape[0]} shards of the heads (a 34B model); only checkpoints "
+            "with one norm, or one per head, are supported."
+        )
+    return 1

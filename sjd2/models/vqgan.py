@@ -2,19 +2,19 @@
 
 Encoder, quantiser and both 1x1 convolutions are `ChameleonVQVAE`; the pixel decoder, which transformers does not ship
 for Chameleon, is Janus' decoder class with the attention removed that Chameleon's has not. Files keep the key names of
-the taming-transformers checkpoints, so that Meta's `vqgan.ckpt` loads as it is.
+the taming-transformers checkpoints, so that Meta's `vqgan.ckpt` loads as it is; so do the conversions of Anole that hold the
+decoder, alone or within the whole model.
 
 B images, H x W pixels, h x w codes, V codes of C channels.
 """
 
 import json
-import pickle
-from collections.abc import Mapping
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
@@ -22,8 +22,13 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
 from sjd2.errors import UserError
+from sjd2.models.weights import header, read_tensors
 
 WEIGHTS = "vqgan.safetensors"
+WITHIN = ("model.vqmodel.", "vqmodel.")  # where a whole model's files hold the tokeniser
+PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+KEY = "model.vq_weights"
+BUDGET = 2**19  # pixels drawn at once: at full size 2 images of 512 px; one of 1024 px takes about 3 GB
 
 
 class VQGAN(nn.Module):
@@ -76,7 +81,12 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Draw codes [B, h, w] -> uint8 [B, 3, H, W]."""
+        """Draw codes [B, h, w] -> uint8 [B, 3, H, W], a few images at a time."""
+        scale = 2 ** (len(self.config.channel_multiplier) - 1)
+        at_once = max(1, BUDGET // (codes[0].numel() * scale**2))
+        return torch.cat([self._draw(part) for part in codes.split(at_once)])
+
+    def _draw(self, codes: Tensor) -> Tensor:
         quantised = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
         image = self.pixels(quantised).float()
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -90,24 +100,25 @@ class VQGAN(nn.Module):
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
-    def load(cls, path: Path | str) -> "VQGAN":
-        """Read a folder that `save` wrote, or a taming `.ckpt` of Chameleon's default shape.
+    def load(cls, path: Path | str, codes: int | None = None) -> "VQGAN":
+        """Read a folder that `save` wrote, a taming `.ckpt`, or safetensors of a conversion, alone or within its model.
 
-        Raises UserError when something is missing or does not fit.
+        codes: V, if it must be a certain one. Raises UserError when something is missing or does not fit.
         """
         path = Path(path)
-        if path.is_dir():
-            for name in ("config.json", WEIGHTS):
-                if not (path / name).is_file():
-                    raise UserError(f"VQGAN folder {path} has no {name}.")
-            config = ChameleonVQVAEConfig(**json.loads((path / "config.json").read_text()))
-            tensors: Mapping[str, Tensor] = _read(path / WEIGHTS)
-        elif path.is_file():
-            config, tensors = ChameleonVQVAEConfig(), _read(path)
-        else:
+        if not path.exists():
             raise UserError(f"VQGAN weights {path} do not exist; give a folder or a taming checkpoint.")
+        own = path.is_dir() and (path / WEIGHTS).is_file()
+        if own and not (path / "config.json").is_file():
+            raise UserError(f"VQGAN folder {path} has no config.json.")
+        tensors = _read(path / WEIGHTS if own else path)
+        config = (
+            ChameleonVQVAEConfig(**json.loads((path / "config.json").read_text())) if own else _shape(tensors, path)
+        )
         model = cls(config)
         _load_strictly(model, tensors, path)
+        if codes is not None and len(model.codebook) != codes:
+            raise UserError(f"VQGAN weights {path} have {len(model.codebook)} codes, model.vocabulary says {codes}.")
         return model.eval().requires_grad_(False)
 
 
@@ -120,20 +131,67 @@ def _taming(key: str, levels: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Read tensors from safetensors or a taming checkpoint; its loss (discriminator, LPIPS) is left out."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"VQGAN weights {path} cannot be read: {str(error).splitlines()[0]}.") from error
-    tensors = tensors.get("state_dict", tensors)
-    return {key: value for key, value in tensors.items() if not key.startswith("loss.")}
+    """Read the tokeniser's tensors by taming's names; losses, and a language model around it, are left out."""
+    found = _read_folder(path) if path.is_dir() else read_tensors(path, KEY)
+    prefix = next((prefix for prefix in WITHIN if any(name.startswith(prefix) for name in found)), "")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(PARTS)}
+    levels = {int(name.split(".")[2]) for name in tensors if name.startswith("decoder.up.")}
+    if "decoder.up.0.upsample.conv.weight" in tensors and len(levels) > 1:  # counted from the coarsest level
+        tensors = {_taming(name, max(levels) + 1): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
-def _load_strictly(model: VQGAN, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """Read of a folder's safetensors what can be the tokeniser's: a model of 14 GB around it stays on the disk."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        names = [name for name in header(file, KEY) if name.startswith((*WITHIN, *PARTS))]
+        with safe_open(file, "pt") as stored:
+            tensors |= {name: stored.get_tensor(name) for name in names}
+    if not tensors:
+        raise UserError(
+            f"VQGAN folder {folder} has no {WEIGHTS} and no other weights of an image tokeniser; give {KEY}= a folder or file "
+            "of one, e.g. Meta's vqgan.ckpt."
+        )
+    return tensors
+
+
+def _shape(tensors: dict[str, Tensor], path: Path) -> ChameleonVQVAEConfig:
+    """Read widths, levels and codes off the tensors: the published files come without a config of ours."""
+    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight")
+    lacking = [name for name in needed if name not in tensors]
+    if lacking:
+        raise UserError(f"VQGAN weights {path} lack {lacking[0]!r}, so they are no Chameleon image tokeniser.")
+    blocks = [
+        match for match in (re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight", n) for n in tensors) if match
+    ]
+    levels = 1 + max((int(match[1]) for match in blocks), default=0)
+    base = tensors["encoder.conv_in.weight"].shape[0]
+    widths = {int(match[1]): tensors[match[0]].shape[0] for match in blocks}
+    codes, width = tensors["quantize.embedding.weight"].shape
+    return ChameleonVQVAEConfig(
+        embed_dim=width,
+        num_embeddings=codes,
+        latent_channels=tensors["encoder.conv_out.weight"].shape[0],
+        in_channels=tensors["encoder.conv_in.weight"].shape[1],
+        base_channels=base,
+        channel_multiplier=[widths.get(level, base) // base for level in range(levels)],
+        num_res_blocks=1 + max((int(match[2]) for match in blocks), default=-1),
+    )
+
+
+def _load_strictly(model: VQGAN, tensors: dict[str, Tensor], path: Path) -> None:
     wanted = {_taming(key, len(model.decoder.up)): key for key in model.state_dict()}
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if (
+        missing
+        and all(name.startswith("decoder.") for name in missing)
+        and not any(n.startswith("decoder.") for n in tensors)
+    ):
+        raise UserError(
+            f"VQGAN weights {path} have no decoder (conversions of Chameleon leave it out); give {KEY}= Meta's vqgan.ckpt."
+        )
     if missing or unknown:
         what = f"lack {missing[0]!r}" if missing else f"have an unknown {unknown[0]!r}"
         raise UserError(f"VQGAN weights {path} {what} ({len(missing)} missing, {len(unknown)} unknown keys).")

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -25,11 +25,12 @@ from sjd2.errors import UserError, choose
 from sjd2.paths import find
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sjd2.models.base import ModelSpec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(\S+\.(?:safetensors|ckpt|pth|pt|bin|json))")
 TIMEOUT = 10.0  # seconds to wait for the hub's answer
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 QUANTISATIONS = ("8bit", "4bit")
@@ -40,9 +41,9 @@ DEVICE_MAPS = ("auto", "balanced", "sequential")
 class Source:
     """Where one part of a model lies, and what has to be there.
 
-    where: a local path or a hub id; key: the setting that says so, e.g. "model.vq_weights". files: what a folder must hold.
-    patterns: what is fetched from the hub. single: `where` may be one file. inside: the one file that is meant of a hub
-    repository or folder that holds several.
+    where: a local path, a hub id (owner/name), or one file of a hub repository (owner/name/path/file.ckpt). key: the setting
+    that says so, e.g. "model.vq_weights". files: what a folder must hold. patterns: what is fetched from the hub. single:
+    `where` may be one file. inside: the one file that is meant of a hub repository or folder that holds several.
     """
 
     where: str
@@ -54,9 +55,21 @@ class Source:
     inside: str | None = None
 
     @property
+    def repository(self) -> str | None:
+        """Return the hub id in `where`, None if it cannot be one."""
+        match = HUB_ID.fullmatch(self.where) or HUB_FILE.fullmatch(self.where)
+        return match and (match[1] if match.re is HUB_FILE else match[0])
+
+    @property
+    def file(self) -> str | None:
+        """Return the one file of a hub repository that is meant, None for all that `patterns` name."""
+        match = HUB_FILE.fullmatch(self.where)
+        return match[2] if match else self.inside
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """Return the patterns of the files to fetch."""
-        return (self.inside,) if self.inside else self.patterns
+        return (self.file,) if self.file else self.patterns
 
 
 def locate(source: Source) -> Path:
@@ -71,8 +84,8 @@ def locate(source: Source) -> Path:
 
         reach(source)
         with _hub_errors(source):
-            folder = Path(snapshot_download(source.where, revision=source.revision, allow_patterns=list(source.wanted)))
-        local = _inside(folder, source)
+            folder = snapshot_download(source.repository, revision=source.revision, allow_patterns=list(source.wanted))
+        local = _fetched(Path(folder), source)
     return local
 
 
@@ -82,29 +95,55 @@ def reach(source: Source) -> None:
         _ask_hub(source)
 
 
+def check_part(source: Source, read: Callable[[Path], object]) -> None:
+    """Raise `UserError` if a trained part (adapter, head, corrector) is not there; read: what checks its folder's settings."""
+    if _remote(source):
+        reach(source)
+    else:
+        read(find(source.where))
+
+
+def locate_part(source: Source) -> Path:
+    """Return the folder of a trained part; fetches it if `where` is a hub id."""
+    return locate(source) if _remote(source) else find(source.where)
+
+
+def _remote(source: Source) -> bool:
+    return source.repository is not None and not find(source.where).exists()
+
+
 def _local(source: Source) -> Path | None:
     """Return where the source lies on this machine, None if it has to be fetched first."""
     path = find(source.where)
     if path.exists():
         return _inside(path, source)
-    if not HUB_ID.fullmatch(source.where) or source.where.startswith((".", "~")):
+    if source.repository is None:
         raise UserError(f"{source.key}={source.where} does not exist; give a local folder or a hub id (owner/name).")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            source.where, revision=source.revision, allow_patterns=list(source.wanted), local_files_only=True
+            source.repository, revision=source.revision, allow_patterns=list(source.wanted), local_files_only=True
         )
     except LocalEntryNotFoundError:
         return None
-    return _inside(Path(folder), source) if _complete(Path(folder), source) else None
+    except HFValidationError as error:
+        raise UserError(
+            f"{source.key}={source.where} is neither here nor a name that the hub allows; give a local folder or a hub id."
+        ) from error
+    return _fetched(Path(folder), source) if _complete(Path(folder), source) else None
+
+
+def _fetched(folder: Path, source: Source) -> Path:
+    """Return the file or folder meant in a snapshot of the hub repository."""
+    return folder / source.file if source.file else _inside(folder, source)
 
 
 def _complete(folder: Path, source: Source) -> bool:
     """Say whether a cached snapshot holds every file that is asked for, all shards of an index included."""
-    if source.inside:
-        return (folder / source.inside).is_file()
+    if source.file:
+        return (folder / source.file).is_file()
     named = [name for index in INDEXES if (folder / index).is_file() for name in _shards(folder / index)]
     there = all((folder / name).is_file() for name in (*source.files, *named))
     return there and (
@@ -125,7 +164,24 @@ def _inside(path: Path, source: Source) -> Path:
     for name in source.files:
         if not (path / name).is_file():
             raise UserError(f"{source.key}={source.where} has no {name}, so it is no folder of these weights.")
+    _check_shards(path, source)
     return path
+
+
+def _check_shards(folder: Path, source: Source) -> None:
+    """Raise `UserError` if a shard that an index names is missing, or a safetensors file was cut short."""
+    mend = "copy or download it again"
+    for index in (folder / name for name in INDEXES if (folder / name).is_file()):
+        for name in _shards(index):
+            if not (folder / name).is_file():
+                raise UserError(f"{source.key}={source.where} lacks {name}, which its index names; {mend}.")
+    for file in folder.glob("*.safetensors"):
+        ends = [entry["data_offsets"][1] for name, entry in header(file, source.key).items() if name != "__metadata__"]
+        want, have = 8 + _header_size(file) + max(ends, default=0), file.stat().st_size
+        if want != have:
+            raise UserError(
+                f"{source.key}={source.where}: {file.name} has {have} bytes and should have {want}; {mend}."
+            )
 
 
 @cache
@@ -134,9 +190,9 @@ def _ask_hub(source: Source) -> None:
     from huggingface_hub import HfApi, constants
 
     with _hub_errors(source):
-        info = HfApi().model_info(source.where, revision=source.revision, files_metadata=True, timeout=TIMEOUT)
+        info = HfApi().model_info(source.repository, revision=source.revision, files_metadata=True, timeout=TIMEOUT)
     files = {f.rfilename: f.size or 0 for f in info.siblings or []}
-    lacking = [name for name in (*source.files, *((source.inside,) if source.inside else ())) if name not in files]
+    lacking = [name for name in ((source.file,) if source.file else source.files) if name not in files]
     if lacking:
         raise UserError(
             f"{source.key}={source.where} has no {lacking[0]} on the hub, so it is no source of these weights."
@@ -162,7 +218,7 @@ def _hub_errors(source: Source) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{what} is gated: accept its licence on the hub's page of {source.where}, then run `hf auth login`."
+            f"{what} is gated: accept its licence on the hub's page of {source.repository}, then run `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
@@ -174,8 +230,8 @@ def _hub_errors(source: Source) -> Iterator[None]:
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise UserError(
-            f"{what} is not on this machine and HF_HUB_OFFLINE is set; unset it, or run `hf download {source.where}` "
-            f"where there is a network and give {source.key}=FOLDER."
+            f"{what} is not on this machine and HF_HUB_OFFLINE is set; unset it, or run `{_download(source)}` where there "
+            f"is a network and give {source.key}={'FILE' if source.file else 'FOLDER'}."
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise UserError(_unreachable(source)) from error
@@ -188,9 +244,13 @@ def _hub_errors(source: Source) -> Iterator[None]:
 
 def _unreachable(source: Source) -> str:
     return (
-        f"{source.key}={source.where} is not on this machine and the hub cannot be reached; run "
-        f"`hf download {source.where}` where there is a network and give {source.key}=FOLDER."
+        f"{source.key}={source.where} is not on this machine and the hub cannot be reached; run `{_download(source)}` where "
+        f"there is a network and give {source.key}={'FILE' if source.file else 'FOLDER'}."
     )
+
+
+def _download(source: Source) -> str:
+    return " ".join(["hf download", str(source.repository), *((source.file,) if source.file else ())])
 
 
 # ---- reading
@@ -210,7 +270,11 @@ def check_loading(quantisation: str | None, device_map: str | None) -> None:
 
 def check_memory(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
     """Raise `UserError` if the weights in `folder` do not fit into the memory of the device (all of them with device_map)."""
-    need = stored_bytes(folder, dtype) * {None: 1.0, "8bit": 0.55, "4bit": 0.32}[spec.quantisation]  # some layers stay
+    _check_bytes(stored_bytes(folder, dtype), spec, device, dtype)
+
+
+def _check_bytes(need: float, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    need *= {None: 1.0, "8bit": 0.55, "4bit": 0.32}[spec.quantisation]  # some layers stay
     free = free_bytes(device, everywhere=spec.device_map is not None)
     if need > free:
         where = "the devices together have" if spec.device_map else f"{device} has"
@@ -225,18 +289,42 @@ def stored_bytes(folder: Path, dtype: torch.dtype) -> float:
     total = 0.0
     width = torch.empty(0, dtype=dtype).element_size()
     for file in folder.glob("*.safetensors"):
-        for name, entry in _header(file).items():
+        for name, entry in header(file, str(folder)).items():
             if name != "__metadata__":
                 count = torch.Size(entry["shape"]).numel()
                 total += count * (width if entry["dtype"] in ("F64", "F32", "F16", "BF16") else 1)
     return total
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """Read the header of a safetensors file: name -> {dtype, shape}; reads no weights."""
+def stored_shape(folder: Path, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor in the safetensors files of a folder, None if it is not there; reads no weights."""
+    found = (header(file, str(folder)).get(name) for file in sorted(folder.glob("*.safetensors")))
+    return next((tuple(entry["shape"]) for entry in found if entry is not None), None)
+
+
+def header(file: Path, key: str) -> dict[str, Any]:
+    """Read the header of a safetensors file: name -> {dtype, shape, data_offsets}; reads no weights.
+
+    Raises `UserError` if the file is none.
+    """
+    size = _header_size(file)
     with file.open("rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        return json.loads(handle.read(size)) if 0 < size < 2**28 else {}
+        if handle.read(20) == b"version https://git-":
+            raise UserError(
+                f"{key}: {file} is a Git LFS pointer and not the weights; run `git lfs pull` in its folder."
+            )
+        handle.seek(8)
+        try:
+            return json.loads(handle.read(size) if 0 < size < 2**28 else b"")
+        except ValueError as error:
+            raise UserError(
+                f"{key}: {file} is no safetensors file, or a damaged one; copy or download it again."
+            ) from error
+
+
+def _header_size(file: Path) -> int:
+    with file.open("rb") as handle:
+        return int.from_bytes(handle.read(8), "little")
 
 
 def free_bytes(device: torch.device, everywhere: bool = False) -> float:
@@ -251,17 +339,48 @@ def free_bytes(device: torch.device, everywhere: bool = False) -> float:
 
 
 def pretrained(
-    cls: type[PreTrainedModel], folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+    cls: type[PreTrainedModel],
+    folder: Path,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    lacking: str = "model.vqmodel.",
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a transformers model for inference: frozen, on its device, quantised or spread if the spec says so.
 
-    Raises `UserError` if the files do not fit the class or the memory.
+    lacking: beginning of the names of tensors that the files need not hold, by default the image tokeniser, which families
+    load apart. config: where it is not just the folder's. Raises `UserError` if the files do not fit the class or the memory.
     """
+    check_loading(spec.quantisation, spec.device_map)
+    check_memory(folder, spec, device, dtype)
+    return _load(cls, spec, device, dtype, lacking, pretrained_model_name_or_path=folder, config=config)
+
+
+def assembled(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: dict[str, Tensor],
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Build a transformers model from a config and tensors named as its own, loaded just as `pretrained` does.
+
+    Raises `UserError` if the tensors do not fit the config or the memory.
+    """
+    check_loading(spec.quantisation, spec.device_map)
+    width = torch.empty(0, dtype=dtype).element_size()
+    _check_bytes(sum(tensor.numel() for tensor in tensors.values()) * width, spec, device, dtype)
+    return _load(cls, spec, device, dtype, "", pretrained_model_name_or_path=None, config=config, state_dict=tensors)
+
+
+def _load(
+    cls: type[PreTrainedModel], spec: ModelSpec, device: torch.device, dtype: torch.dtype, lacking: str, **source: Any
+) -> PreTrainedModel:
     from transformers import BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
-    check_loading(spec.quantisation, spec.device_map)
-    check_memory(folder, spec, device, dtype)
     transformers_logging.disable_progress_bar()  # its bar of tensors is noise beside the bar of images
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention, "local_files_only": True}
     if spec.quantisation is not None:
@@ -269,26 +388,48 @@ def pretrained(
             load_in_8bit=spec.quantisation == "8bit",
             load_in_4bit=spec.quantisation == "4bit",
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type="nf4",  # for weights that are about normal; the library's default is fp4
         )
     if spec.device_map is not None:
         settings["device_map"] = spec.device_map
     elif device.type == "cuda" or spec.quantisation is not None:
         settings["device_map"] = {"": device}  # straight to the GPU: 7B weights need not pass through the host's memory
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of what does not fit becomes one sentence here
     try:
-        model = cls.from_pretrained(folder, **settings)
+        model, found = cls.from_pretrained(**source, **settings, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.weights={spec.weights} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    # transformers fills what is not there with random numbers and warns
+    missing = sorted(name for name in found["missing_keys"] if not lacking or not name.startswith(lacking))
+    if missing:
+        raise UserError(f"model.weights={spec.weights} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}.")
     if "device_map" not in settings:
         model.to(device)
     return model.eval().requires_grad_(False)
 
 
+def read_config(folder: Path, key: str, kind: str, example: str) -> dict[str, Any]:
+    """Read a folder's config.json. Raises `UserError` unless it is of that kind (`model_type`), like the example."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") != kind:
+        raise UserError(
+            f"{key}={folder} holds a '{config.get('model_type')}' model, not '{kind}' in transformers' layout; take e.g. "
+            f"{example}."
+        )
+    return config
+
+
 def tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder. Raises `UserError` if there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # tokenizer.json says all; the class that a folder names may cut text otherwise (Llama's, in DeepSeek's folders)
+    cls = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}={folder} has no tokenizer that can be loaded: {_first_line(error)}") from error
 

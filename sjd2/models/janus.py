@@ -1,0 +1,159 @@
+"""Janus-Pro: a Llama with a table, a head and a tokeniser of its own for images; no forced tokens.
+
+The prompt and its unconditional twin are those of generation_inference.py in deepseek-ai/Janus; the classes are transformers'
+own. An image token enters through the aligner, an MLP over 8 numbers per code: its outputs are computed once for all codes.
+
+# B samples, S slots of a pass, P prompt tokens, V image vocabulary, C width of a code, D width, N image-phase tokens
+# H x W pixels, h x w codes
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sjd2.errors import UserError
+from sjd2.layout import TokenGrid
+from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.weights import Source, locate, pretrained, read_config, tokenizer
+from sjd2.paths import find
+
+if TYPE_CHECKING:
+    from transformers import JanusVQVAE
+
+DOWN = 16  # pixels per code, each way
+PUBLIC = 384  # the one size that the public models draw
+START = "<begin_of_image>"
+CHUNK = 16  # images drawn at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusSpec(ModelSpec):
+    """A Janus-Pro checkpoint in transformers' layout; size: side of its square images in pixels."""
+
+    size: int = PUBLIC
+
+    @property
+    def layout(self) -> TokenGrid:
+        return TokenGrid(self.size // DOWN, self.size // DOWN, self.vocabulary)
+
+    def sources(self) -> list[Source]:
+        return [Source(self.weights, "model.weights", ("config.json", "tokenizer.json"), revision=self.revision)]
+
+    def check(self) -> None:
+        """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
+        if self.size < DOWN or self.size % DOWN:
+            raise UserError(
+                f"model.size must be a multiple of {DOWN} pixels, got {self.size}; Janus-Pro draws {PUBLIC}."
+            )
+        super().check()
+        config, drawn = find(self.weights) / "config.json", PUBLIC
+        if config.is_file():
+            drawn = json.loads(config.read_text()).get("vision_config", {}).get("image_size", PUBLIC)
+        if self.size != drawn:
+            raise UserError(f"model.size={self.size}, but {self.weights} draws {drawn} x {drawn} pixels only.")
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> Janus:
+        return Janus(self, device, dtype)
+
+
+class Janus(Backbone):
+    """A loaded Janus-Pro (contract: `ImageModel`)."""
+
+    def __init__(self, spec: JanusSpec, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import JanusForConditionalGeneration
+
+        (folder,) = map(locate, spec.sources())
+        read_config(folder, "model.weights", "janus", "deepseek-community/Janus-Pro-1B")
+        self.spec = spec
+        self.tokenizer = tokenizer(folder, "model.weights")
+        self.start = self.tokenizer.convert_tokens_to_ids(START)
+        if self.start is None or None in (self.tokenizer.bos_token_id, self.tokenizer.pad_token_id):
+            raise UserError(
+                f"the tokenizer of {spec.weights} lacks {START}, a bos or a pad token, so it is not Janus's."
+            )
+        self.full = pretrained(JanusForConditionalGeneration, folder, spec, device, dtype, lacking="")
+        super().__init__(self.full.get_decoder(), spec.layout)
+        self.head_module = self.full.model.generation_head
+        self.vq = Pixels(self.full.model.vqmodel)
+        self.full.model.vqmodel = None  # drawn in float32
+        self.vq.float().to(self.device)
+        if len(self.codebook) != spec.vocabulary:
+            raise UserError(
+                f"{spec.weights} has {len(self.codebook)} image codes, model.vocabulary says {spec.vocabulary}."
+            )
+        with torch.no_grad():
+            codes = torch.arange(spec.vocabulary, device=self.device)
+            self.table = self.full.prepare_embeddings_for_image_generation(codes).to(self.device)  # [V, D]
+
+    @property
+    def codebook(self) -> Tensor:
+        """The VQ code vectors, of length 1: [V, C]."""
+        return self.vq.codebook
+
+    def encode(self, prompts: list[str]) -> Condition:
+        """Tokenise and embed both guidance branches.
+
+        The unconditional prompt is as long as the other, with padding for all ids but the first and the last; the model
+        attends to that padding, so it depends on the length and each prompt has its own.
+        """
+        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        texts = [f"<|User|>: {prompt.strip()}\n\n<|Assistant|>:{START}" for prompt in prompts]
+        ids = [[bos, *row] for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        lengths = torch.tensor([len(row) for row in ids], device=self.device)
+        longest = int(lengths.max())
+        padded = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=self.device)
+        nothing = torch.full_like(padded, pad)
+        nothing[:, 0] = bos
+        nothing[torch.arange(len(ids), device=self.device), lengths - 1] = self.start
+        table = self.full.get_input_embeddings()
+        return Condition(table(padded), lengths, table(nothing), lengths)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up model inputs: codes [B, S] -> [B, S, D]."""
+        return F.embedding(tokens, self.table)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the image head, in float32 at least: [..., D] -> [..., V]."""
+        out = self.full.model.generation_head(hidden).to(hidden.device)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Draw complete token sequences: [B, N] -> uint8 [B, 3, H, W]."""
+        codes = self.layout.codes(tokens.to(self.device))
+        return torch.cat([self.vq.decode(images) for images in codes.split(CHUNK)])
+
+
+class Pixels(nn.Module):
+    """Janus's image tokeniser: `encode` [B, 3, H, W] -> codes [B, h, w], `decode` back to uint8."""
+
+    def __init__(self, vae: JanusVQVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    @property
+    def codebook(self) -> Tensor:
+        """The code vectors as they are looked up, of length 1: [V, C]."""
+        return F.normalize(self.vae.quantize.embedding.weight, dim=-1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokenise images [B, 3, H, W] in [-1, 1] -> codes [B, h, w].
+
+        The nearest code is that of the nearest direction, as in vq_model.py of deepseek-ai/Janus; transformers' own
+        `JanusVQVAE.encode` compares vectors of any length and finds other codes.
+        """
+        latent = self.vae.quant_conv(self.vae.encoder(images.to(self.codebook)))  # [B, C, h, w]
+        return torch.einsum("bchw,vc->bhwv", latent, self.codebook).argmax(-1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Draw codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
+        vectors = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
+        image = self.vae.decoder(self.vae.post_quant_conv(vectors))
+        return ((image + 1) * 127.5).clamp(0, 255).to(torch.uint8)
