@@ -6,10 +6,10 @@ They are imported inside the functions, so that shell completion and `--cfg` sta
 
 from __future__ import annotations
 
-import json
+import importlib
 import os
 import sys
-import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -17,27 +17,29 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import sjd2.instantiate  # noqa: F401  registers the resolvers of the yaml files
-from evaluation.console import guarded, say, sentence, show_logs
-from sjd2.errors import UserError
+from evaluation.console import guarded, say, show_logs
 
 
 def sample(cfg: DictConfig) -> Path:
     """Make a run and its AR baseline, score both and print their table; returns the run folder."""
-    from evaluation import job, validate
+    from evaluation import distributed, job, validate
+    from evaluation.tracking import NoTracker
     from sweeps.table import make_tables, show
 
-    metrics, tracker, plan = validate.metrics(cfg), validate.tracker(cfg), validate.plan(cfg)
+    ranks = distributed.join()
+    metrics, plan = validate.metrics(cfg), validate.plan(cfg, ranks)
+    tracker = validate.tracker(cfg) if ranks.main else NoTracker()
     base = job.baseline_settings(cfg) if cfg.baseline and plan.decoder.name != cfg.baseline else None
-    base_plan = validate.plan(base) if base is not None else None
+    base_plan = validate.plan(base, ranks) if base is not None else None
     models, failed = job.Models(), True
     try:
         single = job.sweep_name() is None
-        job.make_run(cfg, plan, metrics=metrics, tracker=tracker, models=models, wait=not single)
+        job.make_run(cfg, plan, metrics=metrics, tracker=tracker, models=models, wait=not single, ranks=ranks)
         if base_plan is not None:
-            job.make_baseline(base, base_plan, metrics=metrics, models=models)
-        if single:
+            job.make_baseline(base, base_plan, metrics=metrics, models=models, ranks=ranks)
+        if single and ranks.main:
             runs = [plan.run.path] if base_plan is None else [base_plan.run.path, plan.run.path]
-            show(make_tables(runs, Path(cfg.runs_dir) / "tables" / plan.run.path.name))
+            show(make_tables(runs, Path(cfg.runs_dir) / "tables" / plan.run.path.name, paper=cfg.paper))
         failed = False
     finally:
         tracker.finish(failed=failed)
@@ -48,14 +50,13 @@ def sample(cfg: DictConfig) -> Path:
 def score(cfg: DictConfig) -> Path:
     """Score a run folder that is there; needs no generator model."""
     from evaluation import job, validate
-    from evaluation.score import score as measure
 
     run, metrics, tracker = validate.scored_run(cfg), validate.metrics(cfg), validate.tracker(cfg)
     failed = True
     try:
         with run.lock():
             tracker.start(job.about(run, "score"))
-            figures = measure(run, metrics)
+            figures = job.measure(run, metrics, cfg.evaluation, again=True)
         job.mirror(run, figures, tracker)
         failed = False
     finally:
@@ -63,20 +64,6 @@ def score(cfg: DictConfig) -> Path:
     say("\n".join(f"{key:24} {value}" for key, value in figures.items() if isinstance(value, (int, float, str))))
     say(f"run folder: {run.path}")
     return run.path
-
-
-def table(cfg: DictConfig) -> Path:
-    """Turn every run folder of runs_dir, or run_dir and its baseline, into tables and plots."""
-    from sweeps.table import stage
-
-    return stage(cfg)
-
-
-def compare(cfg: DictConfig) -> Path:
-    """Compare all runs pairwise: with AR in likelihood and KID, with each other in passes."""
-    from sweeps.compare import stage
-
-    return stage(cfg)
 
 
 def finetune(cfg: DictConfig) -> Path:
@@ -88,18 +75,19 @@ def finetune(cfg: DictConfig) -> Path:
     return out
 
 
-def bench(cfg: DictConfig) -> Path:
-    """Measure the speed of passes and whole runs."""
-    from benchmarks.bench import run
-
-    return run(cfg)
+def elsewhere(module: str, name: str = "stage") -> Callable[[DictConfig], Path]:
+    """Return the function of a module as a stage; the module is imported when the stage runs."""
+    return lambda cfg: getattr(importlib.import_module(module), name)(cfg)
 
 
 def dispatch(cfg: DictConfig) -> Path:
     """Validate what every stage shares, then call the stage."""
+    from evaluation.distributed import takes_part
     from evaluation.settings import check_settings
 
     check_settings(cfg)  # before the next import, which brings torch in
+    if not takes_part(cfg.stage):
+        return Path(cfg.runs_dir)
     from evaluation.validate import set_threads
 
     show_logs()
@@ -107,32 +95,35 @@ def dispatch(cfg: DictConfig) -> Path:
     return STAGES[cfg.stage](cfg)
 
 
-STAGES = {"sample": sample, "score": score, "table": table, "compare": compare, "finetune": finetune, "bench": bench}
-
-
-def record_status(cfg: DictConfig) -> None:
-    """Run one job of a multirun and write status.json; never raises, else Hydra would leave out the sweep's table."""
-    overrides = list(HydraConfig.get().overrides.task)
-    status = {"status": "ok", "reason": None, "run_dir": None, "overrides": overrides}
-    out = Path(HydraConfig.get().runtime.output_dir)
-    say(f"job {HydraConfig.get().job.num}: {' '.join(overrides)}")
-    try:
-        status["run_dir"] = str(dispatch(cfg).absolute())
-    except Exception as error:
-        status |= {"status": "failed", "reason": sentence(error)}
-        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-        if not isinstance(error, UserError):
-            (out / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    (out / "status.json").write_text(json.dumps(status), encoding="utf-8")
+STAGES = {
+    **{stage.__name__: stage for stage in (sample, score, finetune)},
+    "table": elsewhere("sweeps.callback"),  # all run folders, one and its baseline, or a multirun's: tables and plots
+    "compare": elsewhere("sweeps.compare"),  # all runs pairwise: with AR in law, with each other in passes
+    "bench": elsewhere("benchmarks.bench", "run"),  # speed of passes and of whole runs
+    "tune": elsewhere("sweeps.tune"),  # a decoder's settings for least latency under a bound on quality
+    "report": elsewhere("sweeps.report.page"),  # one self-contained page: table, plots, images, a race of the traces
+}
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Run one command, or one job of a multirun."""
     if HydraConfig.get().mode.name == "MULTIRUN":
-        record_status(cfg)
+        from sweeps.jobs import run_job
+
+        run_job(dispatch, cfg)
     elif code := guarded(lambda: dispatch(cfg)):
         sys.exit(code)  # Hydra adds nothing to a SystemExit
+
+
+def launch() -> None:
+    """Run Hydra; where a launcher gives up because jobs died, their rows in the sweep's table tell it, not its error."""
+    try:
+        main()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        callback = sys.modules.get("sweeps.callback")
+        if callback is None or not callback.close(error):
+            raise
 
 
 def cli() -> int:
@@ -141,7 +132,10 @@ def cli() -> int:
     if "debug=trace" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1":
         os.environ["SJD2_TRACE"] = "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
-    code = guarded(main)
+    here = str(Path(__file__).resolve().parent)  # jobs on other machines import from the same checkout
+    paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    code = guarded(launch)
     callback = sys.modules.get("sweeps.callback")
     return code or int(callback is not None and callback.Tables.failed > 0)
 

@@ -35,16 +35,16 @@ class Jacobi(Drafter):
         vocabulary = self.layout.vocabulary
         positions = state.positions(draft.tokens.shape[1])
         tokens = torch.where(fresh, state.noise.codes(positions, vocabulary), draft.tokens)
-        copied = torch.zeros_like(fresh)
-        if self.init != "random":
-            tokens, copied = self._copy(tokens, fresh, state, positions)
         probs = draft.probs
         if probs is not None:
             probs = torch.where(fresh[:, 1:, None], 1.0 / vocabulary, probs)
-            # a forced token may be copied where the raster wraps; its slot is clamped to a code and stays a valid guess
-            tokens = torch.where(copied, tokens.clamp(max=vocabulary - 1), tokens)
-            onehot = torch.nn.functional.one_hot(tokens[:, 1:].clamp(max=vocabulary - 1), vocabulary).to(probs)
-            probs = torch.where(copied[:, 1:, None], onehot, probs)
+        if self.init != "random":
+            tokens, copied = self._copy(tokens, fresh, state, positions)
+            if probs is not None:
+                # a forced token may be copied where the raster wraps; its slot is clamped to a code and stays a valid guess
+                tokens = torch.where(copied, tokens.clamp(max=vocabulary - 1), tokens)
+                code = tokens[:, 1:, None].clamp(max=vocabulary - 1)
+                probs = torch.where(copied[:, 1:, None], torch.zeros_like(probs).scatter_(-1, code, 1.0), probs)
         return replace(draft, tokens=state.force(tokens), probs=probs)
 
     def _copy(self, tokens: Tensor, fresh: Tensor, state: State, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -256,7 +256,7 @@ class ZipDecoding:
         behind = self.prompt + self.total + torch.arange(self.size, device=fed.device)
         self.cache.entries = torch.where(feed < 0, behind, begins + feed)
         span = self.prompt + self.total
-        if fed.device.type == "cpu":  # a device would have to be asked, and every span is a shape of its own
+        if self.cache.reads:  # a device would have to be asked, and every span is a shape of its own
             span = int((begins + feed.clamp(min=0)).max()) + 1
         column = torch.arange(span, device=fed.device) - begins  # [R, span] position of each entry, < 0: the prompt
         inside = ((column >= 0) & (column < self.total))[:, None]
@@ -311,6 +311,10 @@ class ZipDecoding:
     def finished(self) -> list[int]:
         """Return the rows that have all their tokens (waits for the device)."""
         return (self.state.committed.cpu() >= self.total).nonzero()[:, 0].tolist()
+
+    def look(self) -> dict[str, Tensor]:
+        """Return `rows` [B, G], the codes that each grid row has: tokens are not committed in raster order."""
+        return {"rows": self.state.drawn}
 
     def collect(self, row: int) -> Sample:
         """Return the finished row's sample; the prefill's tokens are what the other passes did not commit."""

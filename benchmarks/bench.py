@@ -176,7 +176,7 @@ def run(cfg: DictConfig) -> Path:
         ROOT
         / "benchmarks"
         / "results"
-        / f"{_slug(result['hardware'])}-{plan.spec.name}-{plan.decoder.name}-{plan.dtype}.json"
+        / f"{slug(result['hardware'])}-{plan.spec.name}-{plan.decoder.name}-{plan.dtype}.json"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
@@ -184,5 +184,6 @@ def run(cfg: DictConfig) -> Path:
     return out
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Turn words into a part of a file's name."""
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

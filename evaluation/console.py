@@ -20,6 +20,7 @@ from sjd2.errors import UserError, unknown
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "tune", "logger", "runtime")
 SEVERAL = "several choices need -m: python run.py -m {key}=a,b"
+LAUNCHERS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "joblib", "ray": "ray"}  # and their extras
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
@@ -145,6 +146,8 @@ _DISK = {
 def _composition(error: BaseException) -> str:
     """Turn what Hydra says about a command line into one sentence."""
     text = str(error)
+    if (found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text)) and found[1] in LAUNCHERS:
+        return f"hydra/launcher={found[1]} is not installed; add it with: pip install -e '.[{LAUNCHERS[found[1]]}]'."
     options = getattr(error, "options", None)
     if options is not None and (found := re.search(r"Could not (?:find|load) '(.+?)'", text)):
         group, _, choice = found[1].rpartition("/")

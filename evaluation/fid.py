@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from evaluation.features import Extractor, run_features, save_npz
+from evaluation.prompts import metadata_of
 from evaluation.records import RunFolder
 from sjd2.errors import UserError
 from sjd2.paths import find
@@ -113,15 +114,29 @@ def mmd(features: np.ndarray, reference: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------------- reference
 @dataclass(frozen=True)
 class Reference:
-    """Reference statistics; `features` [M, D] is None where only the moments are known (then there is no KID)."""
+    """Reference statistics; `features` [M, D] is None where only the moments are known (then there is no KID).
+
+    files: the pictures' names within their folder, one per feature, where the reference is a folder.
+    """
 
     name: str
     statistics: Statistics
     features: np.ndarray | None = None
+    files: tuple[str, ...] = ()
+
+    def only(self, wanted: Set[str]) -> Reference:
+        """Keep the pictures whose file names are `wanted`; raises UserError if some are not there or fewer than 2."""
+        by_name = {Path(file).name: row for row, file in enumerate(self.files)}
+        lacking = sorted(wanted - by_name.keys())
+        if lacking or len(wanted) < 2:
+            what = f"lacks {lacking[0]}" if lacking else f"would keep {len(wanted)} image"
+            raise UserError(f"reference {self.name} {what}: give the folder of all images, or only_prompts=false.")
+        features = self.features[sorted(by_name[name] for name in wanted)]
+        return Reference(f"{self.name}, the {len(wanted)} of the prompts", Statistics.of(features), features)
 
 
 def read_reference(path: Path, extractor: Extractor) -> Reference:
-    """Read an npz with `features` (and `digest`, `name`), or with clean-fid's `mu` and `sigma`.
+    """Read an npz with `features` (and `digest`, `name`, `files`), or with `mu` and `sigma` (clean-fid, pytorch-fid).
 
     Raises UserError when the file is damaged or comes from another extractor.
     """
@@ -136,7 +151,8 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
         raise UserError(f"reference {path} holds features of extractor {digest}, not {extractor.digest()}: {mend}.")
     name = str(arrays.get("name", path.stem))
     if "features" in arrays:
-        reference = Reference(name, Statistics.of(arrays["features"]), arrays["features"])
+        files = tuple(arrays["files"].tolist()) if "files" in arrays else ()
+        reference = Reference(name, Statistics.of(arrays["features"]), arrays["features"], files)
     elif {"mu", "sigma"} <= arrays.keys():
         reference = Reference(name, Statistics.of_moments(arrays["mu"], arrays["sigma"]))
     else:
@@ -159,7 +175,10 @@ def _read_images(files: list[Path]) -> Iterator[np.ndarray]:
 
 
 def reference_of_folder(folder: Path, extractor: Extractor, cache: Path | None) -> Reference:
-    """Extract the features of a folder's images, or take them from `cache`, where they are kept."""
+    """Extract the features of a folder's images, or take them from `cache`, where they are kept.
+
+    The cache's key holds the extractor's digest (weights, resizing, crop) and the name, size and date of every image.
+    """
     files = image_files(folder)
     if len(files) < 2:
         raise UserError(f"reference folder {folder} has {len(files)} images; a distance needs at least 2.")
@@ -170,10 +189,10 @@ def reference_of_folder(folder: Path, extractor: Extractor, cache: Path | None) 
         return read_reference(stored, extractor)
     log.info("extracting %s features of %d reference images in %s", extractor.name, len(files), folder)
     features = extractor(_read_images(files))
-    name = f"{folder.name} ({len(files)} images)"
+    name, names = f"{folder.name} ({len(files)} images)", tuple(str(path.relative_to(folder)) for path in files)
     if stored:
-        save_npz(stored, {"features": features, "digest": extractor.digest(), "name": name})
-    return Reference(name, Statistics.of(features), features)
+        save_npz(stored, {"features": features, "digest": extractor.digest(), "name": name, "files": np.array(names)})
+    return Reference(name, Statistics.of(features), features, names)
 
 
 # ------------------------------------------------------------------------------------------------------------- metric
@@ -181,7 +200,8 @@ class FeatureDistance:
     """FID and KID of a run against a reference.
 
     reference: 'shipped' (rendered held-out pictures of the embedded model), an npz file, or a folder of images, whose
-    features are kept in `cache`.
+    features are kept in `cache`. only_prompts: compare with those pictures of the folder only that the run's prompts
+    describe (COCO), instead of all.
     """
 
     keys = ("fid", "fid_extractor", "fid_reference", "kid", "kid_std", "fid_warning")
@@ -195,6 +215,7 @@ class FeatureDistance:
         kid_subset_size: int = 1000,
         seed: int = 0,
         cache: str | None = None,
+        only_prompts: bool = False,
     ) -> None:
         if kid_subsets < 1 or kid_subset_size < 2:
             raise UserError(f"kid_subsets={kid_subsets} must be >= 1 and kid_subset_size={kid_subset_size} >= 2.")
@@ -202,6 +223,7 @@ class FeatureDistance:
         self.path = SHIPPED_REFERENCE if reference == "shipped" else reference and find(reference)
         self.cache = Path(cache).expanduser() if cache else None
         self.subsets, self.subset_size, self.seed = kid_subsets, kid_subset_size, seed
+        self.only_prompts = only_prompts
 
     def check(self) -> None:
         """Raise UserError if extractor or reference are missing or do not fit each other."""
@@ -212,7 +234,8 @@ class FeatureDistance:
             if len(image_files(self.path)) < 2:
                 raise UserError(f"reference folder {self.path} has fewer than 2 images ({', '.join(IMAGE_SUFFIXES)}).")
         elif self.path.is_file():
-            read_reference(self.path, self.extractor)
+            if not read_reference(self.path, self.extractor).files and self.only_prompts:
+                raise UserError(f"only_prompts=true needs a folder of pictures as reference; {self.path} names none.")
         else:
             raise UserError(f"evaluation.metrics.fid.reference={self.path} is neither a folder nor a file.")
 
@@ -222,6 +245,16 @@ class FeatureDistance:
         if self.path.is_dir():
             return reference_of_folder(self.path, self.extractor, self.cache)
         return read_reference(self.path, self.extractor)
+
+    def reference_for(self, run: RunFolder) -> Reference:
+        """Return the reference that this run is compared with; raises UserError if `only_prompts` cannot be done."""
+        if not self.only_prompts:
+            return self.reference
+        facts = metadata_of(run)
+        wanted = {facts.get(record["id"][0], {}).get("file_name") for record in run.records()}
+        if None in wanted:
+            raise UserError("only_prompts=true needs prompts that name their pictures: prompts=coco2017 or coco2014.")
+        return self.reference.only(wanted)
 
     @property
     def protocol(self) -> str:
@@ -243,7 +276,7 @@ class FeatureDistance:
             return self._warned(
                 f"left out: {self.extractor.name} is made for {made} pixels, not {shape[0]}x{shape[1]}."
             )
-        reference, features = self.reference, run_features(run, self.extractor)
+        reference, features = self.reference_for(run), run_features(run, self.extractor)
         out: dict[str, Any] = {"fid": frechet(Statistics.of(features), reference.statistics)}
         out |= {"fid_extractor": f"{self.extractor.name} {self.extractor.digest()}", "fid_reference": reference.name}
         if reference.features is not None and min(len(features), len(reference.features)) >= 4:

@@ -129,13 +129,12 @@ def paired_distance(
     for run, found in ((a, first), (b, second)):
         if not found:
             raise UserError(f"{run.path.name} holds no features of {metric.extractor.name}; run stage=score on it.")
+    reference = metric.reference_for(a)
     if kind == "fid":
-        return paired_fid(first, second, metric.reference.statistics, level=level, comparisons=comparisons)
-    if metric.reference.features is None:
-        raise UserError(
-            f"reference {metric.reference.name} holds moments only, which are enough for FID but not for KID."
-        )
-    return paired_kid(first, second, metric.reference.features, level=level, comparisons=comparisons)
+        return paired_fid(first, second, reference.statistics, level=level, comparisons=comparisons)
+    if reference.features is None:
+        raise UserError(f"reference {reference.name} holds moments only, which are enough for FID but not for KID.")
+    return paired_kid(first, second, reference.features, level=level, comparisons=comparisons)
 
 
 def paired_fid(

@@ -78,6 +78,7 @@ def make_run(
         refill=cfg.refill,
         trace=cfg.trace,
         grace_s=cfg.runtime.grace_s,
+        flops=cfg.runtime.flops,
         launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
     )
     with _inside(plan.run, ranks, wait=wait):
@@ -108,12 +109,15 @@ def _inside(run: RunFolder, ranks: Ranks, *, wait: bool) -> Iterator[None]:
             yield
 
 
-def measure(run: RunFolder, metrics: Mapping[str, Metric], settings: DictConfig) -> dict[str, Any]:
-    """Score a run and write its metrics.json; one that was scored with these settings, and is as long, costs nothing."""
+def measure(
+    run: RunFolder, metrics: Mapping[str, Metric], settings: DictConfig, *, again: bool = False
+) -> dict[str, Any]:
+    """Score a run and write its metrics.json; one scored with these settings that has not grown keeps it, or `again`."""
     note = run.path / NOTE
     state = {"n_images": len(run.records()), "settings": OmegaConf.to_container(settings, resolve=True)}
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(note.read_text(encoding="utf-8")) == state and run.metrics.get("n_images") == state["n_images"]:
+        known = not again and json.loads(note.read_text(encoding="utf-8")) == state
+        if known and run.metrics.get("n_images") == state["n_images"]:
             return run.metrics
     figures = score(run, metrics)  # removes the note: after a kill in between there is none
     write_atomically(note, json.dumps(state).encode())

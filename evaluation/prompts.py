@@ -1,7 +1,8 @@
-"""Prompt lists: the embedded model's held-out captions, or a txt, csv, json or jsonl file.
+"""Prompt lists: the embedded model's held-out captions, or a txt, csv, tsv, json or jsonl file.
 
 An image's id is (prompt index, repeat). Repeats come one after the other, so that `limit=` always asks for as many
-different prompts as there are.
+different prompts as there are. The published prompt sets, which say more of a prompt than its text, are in
+prompt_sets.py; what they say is kept in the run folder as prompts.jsonl, where metrics find it (`metadata_of`).
 """
 
 from __future__ import annotations
@@ -16,38 +17,66 @@ from pathlib import Path
 from typing import Any
 
 import sjd2
+from evaluation.records import RunFolder, read_lines, write_atomically
 from sjd2.errors import UserError
+from sjd2.instantiate import instantiate
 
 COLUMNS = ("prompt", "caption", "text", "Prompt")  # names of the prompt's column, tried in this order
-FORMATS = (".txt", ".csv", ".json", ".jsonl")
+FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
+KEPT = "prompts.jsonl"
+
+Facts = dict[str, Any]  # what a prompt set says of one prompt besides its text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """A list of prompts, each sampled `repeats` times.
+    """A list of prompts, each sampled `repeats` times; the first `skip` are left out.
 
     name: the prompt set; metrics that verify attributes ask for it.
-    path: a file (txt: one per line; csv: a column called prompt, caption or text; json: a list of texts or objects, or
-    {"annotations": [...]} as COCO has; jsonl: one per line). column: the prompt's column if called otherwise.
+    path: a file (txt: one per line; csv, tsv: a column called prompt, caption or text; json: a list of texts or
+    objects, or {"annotations": [...]} as COCO has; jsonl: one per line). column: the prompt's column if called otherwise.
     """
 
     name: str
     path: str | None = None
     column: str | None = None
     repeats: int = 1
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise UserError(f"prompts.repeats must be 1 or more, got {self.repeats}.")
+        if self.skip < 0:
+            raise UserError(f"prompts.skip must be 0 or more, got {self.skip}.")
+
+    def read(self) -> list[tuple[str, Facts]]:
+        """Read the prompts and what is known of each; raises UserError if the file is missing, unreadable or empty."""
+        if self.name == "shapes":
+            texts = read_prompts(Path(sjd2.__path__[0]) / "models" / "tiny" / "captions.txt")
+        elif self.path is None:
+            raise UserError(f"prompts={self.name} needs a file: prompts.path=FILE ({', '.join(FORMATS)}).")
+        else:
+            texts = read_prompts(Path(self.path), self.column)
+        return [(text, {}) for text in texts]
+
+    @cached_property
+    def _entries(self) -> list[tuple[str, Facts]]:
+        entries = self.read()
+        if self.skip >= len(entries):
+            raise UserError(
+                f"prompts.skip={self.skip} leaves none of the {len(entries)} prompts of prompts={self.name}."
+            )
+        return entries[self.skip :]
 
     @cached_property
     def texts(self) -> list[str]:
         """Return the prompts; raises UserError if the file is missing, unreadable or empty."""
-        if self.name == "shapes":
-            return read_prompts(Path(sjd2.__path__[0]) / "models" / "tiny" / "captions.txt")
-        if self.path is None:
-            raise UserError(f"prompts={self.name} needs a file: prompts.path=FILE ({', '.join(FORMATS)}).")
-        return read_prompts(Path(self.path), self.column)
+        return [text for text, _ in self._entries]
+
+    @property
+    def metadata(self) -> list[Facts]:
+        """Return what the set says of each prompt besides its text, {} where it says nothing."""
+        return [facts for _, facts in self._entries]
 
     @cached_property
     def digest(self) -> str:
@@ -59,70 +88,114 @@ class Prompts:
         ids = [(prompt, repeat) for repeat in range(self.repeats) for prompt in range(len(self.texts))]
         return ids[:limit]
 
+    def keep(self, run: RunFolder) -> None:
+        """Write what the set says of its prompts into the run folder, for scoring later and elsewhere."""
+        if any(self.metadata):
+            lines = [{"prompt": text, "metadata": facts} for text, facts in self._entries]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_atomically(run.path / KEPT, text.encode())
+
+
+def metadata_of(run: RunFolder) -> dict[int, Facts]:
+    """Return what is known of each prompt of a run, by prompt index: from prompts.jsonl, else from the prompts' file.
+
+    Empty where nothing is known: a plain list of prompts, or a file that is gone or is another one now.
+    """
+    if (run.path / KEPT).is_file():
+        lines, _ = read_lines(run.path / KEPT)
+        return {index: line["metadata"] for index, line in enumerate(lines)}
+    settings, identity = run.config.get("prompts"), run.config.get("identity")
+    if settings is None or identity is None:
+        return {}
+    try:
+        prompts = instantiate(settings)
+        same = prompts.digest == identity.prompts.digest
+    except UserError:
+        return {}
+    return {index: facts for index, facts in enumerate(prompts.metadata) if facts} if same else {}
+
+
+# ---- files
+
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:
     """Read a prompt file; empty lines are left out. Raises UserError naming the line or entry that is no prompt."""
+    return [text.strip() for text, _ in read_entries(path, (column,) if column else COLUMNS)]
+
+
+def read_entries(path: Path, columns: tuple[str, ...]) -> list[tuple[str, Facts]]:
+    """Read a prompt file: the text of each entry as it stands and, where entries have columns, all of them.
+
+    columns: names of the text's column, tried in this order. Raises UserError naming the line that is no prompt.
+    """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"cannot tell the format of prompts file '{path}'. Valid endings: {', '.join(FORMATS)}.")
+    readers = {".txt": _txt, ".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _jsonl}
+    entries = readers[path.suffix.lower()](read_text(path), path)
+    if not entries:
+        raise UserError(f"prompts file '{path}' holds no prompt.")
+    return [
+        (_prompt(entry, path, place, columns), entry if isinstance(entry, dict) else {}) for place, entry in entries
+    ]
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; raises UserError in one sentence if that fails."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"prompts file '{path}' does not exist (looked in {Path.cwd()}).") from None
     except UnicodeDecodeError as error:
         raise UserError(f"prompts file '{path}' is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
     except OSError as error:
         raise UserError(f"prompts file '{path}' cannot be read: {error.strerror}.") from error
-    readers = {".txt": _txt, ".csv": _csv, ".json": _json, ".jsonl": _jsonl}
-    prompts = readers[path.suffix.lower()](text, path, column)
-    if not prompts:
-        raise UserError(f"prompts file '{path}' holds no prompt.")
-    return prompts
 
 
-def _txt(text: str, path: Path, column: str | None) -> list[str]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _csv(text: str, path: Path, column: str | None) -> list[str]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        return [_prompt(row, path, f"line {rows.line_num}", column) for row in rows if any(row.values())]
-    except csv.Error as error:
-        raise UserError(f"prompts file '{path}' is no csv at line {rows.line_num}: {error}.") from error
-
-
-def _json(text: str, path: Path, column: str | None) -> list[str]:
-    entries = _parse(text, path, "")
-    if isinstance(entries, dict):
-        lists = [value for value in entries.values() if isinstance(value, list)]
-        entries = entries.get("annotations", entries.get("prompts", lists[0] if len(lists) == 1 else None))
-    if not isinstance(entries, list):
-        raise UserError(f"prompts file '{path}' must hold a list of prompts or an object with one under 'annotations'.")
-    return [_prompt(entry, path, f"entry {i}", column) for i, entry in enumerate(entries)]
-
-
-def _jsonl(text: str, path: Path, column: str | None) -> list[str]:
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [_prompt(_parse(line, path, f" in line {n}"), path, f"line {n}", column) for n, line in lines]
-
-
-def _parse(text: str, path: Path, place: str) -> Any:
+def parse(text: str, path: Path, place: str = "") -> Any:
+    """Parse JSON; raises UserError naming the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"prompts file '{path}' is no {path.suffix[1:]}{place}: {error}.") from error
 
 
-def _prompt(entry: Any, path: Path, place: str, column: str | None) -> str:
+def _txt(text: str, path: Path) -> list[tuple[str, Any]]:
+    return [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _csv(text: str, path: Path) -> list[tuple[str, Any]]:
+    kind = path.suffix.lower()[1:]
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind == "tsv" else ",")
+    try:
+        return [(f"line {rows.line_num}", row) for row in rows if any(row.values())]
+    except csv.Error as error:
+        raise UserError(f"prompts file '{path}' is no {kind} at line {rows.line_num}: {error}.") from error
+
+
+def _json(text: str, path: Path) -> list[tuple[str, Any]]:
+    entries = parse(text, path)
+    if isinstance(entries, dict):
+        lists = [value for value in entries.values() if isinstance(value, list)]
+        entries = entries.get("annotations", entries.get("prompts", lists[0] if len(lists) == 1 else None))
+    if not isinstance(entries, list):
+        raise UserError(f"prompts file '{path}' must hold a list of prompts or an object with one under 'annotations'.")
+    return [(f"entry {i}", entry) for i, entry in enumerate(entries)]
+
+
+def _jsonl(text: str, path: Path) -> list[tuple[str, Any]]:
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(f"line {n}", parse(line, path, f" in line {n}")) for n, line in lines]
+
+
+def _prompt(entry: Any, path: Path, place: str, columns: tuple[str, ...]) -> str:
     if isinstance(entry, dict):
-        names = (column,) if column else COLUMNS
-        found = next((name for name in names if entry.get(name)), None)
+        found = next((name for name in columns if entry.get(name)), None)
         if found is None:
             raise UserError(
-                f"prompts file '{path}', {place}: no '{names[0]}' among its columns "
+                f"prompts file '{path}', {place}: no '{columns[0]}' among its columns "
                 f"({', '.join(str(name) for name in entry)}); name the right one with prompts.column=NAME."
             )
         entry = entry[found]
     if not isinstance(entry, str) or not entry.strip():
         raise UserError(f"prompts file '{path}', {place}: {entry!r} is no prompt.")
-    return entry.strip()
+    return entry

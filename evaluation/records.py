@@ -146,18 +146,43 @@ class RunFolder:
             "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         }
 
-    def write_trace(self, key: Id, trace: list[tuple[float, int]]) -> None:
-        """Write one image's (seconds since the decoding began, tokens committed) per pass."""
-        (self.path / "traces").mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "traces" / f"{name(key)}.json", json.dumps(trace).encode())
+    def write_trace(
+        self, key: Id, trace: list[tuple[float, int]], details: dict[str, list[list[int]]] | None = None
+    ) -> None:
+        """Write one image's (seconds since the decoding began, tokens committed) per pass.
 
-    def append(self, *records: dict[str, Any]) -> None:
-        """Add records to samples.jsonl in one write that is on the disk when this returns."""
-        append_lines(self.path / "samples.jsonl", records)
+        details: more lists with one entry per pass, e.g. `guesses`; they go to a file of their own in traces/details/.
+        """
+        folder = self.path / "traces"
+        for place, content in ((folder / "details", details), (folder, trace)):
+            if content:
+                place.mkdir(parents=True, exist_ok=True)
+                write_atomically(place / f"{name(key)}.json", json.dumps(content).encode())
+
+    def traces(self) -> list[Id]:
+        """Return the ids of the images made under `trace=`, sorted."""
+        found = [path.stem.split("_") for path in (self.path / "traces").glob("*_*.json")]
+        return sorted((int(prompt), int(repeat)) for prompt, repeat in found)
+
+    def trace(self, key: Id) -> tuple[list[tuple[float, int]], dict[str, list[list[int]]]]:
+        """Return one image's (seconds, tokens committed) per pass, and the details that were kept of the passes."""
+        folder = self.path / "traces"
+        passes = read_json(folder / f"{name(key)}.json", [])
+        return [(seconds, committed) for seconds, committed in passes], read_json(
+            folder / "details" / f"{name(key)}.json", {}
+        )
+
+    def append(self, *records: dict[str, Any], rank: int | None = None) -> None:
+        """Add records to samples.jsonl, or to the file of a rank, in one write that is on the disk when this returns."""
+        append_lines(self.path / ("samples.jsonl" if rank is None else f"samples-{rank}.jsonl"), records)
 
     def launch(self, entry: dict[str, Any]) -> int:
         """Add a launch to provenance.jsonl and return its number, 0 for the first."""
-        number = len(self.provenance())
+        known = [
+            *self.provenance(),
+            *self.records(),
+        ]  # a lost line of either must not lend its number to another launch
+        number = 1 + max((line["launch"] for line in known if "launch" in line), default=-1)
         append_lines(self.path / "provenance.jsonl", [{"launch": number, **entry}])
         return number
 
@@ -165,9 +190,16 @@ class RunFolder:
         """Add what a launch knows at its end, e.g. peak memory."""
         append_lines(self.path / "provenance.jsonl", [{"launch": number, **entry}])
 
-    def lock(self, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Keep every other process out of the folder; with `wait` queue behind the one that is in it."""
-        return lock(self.path / ".lock", wait=wait)
+    def lock(self, *, wait: bool = False, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Keep every other process out of the folder; with `wait` queue behind the one that is in it.
+
+        shared: let those in that call `join`, the other ranks of this launch.
+        """
+        return lock(self.path / ".lock", wait=wait, shared=shared)
+
+    def join(self) -> contextlib.AbstractContextManager[None]:
+        """Enter a folder whose shared lock another rank of this launch holds; it is locked until all have left."""
+        return join(self.path / ".lock")
 
     def _folders(self) -> None:
         for folder in ("images", "tokens"):
@@ -313,9 +345,10 @@ def _sync(file: Any) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(path: Path, *, wait: bool = False, shared: bool = False, what: str = "run folder") -> Iterator[None]:
     """Hold the lock file `path`; raises UserError naming the process that has it, or queues behind it with `wait`.
 
+    shared: others may `join` it, and it is held until the last of them has left. what: the folder's name in messages.
     The operating system drops an flock with its process, so a killed run leaves no stale lock. Where the file system
     knows no flock, the process id in the file decides: a lock of this machine whose process is gone is taken over.
     """
@@ -326,7 +359,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
             holder = _holder(path)
             if not wait:
                 raise UserError(
-                    f"run folder {path.parent} is in use by {holder}; wait for it or stop it "
+                    f"{what} {path.parent} is in use by {holder}; wait for it or stop it "
                     f"(if that process is gone, delete {path})."
                 )
             if not told:
@@ -336,6 +369,8 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
         file.flush()
+        if shared:
+            _flock(file, exclusive=False)
         try:
             yield
         finally:
@@ -343,24 +378,41 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
                 file.truncate(0)
 
 
+@contextlib.contextmanager
+def join(path: Path) -> Iterator[None]:
+    """Hold a lock that another process has taken as `shared`; raises UserError if a third one has taken it since."""
+    with path.open("a+") as file:
+        if _flock(file, exclusive=False) is False:
+            raise UserError(f"run folder {path.parent} is in use by {_holder(path)}, which is no rank of this launch.")
+        yield
+
+
+def _flock(file: Any, *, exclusive: bool) -> bool | None:
+    """Say whether the flock was free; None where the file system has none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no flock
+        return None
+
+
 def _take(file: Any) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        except OSError:  # this file system has no flock
-            pass
+    if (free := _flock(file, exclusive=True)) is not None:
+        return free
     file.seek(0)
     try:
         owner = json.loads(file.read())
     except ValueError:
         return True
-    return owner["host"] == socket.gethostname() and not _alive(owner["pid"])
+    return owner["host"] == socket.gethostname() and not alive(owner["pid"])
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Say whether a process of this machine runs."""
     if os.name == "nt":  # os.kill would end the process there
         return True
     try:

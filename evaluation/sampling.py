@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,20 +15,19 @@ import numpy as np
 import torch
 
 from evaluation.console import Progress, say
+from evaluation.distributed import ALONE, Ranks
+from evaluation.flops import gflops_per_token
 from evaluation.provenance import end_entry, start_entry
 from evaluation.records import Id, RunFolder
+from evaluation.stopping import Dropped, Stopping, listening
 from evaluation.tracking import Tracker
-from sjd2.decoding import Decoder, Sample, generate, stream
+from sjd2.decoding import Decoder, Sample, StepInfo, generate, stream
 from sjd2.likelihood import nll
 from sjd2.models.base import Condition, ImageModel
 from sjd2.noise import sample_seed
 from sjd2.sampling import Sampling
 
 WARM_UP_PASSES = 3
-
-
-class Interrupted(SystemExit):
-    """A run ended by SIGTERM after the batch in hand; the exit code is 128 + 15."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +48,8 @@ class Job:
     batch_size: int
     refill: bool
     trace: int
+    grace_s: float = 25.0  # seconds that a signal leaves for the batch in hand
+    flops: bool = False  # count what one image computes, before the first is made
     launch: dict[str, Any] = field(default_factory=dict)  # what provenance.jsonl says besides the machine
 
     @property
@@ -60,9 +58,12 @@ class Job:
         return self.ids[: self.limit]
 
 
-def sample(job: Job, tracker: Tracker) -> bool:
-    """Make the images that the run folder lacks and say whether there were any; a complete run costs no model."""
-    missing = job.run.missing(job.wanted)
+def sample(job: Job, tracker: Tracker, ranks: Ranks = ALONE) -> bool:
+    """Make the images that the run folder lacks and say whether there were any; a complete run costs no model.
+
+    Each rank makes its share; rank 0 returns when all have theirs. Raises Interrupted after a signal.
+    """
+    missing = [(p, r) for p, r in ranks.broadcast(lambda: job.run.missing(job.wanted))]
     if job.run.damaged:
         say(f"{job.run.path}: {job.run.damaged} line(s) cut by a kill are left out; their images are made again.")
     total, done = len(job.wanted), len(job.wanted) - len(missing)
@@ -71,45 +72,91 @@ def sample(job: Job, tracker: Tracker) -> bool:
         return False
     if done:
         say(f"{job.run.path.name}: {done} of {total} images are there, going on.")
-    model = job.load()
-    launch = job.run.launch(start_entry(model.device, **job.launch))
-    warm_up(job, model)
-    try:
-        with _on_sigterm() as stopping, Progress(job.run.path.name, done, total) as progress:
-            made = _refilled(job, model, missing, launch) if job.refill else _batches(job, model, set(missing), launch)
-            for records in made:
-                job.run.append(*records)
-                done += len(records)
-                _report(records, done, progress, tracker)
-                if stopping() and done < total:
-                    say(f"stopped by SIGTERM: {done} of {total} images are there, the same command goes on.")
-                    raise Interrupted(128 + signal.SIGTERM)
-    finally:
-        job.run.close_launch(launch, end_entry(model.device))
+    share = _share(job, missing, ranks)
+    model = job.load() if share else None  # more ranks than batches: the last ones have nothing to do
+    launch = ranks.broadcast(lambda: job.run.launch(_entry(job, model, ranks)))
+    peak = _make(job, model, share, launch, tracker, ranks) if model is not None else None
+    with listening(job.grace_s) as stop:
+        peaks = ranks.gather(peak, check=lambda: stop.leave() if stop.asked else None)
+    if ranks.world > 1 and ranks.main and any(peaks):
+        job.run.close_launch(launch, {"peak_memory_gb": max(filter(None, peaks))})
     return True
+
+
+def _entry(job: Job, model: ImageModel, ranks: Ranks) -> dict[str, Any]:
+    entry = start_entry(model.device, **job.launch)
+    if job.flops:
+        entry["gflops_per_token"] = gflops_per_token(model, job.decoder, job.prompts[0], job.law, job.seed)
+    if ranks.world > 1:
+        entry["ranks"] = ranks.world
+        if model.device.type == "cpu":  # they share its cores, so their times are those of another machine
+            entry["hardware"] += f" in each of {ranks.world} processes"
+    return entry
+
+
+def _share(job: Job, missing: list[Id], ranks: Ranks) -> list[Id]:
+    """Return the missing ids of this rank: whole batches, dealt out in turn."""
+    if job.refill:
+        return ranks.share(missing)
+    lacking = set(missing)
+    batches = [job.ids[n : n + job.batch_size] for n in range(0, len(job.ids), job.batch_size)]
+    return [
+        key for batch in ranks.share([b for b in batches if lacking.intersection(b)]) for key in batch if key in lacking
+    ]
+
+
+def _make(job: Job, model: ImageModel, share: list[Id], launch: int, tracker: Tracker, ranks: Ranks) -> float | None:
+    """Make the images of this rank and write their records batch by batch; returns the peak memory in GB."""
+    warm_up(job, model)
+    total, done = (len(share), 0) if ranks.world > 1 else (len(job.wanted), len(job.wanted) - len(share))
+    title = job.run.path.name + (f" (rank 0 of {ranks.world})" if ranks.world > 1 else "")
+    end: dict[str, Any] = {}
+    try:
+        with listening(job.grace_s) as stop, Progress(title, done, total, shown=ranks.main) as progress:
+            make = _refilled if job.refill else _batches
+            with contextlib.suppress(Dropped):
+                for records in make(job, model, share, launch, stop):
+                    job.run.append(*records, rank=ranks.number)
+                    done += len(records)
+                    stop.end()
+                    _report(records, done, progress, tracker)
+                    if stop.asked and not job.refill:
+                        break
+            if stop.asked:
+                say(f"stopped by {stop.name}: {done} of {total} images are there, the same command goes on.")
+                stop.leave()
+    finally:
+        end = end_entry(model.device)
+        if ranks.main:
+            job.run.close_launch(launch, end)
+    return end.get("peak_memory_gb")
 
 
 # ---- batches
 
 
-def _batches(job: Job, model: ImageModel, missing: set[Id], launch: int) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    job: Job, model: ImageModel, share: list[Id], launch: int, stop: Stopping
+) -> Iterator[list[dict[str, Any]]]:
     """Yield the missing records batch by batch; a batch with one missing image runs whole, for the same tokens."""
+    missing = set(share)
     for number in range(0, len(job.ids), job.batch_size):
         batch = job.ids[number : number + job.batch_size]
         if not missing.intersection(batch):
             continue
-        yield _batch(job, model, batch, [key in missing for key in batch], number // job.batch_size, launch)
+        stop.begin()
+        yield _batch(job, model, batch, [key in missing for key in batch], number // job.batch_size, launch, stop)
 
 
 def _batch(
-    job: Job, model: ImageModel, batch: list[Id], wanted: list[bool], number: int, launch: int
+    job: Job, model: ImageModel, batch: list[Id], wanted: list[bool], number: int, launch: int, stop: Stopping
 ) -> list[dict[str, Any]]:
     clock = _Clock(model.device)
     prompts, seeds = [job.prompts[p] for p, _ in batch], [sample_seed(job.seed, *key) for key in batch]
     cond = _encode(model, prompts)
     seconds = {"encode": clock.lap()}
     tracer = _Tracer(model.device) if any(key in batch for key in job.ids[: job.trace]) else None
-    result = generate(model, job.decoder, cond, seeds, law=job.law, on_step=tracer)
+    result = generate(model, job.decoder, cond, seeds, law=job.law, on_step=_watch(stop, tracer))
     seconds |= {"prefill": result.seconds["prefill"], "decode": result.seconds["decode"]}
     images, losses, seconds["image"] = _finish(job, model, cond, result.samples)
     records = []
@@ -117,15 +164,29 @@ def _batch(
         if not wanted[row]:
             continue
         if tracer is not None:
-            job.run.write_trace(key, tracer.of(row, sampled))
+            job.run.write_trace(key, *tracer.of(row, sampled, guesses=key == job.ids[0]))
         head = {"batch": number, "batch_rows": len(batch), "launch": launch, "seed": seeds[row], "nll": losses[row]}
         records.append(_record(job, key, sampled, images[row], seconds, head))
     return records
 
 
-def _refilled(job: Job, model: ImageModel, missing: list[Id], launch: int) -> Iterator[list[dict[str, Any]]]:
+def _watch(stop: Stopping, tracer: _Tracer | None) -> Callable[[StepInfo], None]:
+    """Return what is called after every pass."""
+
+    def step(info: StepInfo) -> None:
+        if tracer is not None:
+            tracer(info)
+        stop.check()
+
+    return step
+
+
+def _refilled(
+    job: Job, model: ImageModel, missing: list[Id], launch: int, stop: Stopping
+) -> Iterator[list[dict[str, Any]]]:
     """Yield records one by one as rows finish; a row's time runs from the moment its prompt was taken.
 
+    After a signal no row takes a new prompt; those in flight finish.
     Every row is busy until the prompts run out, so images per second are batch_rows / mean latency (Little's law).
     """
     taken: dict[int, float] = {}
@@ -133,10 +194,12 @@ def _refilled(job: Job, model: ImageModel, missing: list[Id], launch: int) -> It
 
     def requests() -> Iterator[tuple[str, int]]:
         for index, key in enumerate(missing):
+            if stop.asked:
+                return
             taken[index] = time.perf_counter()
             yield job.prompts[key[0]], sample_seed(job.seed, *key)
 
-    for index, sampled in stream(model, job.decoder, requests(), rows=rows, law=job.law):
+    for index, sampled in stream(model, job.decoder, requests(), rows=rows, law=job.law, on_step=_watch(stop, None)):
         key, ended = missing[index], _Clock(model.device).began
         seconds = {"encode": 0.0, "prefill": 0.0, "decode": ended - taken.pop(index)}  # the row's own, prompt included
         images, losses, seconds["image"] = _finish(job, model, _encode(model, [job.prompts[key[0]]]), [sampled])
@@ -232,19 +295,30 @@ class _Tracer:
     def __init__(self, device: torch.device) -> None:
         self.device, self.began = device, time.perf_counter()
         self.passes: list[tuple[float, list[int]]] = []
+        self.details: list[dict[str, list[list[int]]]] = []
 
-    def __call__(self, step: Any) -> None:
+    def __call__(self, step: StepInfo) -> None:
         committed = step.committed.tolist()
         self.passes.append((time.perf_counter() - self.began, committed))
+        self.details.append({key: values.tolist() for key, values in step.look().items()})
 
-    def of(self, row: int, sampled: Sample) -> list[tuple[float, int]]:
-        """Return (seconds, tokens committed) per pass of one row, up to its last token."""
-        trace, last = [], 0
-        for moment, committed in self.passes:
-            if committed[row] > last:
-                last = min(committed[row], len(sampled.tokens))
-                trace.append((round(moment, 6), last))
-        return trace
+    def of(
+        self, row: int, sampled: Sample, *, guesses: bool
+    ) -> tuple[list[tuple[float, int]], dict[str, list[list[int]]]]:
+        """Return (seconds, tokens committed) per pass of one row, up to its last token, and the details of these passes.
+
+        guesses: keep those too; of a large model they fill megabytes, so one image of a run has to do.
+        """
+        trace, details, last = [], {}, 0
+        for (moment, committed), values in zip(self.passes, self.details, strict=True):
+            if committed[row] <= last:
+                continue
+            last = min(committed[row], len(sampled.tokens))
+            trace.append((round(moment, 6), last))
+            for key, rows in values.items():
+                if rows[row] and (guesses or key != "guesses"):
+                    details.setdefault(key, []).append(rows[row])
+        return trace, details
 
 
 class _Warm(Exception):
@@ -254,37 +328,14 @@ class _Warm(Exception):
 def warm_up(job: Job, model: ImageModel) -> None:
     """Run a few passes of the first batch and one decoding to pixels, unrecorded: first calls are slow."""
 
-    def stop(step: Any) -> None:
+    def few(step: StepInfo) -> None:
         if step.pass_index >= WARM_UP_PASSES:
             raise _Warm
 
     batch = job.ids[: job.batch_size]
     cond = _encode(model, [job.prompts[p] for p, _ in batch])
     with contextlib.suppress(_Warm):
-        generate(model, job.decoder, cond, [0] * len(batch), law=job.law, on_step=stop)
+        generate(model, job.decoder, cond, [0] * len(batch), law=job.law, on_step=few)
     with torch.inference_mode():
         model.decode(model.layout.forced().clamp(min=0).to(model.device).expand(len(batch), -1))
     synchronize(model.device)
-
-
-# ---- SIGTERM
-
-
-@contextlib.contextmanager
-def _on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Let the batch in hand finish after SIGTERM; a second one ends the process at once. Yields "was it sent?"."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    sent = []
-
-    def note(number: int, _frame: Any) -> None:
-        sent.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("SIGTERM: finishing the batch in hand (a second SIGTERM ends at once)", file=sys.stderr, flush=True)
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda: bool(sent)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from evaluation.records import Id, RunFolder, read_lines, write_atomically
 
 SCORES_FILE = "scores.jsonl"
+NOTE = ".scored"  # the settings that metrics.json was made with, so that a finished run is not scored again
 
 
 class Metric(Protocol):
@@ -37,6 +38,7 @@ def score(run: RunFolder, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     Values of metrics that are not asked for now stay where they are of the same number of images, else they go: one
     file never mixes two N.
     """
+    (run.path / NOTE).unlink(missing_ok=True)
     n_images = len(run.records())
     old = run.metrics if run.metrics.get("n_images") == n_images else {}
     protocol: dict[str, str] = dict(old.get("protocol", {}))

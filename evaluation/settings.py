@@ -12,8 +12,7 @@ from evaluation.console import GROUPS
 from sjd2.errors import UserError, choose, unknown
 from sjd2.instantiate import describe, fits
 
-STAGES = ("sample", "score", "table", "compare", "finetune", "bench")
-LATER = ("tune", "report")
+STAGES = ("sample", "score", "table", "compare", "finetune", "bench", "tune", "report")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 # every key of conf/config.yaml: its type, the smallest value, and how to say what it is
@@ -32,6 +31,7 @@ TYPES: dict[str, Any] = {
     "sampler": str,
     "runs_dir": str,
     "run_dir": str | None,
+    "paper": str | None,
     "device": str,
     "dtype": str,
 }
@@ -50,17 +50,25 @@ def check_settings(cfg: DictConfig) -> None:
             raise UserError(f"{key} must be {describe(kind)}, got {cfg[key]!r}.")
         if cfg[key] is not None and cfg[key] < AT_LEAST.get(key, cfg[key]):
             raise UserError(f"{key} must be {AT_LEAST[key]} or more, got {cfg[key]}.")
-    if cfg.stage in LATER:
-        raise UserError(f"stage={cfg.stage} is not part of this release. Valid: {', '.join(STAGES)}.")
     choose("stage", cfg.stage, STAGES)
     choose("dtype", cfg.dtype, DTYPES)
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
+    if cfg.paper is not None:
+        from sweeps.paper import check
+
+        check(cfg.paper)
     if cfg.trace and cfg.refill:
         raise UserError("trace= follows whole batches, so it needs refill=false.")
     threads = cfg.runtime.threads
     if not fits(threads, int | None) or (threads is not None and threads < 1):
         raise UserError(f"runtime.threads must be a whole number of 1 or more, or null, got {threads!r}.")
+    grace = cfg.runtime.grace_s
+    if not fits(grace, float) or grace < 0:
+        raise UserError(f"runtime.grace_s must be 0 seconds or more, got {grace!r}.")
+    for key in ("isolate", "flops"):
+        if not fits(cfg.runtime[key], bool):
+            raise UserError(f"runtime.{key} must be true or false, got {cfg.runtime[key]!r}.")
     check_writable(Path(cfg.runs_dir), "runs_dir")
 
 

@@ -1,9 +1,15 @@
-"""Stage finetune: give a recipe its folder, its device and the tracker's curves."""
+"""Stage finetune: give a recipe its folder, its device and the tracker's curves, in one process or under torchrun."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +19,9 @@ from evaluation.console import CONF
 from evaluation.job import about
 from evaluation.records import RunFolder, by_content, identity
 from evaluation.settings import check_writable
+from evaluation.tracking import NoTracker
 from sjd2.errors import UserError
+from sjd2.finetune import distributed
 from sjd2.instantiate import instantiate
 
 
@@ -25,31 +33,70 @@ def train(cfg: DictConfig) -> Path:
     if cfg.get("finetune") is None:
         recipes = ", ".join(sorted(path.stem for path in (CONF / "finetune").glob("*.yaml")))
         raise UserError(f"stage=finetune needs finetune=RECIPE. Valid: {recipes}.")
-    name = HydraConfig.get().runtime.choices["finetune"]
-    recipe, tracker = instantiate(cfg.finetune), validate.tracker(cfg)
-    device = validate.resolve_device(cfg.device)
+    with _one_voice(), distributed.processes(validate.resolve_device(cfg.device)) as device:
+        return _train(cfg, device)
+
+
+def _train(cfg: DictConfig, device: str) -> Path:
+    name, first = HydraConfig.get().runtime.choices["finetune"], distributed.first()
+    recipe, tracker = instantiate(cfg.finetune), validate.tracker(cfg) if first else NoTracker()
+    if distributed.size() > 1 and not getattr(recipe, "parallel", False):
+        raise UserError(f"finetune={name} trains in one process; start it without torchrun.")
     folder = RunFolder(cfg.run_dir or Path(cfg.runs_dir) / f"finetune-{name}")
     check_writable(folder.path, "runs_dir")
-    parts = {"recipe": by_content(OmegaConf.to_container(cfg.finetune, resolve=True)), "seed": cfg.seed}
-    needs_model, extra = getattr(recipe, "needs_model", False), {}
-    if needs_model:
-        spec = replace(instantiate(cfg.model), adapter=None)  # a recipe starts from the model's own weights
-        spec.check()
+    chosen = OmegaConf.to_container(cfg.finetune, resolve=True)
+    chosen.pop("machine", None)  # how the machine is used: a training may go on with other values
+    parts, extra = {"recipe": by_content(chosen), "seed": cfg.seed}, {}
+    if getattr(recipe, "needs_model", False):
+        dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+        spec = _spec(cfg, recipe)
         settings = {key: value for key, value in validate.model_settings(cfg).items() if key != "adapter"}
-        parts |= {"model": settings, "digest": spec.digest()}
+        parts |= {"model": settings, "digest": spec.digest()} | ({"dtype": dtype} if dtype != "float32" else {})
     settings = identity(**parts)
     failed = True
     try:
-        with folder.lock():
-            resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-            resolved.identity = settings
-            folder.claim(resolved, settings)
-            tracker.start(about(folder, "finetune"))
-            if needs_model:
-                extra["model"] = spec.load(device, "float32")
+        with folder.lock() if first else contextlib.nullcontext():
+            if first:
+                resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+                resolved.identity = settings
+                folder.claim(resolved, settings)
+                tracker.start(about(folder, "finetune"))
+            distributed.barrier()
+            if getattr(recipe, "needs_model", False):
+                extra["model"] = spec.load(device, dtype)
             figures = recipe.run(out=folder.path, log=tracker.log, device=device, seed=cfg.seed, **extra)
+            distributed.barrier()
         tracker.summary({key: value for key, value in figures.items() if isinstance(value, (int, float, str))})
         failed = False
     finally:
         tracker.finish(failed=failed)
     return folder.path
+
+
+def _spec(cfg: DictConfig, recipe: Any) -> Any:
+    """Return the model to start from, its own weights without an adapter, once recipe and model are checked."""
+    spec = replace(instantiate(cfg.model), adapter=None)
+    if distributed.size() > 1 and getattr(spec, "device_map", None) is not None:
+        raise UserError(
+            "model.device_map spreads one model over all GPUs and torchrun loads one on each; leave one of the two out."
+        )
+    if (check := getattr(recipe, "check", None)) is not None:
+        check(spec)
+    spec.check()
+    return spec
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Let the first process of a torchrun command speak for all: what it says and the errors of the user are the same."""
+    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if rank != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open to the end of the process
+        for package in ("sjd2", "baselines", "evaluation"):
+            logging.getLogger(package).setLevel(logging.WARNING)
+    try:
+        yield
+    except UserError:
+        if local != "0":  # each machine says it once: a file may be missing on one of them
+            raise SystemExit(1) from None
+        raise

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from evaluation.distributed import ALONE, Ranks
 from evaluation.prompts import Prompts
 from evaluation.provenance import physical_cores
 from evaluation.records import RunFolder, by_content, identity, run_folders
@@ -46,9 +47,9 @@ def set_threads(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.runtime.threads or (int(wish) if wish.isdigit() and int(wish) else physical_cores()))
 
 
-def plan(cfg: DictConfig) -> Plan:
+def plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     """Build and cross-check everything a run needs but the weights; raises UserError."""
-    device, dtype = resolve_device(cfg.device), cfg.dtype
+    device, dtype = ranks.device(resolve_device(cfg.device)), cfg.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype == "float64" and device == "mps":
@@ -59,9 +60,11 @@ def plan(cfg: DictConfig) -> Plan:
     spec = instantiate(cfg.model)
     law.check(spec.vocabulary)
     _ = prompts.texts
-    spec.check()
-    decoder.check(spec)
+    decoder.check(
+        spec
+    )  # before the next line, which may ask the hub: a decoder that lacks its fine-tuning is told at once
     decoder.check_law(law)
+    spec.check()
     settings = identity(
         model=model_settings(cfg),
         digest=spec.digest(),

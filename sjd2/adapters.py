@@ -11,16 +11,18 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sjd2.denoising.space import AdditiveCode
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
 from sjd2.settings import read_part
+from sjd2.storage import write_tensors
 
 SETTINGS, WEIGHTS = "sjd2.json", "sjd2.safetensors"
+VQ = "vqmodel."  # the image encoder inside some decoders, which is no part of the language model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,8 @@ class Adapter(nn.Module):
         self.layers: list[nn.Module] = []
         if settings.kind == "lora":
             self._inject(model.decoder)
-        self.to(device=model.device, dtype=model.dtype)
+        if self.code is not None:
+            self.code.to(device=model.device, dtype=model.dtype)
 
     def _inject(self, decoder: nn.Module) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -78,8 +81,8 @@ class Adapter(nn.Module):
         config = LoraConfig(
             r=self.settings.rank, lora_alpha=self.settings.rank, target_modules=list(self.settings.targets)
         )
+        # each LoRA lands on its layer's device, in its dtype: layers may lie on several GPUs, or be quantised
         inject_adapter_in_model(config, decoder, adapter_name="sjd2")
-        decoder.to(device=decoder.device, dtype=decoder.dtype)
         for name, module in decoder.named_modules():
             if isinstance(module, BaseTunerLayer):
                 self.layers.append(module)
@@ -91,7 +94,7 @@ class Adapter(nn.Module):
             raise UserError(f"the model has no layers named {', '.join(self.settings.targets)} to adapt.")
 
     def _mask(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output * self._gate[..., None].to(output.dtype)
+        return output * self._gate[..., None].to(output)
 
     def set_gate(self, gate: Tensor | None) -> None:
         """Say which slots the next forward adapts: [R, S], or None for none; without gating the LoRA always acts."""
@@ -106,37 +109,42 @@ class Adapter(nn.Module):
         """Return the parameters that fine-tuning changes."""
         mine = list(self.parameters())
         if self.settings.kind == "full":
-            mine += [*self._backbone[0].parameters(), *(p for head in self._head for p in head.parameters())]
+            mine += [p for name, p in self._backbone[0].named_parameters() if not name.startswith(VQ)]
+            mine += [p for head in self._head for p in head.parameters()]
         return mine
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that belongs into a file: this module's weights, and the model's where all were tuned."""
         state = dict(self.state_dict())
         if self.settings.kind == "full":
-            skip = "vqmodel."  # the image encoder is not part of the language model
-            state |= {f"decoder.{k}": v for k, v in self._backbone[0].state_dict().items() if not k.startswith(skip)}
+            state |= {f"decoder.{k}": v for k, v in self._backbone[0].state_dict().items() if not k.startswith(VQ)}
             for head in self._head:
                 state |= {f"head.{k}": v for k, v in head.state_dict().items()}
         return state
 
-    def save(self, folder: Path, dtype: object) -> None:
-        """Write sjd2.json and sjd2.safetensors with weights of `dtype`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
-        save_file({k: v.detach().to(dtype).contiguous().clone() for k, v in self.tensors().items()}, folder / WEIGHTS)
+    def save(self, folder: Path, dtype: torch.dtype, write: bool = True) -> None:
+        """Write sjd2.json and sjd2.safetensors with weights of `dtype`.
+
+        Where weights are sharded over processes all of them have to call, one with `write`.
+        """
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        write_tensors(folder / WEIGHTS, self.tensors(), dtype, write)
 
     @classmethod
     def load(cls, folder: Path, model: Backbone) -> Adapter:
         """Put the fine-tuning in `folder` into the model. Raises `UserError` if the two do not fit."""
         adapter = cls(read_settings(folder), model)
+        own = adapter.tensors()
         try:
-            stored = load_file(folder / WEIGHTS)
+            with safe_open(folder / WEIGHTS, "pt") as stored:
+                names = set(stored.keys())
+                wrong = set(own) ^ names or {k for k in own if list(own[k].shape) != stored.get_slice(k).get_shape()}
+                if wrong:
+                    raise UserError(f"the fine-tuning {folder} does not fit this model (e.g. {min(wrong)}).")
+                for name, tensor in own.items():  # one by one: all weights of a large model may be in the file
+                    tensor.data.copy_(stored.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise UserError(f"the fine-tuning {folder / WEIGHTS} cannot be read: {error}") from error
-        own = adapter.tensors()
-        wrong = set(own) ^ set(stored) or {k for k in own if own[k].shape != stored[k].shape}
-        if wrong:
-            raise UserError(f"the fine-tuning {folder} does not fit this model (e.g. {sorted(wrong)[0]}).")
-        for name, tensor in own.items():
-            tensor.data.copy_(stored[name])
         return adapter.eval().requires_grad_(False)

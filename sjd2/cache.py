@@ -48,17 +48,28 @@ class _RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """A static cache for a transformers backbone in which every row has its own length (`lengths` [R]).
 
-    `bound` is the host's upper bound of the longest row. On a CPU the exact value is read at no cost; on a GPU the decoder
-    keeps it, so that no pass waits for the device, and spans are rounded up to keep the number of shapes small.
+    `bound` is the host's upper bound of the longest row. Where the host `reads` lengths at no cost (on a CPU) a pass takes the
+    exact value; on a GPU the decoder keeps the bound, so that no pass waits for the device, and spans are rounded up to keep
+    the number of shapes small.
     """
 
     def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
         super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
-        self.capacity = capacity
+        self.reads = device.type == "cpu"
+        self.capacity = self._room(capacity)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.slots = self.lengths[:, None]
         self.span = 0
         self.bound = 0
+
+    def _room(self, capacity: int) -> int:
+        return capacity if self.reads else _rounded(capacity)  # so that the last span is a multiple too
+
+    def reach(self, width: int) -> int:
+        """Return how many entries a pass of `width` slots has to look at: the longest row's and its own."""
+        if self.reads:
+            return int(self.lengths.max()) + width
+        return min(self.capacity, _rounded(self.bound + width))
 
     def window(self, width: int, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
         """Open the next `width` slots of every row and return the additive mask [R, 1, S, span].
@@ -68,17 +79,13 @@ class RowCache(Cache):
         [R, S, span] says everything, cached entries included (fine-tuning). The mask is float: a bool mask costs three
         more operations a layer, and is wrong in eager attention.
         """
-        if visible is not None and visible.shape[2] > width:
-            self.span = visible.shape[2]
-        elif self.lengths.device.type == "cpu":
-            self.span = int(self.lengths.max()) + width
-        else:
-            self.span = min(self.capacity, -(-(self.bound + width) // SPAN_BUCKET) * SPAN_BUCKET)
+        whole = visible is not None and visible.shape[2] > width
+        self.span = visible.shape[2] if whole else self.reach(width)
         columns = torch.arange(self.span, device=self.lengths.device)
         self.slots = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
         if visible is None:
             seen = columns <= self.slots[..., None]
-        elif visible.shape[2] > width:
+        elif whole:
             seen = visible
         else:
             inside = columns - self.lengths[:, None]  # [R, span], a slot of the window where 0 <= inside < width
@@ -101,6 +108,9 @@ class RowCache(Cache):
 
     def reserve(self, capacity: int) -> None:
         """Make room for rows of up to `capacity` tokens; what is stored stays."""
+        capacity = self._room(capacity)
+        if capacity <= self.capacity:
+            return
         for layer in self.layers:
             if layer.is_initialized:
                 room = (0, 0, 0, capacity - self.capacity)
@@ -119,6 +129,10 @@ class RowCache(Cache):
             mine.keys[rows, :, : source.capacity] = theirs.keys[source_rows]
             mine.values[rows, :, : source.capacity] = theirs.values[source_rows]
         self.lengths[rows] = source.lengths[source_rows]
+
+
+def _rounded(size: int) -> int:
+    return -(-size // SPAN_BUCKET) * SPAN_BUCKET
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

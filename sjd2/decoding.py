@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from sjd2.loop import Decoding, Sample
 from sjd2.models.base import Condition, ImageModel
 from sjd2.parts import Drafter, Refiner, Verifier
 from sjd2.sampling import Sampling
+
+if TYPE_CHECKING:
+    from sjd2.graph import Graphs
 
 CHECK_EVERY = 8  # passes between two looks at the device for finished rows; a CPU looks after every pass
 
@@ -138,17 +142,26 @@ class StepInfo:
     committed: Tensor  # [B]
     accepted: Tensor  # [B] tokens committed in this pass
     tokens: Tensor  # [B, N + S] the live buffer: clone what you keep
+    look: Callable[[], dict[str, Tensor]]  # what else a trace keeps of this pass: the loop's own `look`
 
 
 def _done(decoding: Decoding, passes: int) -> list[int]:
-    look = decoding.model.device.type == "cpu" or passes % CHECK_EVERY == 0
+    look = decoding.cache.reads or passes % CHECK_EVERY == 0
     return decoding.finished() if look else []
 
 
 def _report(decoding: Decoding, on_step: Callable[[StepInfo], None] | None, passes: int) -> None:
     if on_step is not None:
         state = decoding.state
-        on_step(StepInfo(passes, state.committed, decoding.history[-1], state.tokens))
+        on_step(StepInfo(passes, state.committed, decoding.history[-1], state.tokens, decoding.look))
+
+
+def _start(
+    model: ImageModel, decoder: Decoder, rows: int, prompt: int, law: Sampling, graphs: Graphs | None
+) -> Decoding:
+    return (
+        decoder.start(model, rows, prompt, law) if graphs is None else graphs.start(model, decoder, rows, prompt, law)
+    )
 
 
 def generate(
@@ -159,17 +172,19 @@ def generate(
     *,
     law: Sampling,
     on_step: Callable[[StepInfo], None] | None = None,
+    graphs: Graphs | None = None,
 ) -> DecodeResult:
     """Decode one image per prompt of `condition`, all rows started together.
 
-    seeds: one integer per prompt (`noise.sample_seed`). on_step is called after every pass.
+    seeds: one integer per prompt (`noise.sample_seed`). on_step is called after every pass. graphs: replays passes as CUDA
+    graphs; give the same object to all batches.
     Raises `UserError` if seeds and prompts differ in number.
     """
     rows = len(condition)
     if len(seeds) != rows:
         raise UserError(f"generate needs one seed per prompt, got {len(seeds)} seeds for {rows} prompts.")
     prompt = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-    decoding = decoder.start(model, rows, prompt, law)
+    decoding = _start(model, decoder, rows, prompt, law, graphs)
     decoding.admit(list(range(rows)), condition, seeds)
     begin, passes = decoding.now(), 0
     while len(_done(decoding, passes)) < rows:
@@ -188,13 +203,14 @@ def stream(
     rows: int,
     law: Sampling,
     on_step: Callable[[StepInfo], None] | None = None,
+    graphs: Graphs | None = None,
 ) -> Iterator[tuple[int, Sample]]:
     """Decode (prompt, seed) requests with `rows` in flight; a finished row takes the next request at once.
 
     Yields (index of the request, sample) in the order of finishing.
     """
     waiting = enumerate(requests)
-    decoding = decoder.start(model, rows, 1, law)
+    decoding = _start(model, decoder, rows, 1, law, graphs)
     owner: dict[int, int] = {}
     passes, empty = 0, list(range(rows))
     while True:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sjd2.models.base import Condition, ImageModel
 from sjd2.sampling import Sampling
 
+CHUNK = 512  # positions whose laws are in memory at once: those of all 8193 of Emu3 would take several GB an image
 FLOOR = 1e-9  # a token that top-k or top-p has cut off counts as this probability, not as infinitely unlikely
 
 
@@ -28,10 +29,13 @@ def nll(model: ImageModel, condition: Condition, tokens: Tensor, law: Sampling) 
         hidden.append(
             _hidden(model, condition.uncond_embeds.expand(rows, -1, -1), condition.uncond_lengths.expand(rows), x)
         )
-    probs = law.law(model.logits(torch.cat(hidden)))  # [B, N, V]
+    picked = []
+    for begin in range(0, tokens.shape[1], CHUNK):
+        part = slice(begin, begin + CHUNK)
+        probs = law.law(model.logits(torch.cat([states[:, part] for states in hidden])))  # [B, n, V]
+        picked.append(probs.gather(-1, tokens[:, part].clamp(max=probs.shape[-1] - 1)[..., None])[..., 0])
     free = model.layout.free.to(model.device)
-    picked = probs.gather(-1, tokens.clamp(max=probs.shape[-1] - 1)[..., None])[..., 0]
-    return -(picked.clamp(min=FLOOR).log().double() * free).sum(1)
+    return -(torch.cat(picked, 1).clamp(min=FLOOR).log().double() * free).sum(1)
 
 
 def _hidden(model: ImageModel, prompt: Tensor, lengths: Tensor, x: Tensor) -> Tensor:

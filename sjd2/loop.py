@@ -47,8 +47,8 @@ class Decoding:
         self.branches = 2 if law.guided else 1
         self.total = model.layout.length
         self.prompt = prompt
-        capacity = prompt + self.total + size + decoder.extra
-        self.cache = model.cache(self.branches * rows, capacity)
+        self.capacity = prompt + self.total + size + decoder.extra
+        self.cache = model.cache(self.branches * rows, self.capacity)
         forced = torch.cat([model.layout.forced(), torch.zeros(size, dtype=torch.long)]).to(device)
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
         self.state = State(
@@ -61,7 +61,7 @@ class Decoding:
             sampling=law,
             window=size,
             starts=zeros.repeat(self.branches),
-            memory=decoder.drafter.open(model, rows, capacity, law) if decoder.drafter is not None else None,
+            memory=decoder.drafter.open(model, rows, self.capacity, law) if decoder.drafter is not None else None,
         )
         recorded = carried > 1 and getattr(decoder.refiner, "record", True)
         vocabulary = model.layout.vocabulary
@@ -80,8 +80,10 @@ class Decoding:
         state, count, device = self.state, len(rows), self.model.device
         longest = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
         if longest > self.prompt:
-            self.cache.reserve(self.cache.capacity + longest - self.prompt)
-            self.prompt = longest
+            self.capacity, self.prompt = self.capacity + longest - self.prompt, longest
+            self.cache.reserve(self.capacity)
+            if self.decoder.drafter is not None:
+                self.decoder.drafter.reserve(state.memory, self.capacity)
         index = torch.tensor(rows, device=device)
         state.noise.put(index, torch.tensor(seeds, device=device))
         prompts = [(condition.embeds, condition.lengths), (condition.uncond_embeds, condition.uncond_lengths)]
@@ -134,6 +136,8 @@ class Decoding:
     def step(self) -> None:
         """One pass over all rows: fill -> forward -> target law -> verify -> commit -> refine -> shift."""
         state, decoder, size = self.state, self.decoder, self.decoder.window
+        state.bound = self.cache.bound
+        state.noise.roll(state.cached, size + 1, state.iteration)
         draft = self.draft if size == 1 else decoder.drafter.fill(self.draft, self.fresh, state)
         fed = draft
         hidden, target = self._forward(fed)  # [R, S, D], [B, S, V]
@@ -227,6 +231,7 @@ class Decoding:
         """
         state, decoder, carried = self.state, self.decoder, self.decoder.carried
         advance = self._advance(draft, moved)
+        state.noise.forget()
         state.iteration = state.iteration + 1
         state.cached = state.cached + advance
         self.cache.lengths = self.cache.lengths + advance.repeat(self.branches)
@@ -264,6 +269,17 @@ class Decoding:
         )
         self.cache.bound = int(longest)  # the host's own bound grows by a whole window per pass
         return (committed >= self.total).nonzero()[:, 0].tolist()
+
+    def look(self) -> dict[str, Tensor]:
+        """Return `guesses` [B, C - 1], what the coming pass tests behind the committed tokens; -1 where nothing stands yet."""
+        draft, state, carried = self.draft, self.state, self.decoder.carried
+        ahead = torch.arange(carried - 1, device=state.committed.device)
+        position = state.committed[:, None] + ahead
+        slot = position - state.cached[:, None]
+        nothing = (slot >= carried) | (position >= self.total)
+        slot = slot.clamp(max=carried - 1)
+        nothing |= self.fresh.gather(1, slot)
+        return {"guesses": draft.tokens.gather(1, slot).masked_fill(nothing, -1)}
 
     def collect(self, row: int) -> Sample:
         """Return the finished row's sample."""

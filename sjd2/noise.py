@@ -8,6 +8,7 @@ the prompts, nor on the number of machines. The mixing is splitmix64's finaliser
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -33,6 +34,10 @@ class Purpose(IntEnum):
     MOVE = 10  # where it goes if not
 
 
+# purposes whose numbers are new in each pass; the others' are the same in all
+EACH_PASS = frozenset(Purpose) - {Purpose.SAMPLE, Purpose.INIT, Purpose.NOISE}
+
+
 def sample_seed(seed: int, prompt_index: int, repeat: int) -> int:
     """Return the 63-bit seed of one sample, a hash of the run's seed and the sample's id."""
     digest = hashlib.blake2b(f"{seed}/{prompt_index}/{repeat}".encode(), digest_size=8).digest()
@@ -50,28 +55,77 @@ def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (((x >> (64 - _BITS)) & (2**_BITS - 1)).to(dtype) + 0.5) * 2.0**-_BITS
 
 
+@dataclass
+class _Rolled:
+    """What a pass may look up: keys before the last mixing and numbers, both [P, B, W], at positions `begin` [B] and on."""
+
+    begin: Tensor
+    iteration: Tensor
+    keys: Tensor
+    numbers: Tensor
+
+    def at(self, table: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        """Look up positions [B, S] -> [B, S]."""
+        return table[purpose - 1].gather(1, positions - self.begin[:, None])
+
+
 class Noise:
     """Random numbers of the B samples that are being decoded; seeds [B] int64, replaced row by row (refill)."""
 
     def __init__(self, seeds: Tensor, dtype: torch.dtype = torch.float32) -> None:
         self.seeds = seeds
         self.dtype = dtype
-        self.streams: dict[int, Tensor] = {}  # per purpose [B]
+        self.streams: Tensor | None = None  # [P, B] one per purpose
+        self.rolled: _Rolled | None = None
 
     def put(self, rows: Tensor, seeds: Tensor) -> None:
-        """Give rows [b] new seeds [b]."""
+        """Give rows [b] new seeds [b]; in place, so that recorded passes (graph.py) see them."""
         self.seeds[rows] = seeds
-        self.streams.clear()
+        if self.streams is not None:
+            self.streams.copy_(self._mixed())
+
+    def _mixed(self) -> Tensor:
+        purposes = torch.arange(1, len(Purpose) + 1, device=self.seeds.device)
+        return _mix(_mix(self.seeds) ^ purposes[:, None])
+
+    def _streams(self) -> Tensor:
+        if self.streams is None:
+            self.streams = self._mixed()
+        return self.streams
+
+    def roll(self, begin: Tensor, width: int, iteration: Tensor) -> None:
+        """Mix the numbers of a pass at once: all purposes at positions begin .. begin + width - 1, begin, iteration [B].
+
+        Until `forget`, draws of this iteration (this very tensor) and those that are the same in every pass are looked up and
+        must lie at these positions: a draw by itself takes some 40 small operations.
+        """
+        positions = begin[:, None] + torch.arange(width, device=begin.device)
+        keys = _mix(self._streams()[..., None] + _GOLDEN * (positions + 1))
+        fixed = torch.zeros_like(iteration)
+        passes = torch.stack([iteration if purpose in EACH_PASS else fixed for purpose in Purpose])
+        keys = keys + _GOLDEN * (passes[..., None] + 1)
+        self.rolled = _Rolled(begin, iteration, keys, _unit(_mix(keys), self.dtype))
+
+    def forget(self) -> None:
+        """End what `roll` began."""
+        self.rolled = None
+
+    def _known(self, purpose: Purpose, iteration: Tensor | int) -> bool:
+        if self.rolled is None:
+            return False
+        each = purpose in EACH_PASS
+        return iteration is self.rolled.iteration if each else isinstance(iteration, int) and iteration == 0
 
     def _key(
         self, positions: Tensor, purpose: Purpose, iteration: Tensor | int, lane: Tensor | int | None = None
     ) -> Tensor:
-        if purpose not in self.streams:
-            self.streams[purpose] = _mix(_mix(self.seeds) ^ int(purpose))
-        key = _mix(self.streams[purpose][:, None] + _GOLDEN * (positions + 1))
-        if isinstance(iteration, Tensor):
-            iteration = iteration[:, None]
-        key = key + _GOLDEN * (iteration + 1)
+        if self._known(purpose, iteration):
+            key = self.rolled.at(self.rolled.keys, positions, purpose)
+        else:
+            key = _mix(self._streams()[purpose - 1][:, None] + _GOLDEN * (positions + 1))
+            if isinstance(iteration, Tensor):
+                iteration = iteration[:, None]
+            key = key + _GOLDEN * (iteration + 1)
         if lane is None:
             return _mix(key)
         if isinstance(lane, int):  # a tensor wraps around by itself
@@ -85,6 +139,8 @@ class Noise:
 
         lane [b, S] tells several draws for one position apart; lane 0 is the same as none.
         """
+        if lane is None and self._known(purpose, iteration):
+            return self.rolled.at(self.rolled.numbers, positions, purpose)
         return _unit(self._key(positions, purpose, iteration, lane), self.dtype)
 
     def codes(self, positions: Tensor, vocabulary: int) -> Tensor:

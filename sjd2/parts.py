@@ -48,6 +48,7 @@ class State:
     sampling: Sampling
     window: int  # S, slots of a pass
     starts: Tensor  # [R] the position id of the image's first token in each model row
+    bound: int = 0  # the host's upper bound of the tokens in any row's cache, prompt included
     memory: Any = None  # what the drafter keeps of the batch
 
     def positions(self, width: int, tree: Tree | None = None) -> Tensor:
@@ -122,6 +123,9 @@ class Drafter:
 
     def open(self, model: ImageModel, rows: int, capacity: int, law: Sampling) -> Any:
         """Return the memory of a batch of `rows` samples; it becomes `state.memory`."""
+
+    def reserve(self, memory: Any, capacity: int) -> None:
+        """Make room for rows of up to `capacity` tokens: a prompt is longer than any before."""
 
     def admit(
         self, memory: Any, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor

@@ -85,7 +85,8 @@ def draw(mass: Tensor, u: Tensor, block: int = 32) -> Tensor:
     One uniform per draw and 20-75 times cheaper than `multinomial`; never returns an index of zero mass.
     """
     pad = -mass.shape[-1] % block
-    blocks = torch.nn.functional.pad(mass, (0, pad)).unflatten(-1, (-1, block))
+    mass = torch.nn.functional.pad(mass, (0, pad)) if pad else mass  # padding by nothing would copy it
+    blocks = mass.unflatten(-1, (-1, block))
     sums = blocks.sum(-1)
     edges = sums.cumsum(-1)
     below = 1 - torch.finfo(mass.dtype).eps

@@ -54,7 +54,7 @@ def has_forced_tokens(rows: Sequence[Row]) -> bool:
 
 def _times(rows: Sequence[Row], machine: Machine | None) -> str:
     if machine is None:
-        return "No times: no run says which hardware its images were timed on."
+        return "No times: every image was made under trace=, or on hardware that its run does not name."
     hardware, threads = machine
     name = hardware if threads is None or "thread" in hardware else f"{hardware}, {threads} CPU threads"
     dtypes = sorted({str(row.run.setting("dtype")) for row in rows})

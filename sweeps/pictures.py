@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -15,6 +16,9 @@ from sjd2.errors import UserError
 from sweeps.plots import COLUMNS_MAX, Point, acceptance_histogram, acceptance_maps, image_grid, pareto
 from sweeps.rows import Row
 from sweeps.runs import Run
+
+if TYPE_CHECKING:
+    from sjd2.layout import TokenGrid
 
 GRID_ROWS = 6  # prompts in the image grid
 MAP_IMAGES = 256  # images averaged in an acceptance map
@@ -55,36 +59,42 @@ def draw(rows: Sequence[Row], out: Path, *, suffix: str, title: str) -> Drawn:
     return drawn
 
 
-def _pareto(rows: Sequence[Row], path: Path, title: str) -> str:
-    timed = [row for row in rows if row.latency_s is not None]
+def quality_panels(rows: Sequence[Row]) -> dict[str, tuple[list[Point], bool | None]]:
+    """Return {quality: (points, lower is better)} of the scores that compare between these runs, at most PANELS.
+
+    Where no score compares: the difference in likelihood to AR. Neither side of zero is better: it tells of bias.
+    """
     panels: dict[str, tuple[list[Point], bool | None]] = {}
     for key, (name, spread, lower) in QUALITIES.items():
         # scores of different N or different networks share no axis
-        fit = [row for row in timed if key in row.metrics and row.scored == row.n]
+        fit = [row for row in rows if key in row.metrics and row.scored == row.n]
         alike = {
             (row.n if key == "fid" else 0, row.metrics.get("fid_extractor"), row.metrics.get("clip_model"))
             for row in fit
         }
         if len(fit) > 1 and len(alike) == 1 and len(panels) < PANELS:
             panels[name] = [_point(row, row.metrics[key], row.metrics.get(spread or "")) for row in fit], lower
-    if not panels:
-        return _likelihoods(timed, path, title)
-    n = ", ".join(map(str, sorted({row.n for row in timed})))
-    pareto(panels, path, caption=f"{title}, N={n}")
-    return "Quality against latency; the grey line joins the runs that no other run beats in both"
-
-
-def _likelihoods(timed: Sequence[Row], path: Path, title: str) -> str:
-    """Where no score compares: the difference in likelihood to AR. Neither side of zero is better: it tells of bias."""
-    gaps = [row for row in timed if row.nll_difference]
-    if not gaps:
-        return ""
-    points = [_point(row, 0.0, None) for row in timed if row.run.is_ar]
+    gaps = [row for row in rows if row.nll_difference]
+    if panels or not gaps:
+        return panels
+    points = [_point(row, 0.0, None) for row in rows if row.run.is_ar]
     for row in gaps:
         difference = row.nll_difference
         points.append(_point(row, difference.mean, (difference.high - difference.low) / 2))
-    pareto({LIKELIHOOD: (points, None)}, path, caption=title)
-    return "Difference in NLL per token to AR (95 % interval) against latency: a lossless decoder's includes zero"
+    return {LIKELIHOOD: (points, None)}
+
+
+def _pareto(rows: Sequence[Row], path: Path, title: str) -> str:
+    timed = [row for row in rows if row.latency_s is not None]
+    panels = quality_panels(timed)
+    if not panels:
+        return ""
+    scored = LIKELIHOOD not in panels
+    n = ", ".join(map(str, sorted({row.n for row in timed})))
+    pareto(panels, path, caption=f"{title}, N={n}" if scored else title)
+    if not scored:
+        return "Difference in NLL per token to AR (95 % interval) against latency: a lossless decoder's includes zero"
+    return "Quality against latency; the grey line joins the runs that no other run beats in both"
 
 
 def _point(row: Row, quality: float, error: float | None) -> Point:
@@ -121,17 +131,22 @@ def same_seeds(runs: Sequence[Run]) -> tuple[list[Run], list[Id]]:
     return alike, sorted(common, key=lambda key: (key[1], key[0]))
 
 
-def _maps(rows: Sequence[Row], path: Path, title: str) -> str:
+def waiting_maps(rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], TokenGrid | None]:
+    """Return {label: mean passes that each position waited as a guess [N]} of the runs that guess, and their layout."""
     drafting = [row.run for row in rows if row.run.identity["decoder"].get("window", 1) > 1]
     if not drafting:
-        return ""
+        return {}, None
     from sjd2.instantiate import instantiate
 
     layout = instantiate(OmegaConf.create(drafting[0].config["model"])).layout
     drafting = [run for run in drafting if next(iter(run.images.values())).tokens == layout.length]
-    if not drafting:
+    return {run.label: mean_waiting(run) for run in drafting}, layout
+
+
+def _maps(rows: Sequence[Row], path: Path, title: str) -> str:
+    maps, layout = waiting_maps(rows)
+    if not maps:
         return ""
-    maps = {run.label: mean_waiting(run) for run in drafting}
     acceptance_maps(maps, layout.rows, layout.columns, path, free=np.asarray(layout.free))
     return "Passes that each position of the picture waited as a guess, mean over images; AR waits nowhere"
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import run as command
 from evaluation.features import save_npz
 from evaluation.records import run_folders
-from evaluation.settings import LATER, STAGES
+from evaluation.settings import STAGES
 from sjd2.errors import UserError
 from sweeps import pictures
 from sweeps.compare import compare_folders, stage
@@ -180,7 +180,6 @@ def test_adapters_and_other_weights(tmp_path: Path) -> None:
 
 def test_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(command.STAGES) == STAGES
-    assert not set(STAGES) & set(LATER)
     monkeypatch.setattr(pictures, "draw", lambda *_args, **_settings: pictures.Drawn())
     runs = tmp_path / "runs"
     cfg = OmegaConf.create({"runs_dir": str(runs), "run_dir": None, "evaluation": {"metrics": {}}})

@@ -178,6 +178,13 @@ def test_both_branches_in_one_batch_equal_two_passes(model: Toy) -> None:
     assert torch.allclose(guided[0], expected, atol=1e-9)
 
 
+def test_likelihoods_do_not_depend_on_the_chunk(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    condition, tokens = model.encode(PROMPTS), decode(model, AR).tokens
+    whole = nll(model, condition, tokens, LAW)
+    monkeypatch.setattr("sjd2.likelihood.CHUNK", 7)
+    assert torch.allclose(nll(model, condition, tokens, LAW), whole, atol=1e-9)
+
+
 def test_ddim_in_one_jump_equals_two(model: Toy) -> None:
     times = Schedule().times(4)
     e, e0 = torch.randn(7), torch.randn(7)

@@ -252,7 +252,7 @@ def test_prompt_files(tmp_path: Path, name: str, text: str) -> None:
     [
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.txt", b"\xff\xfe", "not UTF-8 at byte 0"),
-        ("p.parquet", b"x", r"Valid endings: \.txt, \.csv, \.json, \.jsonl"),
+        ("p.parquet", b"x", r"Valid endings: \.txt, \.csv, \.tsv, \.json, \.jsonl"),
         ("p.csv", b"a,b\n1,2\n", r"line 2: no 'prompt' among its columns \(a, b\); .*prompts.column"),
         ("p.json", b'{"a": 1}', "must hold a list"),
         ("p.json", b'["a", 3]', "entry 1: 3 is no prompt"),

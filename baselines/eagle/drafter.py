@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baselines.eagle.head import EagleHead, PairCache, read_settings
+from baselines.eagle.head import SETTINGS, WEIGHTS, EagleHead, PairCache, read_settings
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
+from sjd2.models.weights import Source, check_part, locate_part
 from sjd2.noise import Purpose
 from sjd2.parts import Draft, Drafter, Outcome, State
-from sjd2.paths import find
 from sjd2.sampling import Sampling, draw_tokens
 from sjd2.tree import Tree
 from sjd2.verify import take
@@ -30,7 +30,6 @@ class Memory:
     """
 
     cache: PairCache
-    prompt: int
     ahead: Tensor
     entered: Tensor
     tokens: Tensor | None = None
@@ -42,10 +41,10 @@ class Memory:
 class Eagle(Drafter):
     """Draft with an EAGLE head (arXiv 2401.15077; dynamic trees arXiv 2406.16858).
 
-    weights: folder of a head (stage=finetune finetune=eagle). shape: chain; static: `tree` lists its nodes as paths of child
-    numbers, children drawn without replacement; dynamic: at each of `depth` depths the `top_k` best nodes by cumulative
-    probability are expanded and the best window - 1 candidates are kept. Static draws and dynamic (deterministic) candidates
-    are both exact; sampled candidates chosen by their scores and verified as draws from the law would not be.
+    weights: folder or hub id of a head (stage=finetune finetune=eagle). shape: chain; static: `tree` lists its nodes as paths
+    of child numbers, children drawn without replacement; dynamic: at each of `depth` depths the `top_k` best nodes by
+    cumulative probability are expanded and the best window - 1 candidates are kept. Static draws and dynamic (deterministic)
+    candidates are both exact; sampled candidates chosen by their scores and verified as draws from the law would not be.
     """
 
     weights: str | None = None
@@ -69,7 +68,7 @@ class Eagle(Drafter):
                 f"an EAGLE drafter needs a head: make one with stage=finetune finetune=eagle model={spec.name} and give its "
                 "folder as decoder.drafter.weights=, or use the training-free decoder=scd."
             )
-        read_settings(find(self.weights))
+        check_part(self._source(), read_settings)
         if self.shape == "static" and window != len(self.tree) + 1:
             raise UserError(
                 f"decoder.drafter.tree has {len(self.tree)} nodes, so decoder.window must be {len(self.tree) + 1}, "
@@ -83,6 +82,9 @@ class Eagle(Drafter):
                 f"{window - 1}; take a smaller window or more of either."
             )
 
+    def _source(self) -> Source:
+        return Source(str(self.weights), "decoder.drafter.weights", files=(SETTINGS, WEIGHTS))
+
     def carried(self, window: int) -> int:
         return 1
 
@@ -95,7 +97,7 @@ class Eagle(Drafter):
         return self.ahead(window)
 
     def prepare(self, model: Backbone) -> None:
-        self.model, self.head = model, EagleHead.load(find(self.weights), model)
+        self.model, self.head = model, EagleHead.load(locate_part(self._source()), model)
         self.shapes: dict[int, tuple[Tree, list[_Depth]]] = {}
 
     def open(self, model: Backbone, rows: int, capacity: int, law: Sampling) -> Memory:
@@ -103,16 +105,16 @@ class Eagle(Drafter):
         width = self.head.fc.out_features
         ahead = torch.zeros(rows, width, dtype=model.dtype, device=model.device)
         cache = self.head.cache(rows, capacity + self.top_k * self.depth)
-        return Memory(cache, 0, ahead, torch.zeros(rows, dtype=torch.bool, device=model.device))
+        return Memory(cache, ahead, torch.zeros(rows, dtype=torch.bool, device=model.device))
+
+    def reserve(self, memory: Memory, capacity: int) -> None:
+        memory.cache.reserve(capacity + self.top_k * self.depth)
 
     def admit(
         self, memory: Memory, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor
     ) -> None:
         """Run the head over new prompts; an unconditional prompt may be one for all rows."""
         count, place = len(rows), rows + branch * (len(memory.ahead) // 2)
-        if embeds.shape[1] > memory.prompt:
-            memory.cache.reserve(memory.cache.capacity + embeds.shape[1] - memory.prompt)
-            memory.prompt = embeds.shape[1]
         embeds, hidden, lengths = (x.expand(count, *x.shape[1:]).clone() for x in (embeds, hidden, lengths))
         memory.ahead[place] = self.head.prefill(memory.cache, place, embeds, hidden, lengths, token)
         memory.entered[place] = True
@@ -123,6 +125,7 @@ class Eagle(Drafter):
         """Take in what was committed, then guess depth by depth."""
         memory = state.memory
         ahead = memory.ahead
+        memory.cache.bound = state.bound  # the head has as many pairs as the model has tokens
         if memory.count is not None:
             ahead = self.head.extend(memory.cache, memory.tokens, memory.states, memory.count)
             ahead = torch.where(memory.entered[:, None], memory.ahead, ahead)
@@ -168,7 +171,7 @@ class Eagle(Drafter):
             parents = list(range(-1, window - 1)) if self.shape == "chain" else self._parents()
             parents[0] = 0
             tree = Tree.static(parents, chain=1, device=self.model.device)
-            self.shapes[window] = tree, _depths(tree)
+            self.shapes[window] = tree, _depths(parents, tree)
         return self.shapes[window]
 
     def _static(self, draft: Draft, ahead: Tensor, window: int, state: State) -> Draft:
@@ -256,11 +259,12 @@ class _Depth:
     before: int = 0
 
 
-def _depths(tree: Tree) -> list[_Depth]:
-    parents, device = tree.parents[0].tolist(), tree.parents.device
-    depth = tree.depth[0].tolist()
+def _depths(parents: list[int], tree: Tree) -> list[_Depth]:
+    """Lay out the tree of these parents, which the host knows, on the device of `tree`."""
+    device, depth = tree.parents.device, [0] * len(parents)
     children: dict[int, list[int]] = {}
     for slot in range(1, len(parents)):
+        depth[slot] = depth[parents[slot]] + 1
         children.setdefault(parents[slot], []).append(slot)
     found, stepped, order = [], [], [0]  # order: parents of this depth's families
     for level in range(1, max(depth) + 1):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from sjd2.cache import SPAN_BUCKET, RowCache
+from sjd2.cache import RowCache
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
 from sjd2.settings import read_part
@@ -66,7 +66,11 @@ class EagleHead(nn.Module):
         """Set first weights: the state passes through fc unchanged; the layer is a copy of the model's last, or random."""
         model = self._model[0]
         if choose("finetune.start", layer, ("last", "random")) == "last":
-            self.layer.load_state_dict(model.decoder.layers[-1].state_dict())
+            source = dict(model.decoder.layers[-1].named_parameters())
+            for name, parameter in self.layer.named_parameters():
+                if not source[name].is_floating_point():
+                    raise UserError("a quantised model's last layer cannot be copied; set finetune.start=random.")
+                parameter.copy_(source[name])  # norms that all heads share (Lumina-mGPT) go to every head
         else:
             spread = model.decoder.config.get_text_config().initializer_range
             for module in self.layer.modules():
@@ -81,7 +85,10 @@ class EagleHead(nn.Module):
         return self._model[0].starts(lengths)
 
     def cache(self, rows: int, capacity: int) -> PairCache:
-        """Return an empty cache for `rows` model rows of up to `capacity` pairs, tree nodes of a pass included."""
+        """Return an empty cache for `rows` model rows of up to `capacity` pairs, tree nodes of a pass included.
+
+        Its `bound` is the caller's to keep.
+        """
         return PairCache(rows, capacity, self._model[0].device)
 
     def forward(
@@ -110,11 +117,13 @@ class EagleHead(nn.Module):
         """Put prompts into model rows [b] of the cache and return the predicted state at the first image token: [b, D].
 
         embeds, states [b, P, D]: the prompt's inputs and final states, right-padded; lengths [b]; token [b]: the first one.
+        Behind a prompt of length 0 no state predicts the first token: its pair has a state of zeros and is not kept.
         """
         count, width = embeds.shape[:2]
-        index = torch.arange(count, device=embeds.device)
+        index, last = torch.arange(count, device=embeds.device), (lengths - 1).clamp(min=0)
         following = torch.cat([embeds[:, 1:], embeds[:, :1]], 1)
-        following[index, lengths - 1] = self._model[0].embed(token)
+        following[index, last] = self._model[0].embed(token)
+        states = states.masked_fill((lengths == 0)[:, None, None], 0.0)
         scratch = self.cache(count, width)
         mask = scratch.window(width, embeds.dtype)
         positions = torch.arange(width, device=embeds.device).expand(count, -1)
@@ -122,8 +131,7 @@ class EagleHead(nn.Module):
         scratch.lengths = lengths
         cache.take_rows(rows, scratch, index)
         cache.shift[rows] = self.starts(lengths) - lengths
-        cache.bound = max(cache.bound, width)
-        return out[index, lengths - 1]
+        return out[index, last]
 
     def extend(self, cache: PairCache, tokens: Tensor, states: Tensor, count: Tensor) -> Tensor:
         """Add pairs of committed tokens and return the predicted state behind the last one of each row: [R, D].
@@ -137,7 +145,6 @@ class EagleHead(nn.Module):
         out = self(embeds, states, cache.slots + cache.shift[:, None], cache, mask)
         count = count.repeat(branches)
         cache.lengths = cache.lengths + count
-        cache.bound = min(cache.bound + size, cache.capacity)
         return out[torch.arange(len(out), device=out.device), (count - 1).clamp(min=0)]
 
     def step(
@@ -187,10 +194,7 @@ class EagleHead(nn.Module):
 def _behind(cache: RowCache, base: Tensor, seen: Tensor) -> Tensor:
     """Return what tree nodes see of the whole cache: base [R] committed entries, seen [R, S, T] -> bool [R, S, span]."""
     nodes = seen.shape[2]
-    if base.device.type == "cpu":
-        span = int(base.max()) + nodes
-    else:
-        span = min(cache.capacity, -(-(cache.bound + nodes) // SPAN_BUCKET) * SPAN_BUCKET)
+    span = cache.reach(nodes)
     inside = torch.arange(span, device=base.device) - base[:, None]  # [R, span], a node where 0 <= inside < T
     index = inside.clamp(0, nodes - 1)[:, None].expand(-1, seen.shape[1], -1)
     return (inside < 0)[:, None] | (seen.gather(2, index) & ((inside >= 0) & (inside < nodes))[:, None])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sjd2.decoding import Decoder, generate
 from sjd2.errors import UserError
+from sjd2.finetune import distributed
 from sjd2.finetune.loop import write_atomically
 from sjd2.models.base import Backbone
 from sjd2.noise import sample_seed
@@ -26,7 +27,7 @@ from sjd2.paths import find
 from sjd2.sampling import Sampling
 
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 fill the unit interval evenly, however many are taken
-SAVE_S = 60.0  # seconds between two saves of the unfinished file
+SAVE_S = 60.0  # seconds between two saves of the unfinished file; more where saving takes over a twentieth of the time
 logger = logging.getLogger(__name__)
 
 
@@ -42,10 +43,12 @@ class Captions(Protocol):
 class FileCaptions:
     """Captions of a text file, one per line; one line in `held_out_share`, chosen by its content, is never trained on."""
 
-    path: str
+    path: str | None = None
     held_out_share: int = 16
 
     def __post_init__(self) -> None:
+        if self.path is None:
+            raise UserError("give finetune.data.captions.path=FILE, a text file with one caption per line.")
         if self.held_out_share < 2:
             raise UserError(f"captions.held_out_share must be 2 or more, got {self.held_out_share}.")
 
@@ -101,6 +104,7 @@ class Generated:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"generated-{self._key(model)}.npz"
         for held_out, total in ((False, self.images), (True, self.validation_images)):
+            distributed.barrier()  # the file of the set before is complete
             stored = _read(file)
             name = "held_out" if held_out else "train"
             self._sets[held_out] = self._complete(model, file, stored, name, total)
@@ -128,25 +132,35 @@ class Generated:
         """Draw batch after batch until the set `name` has `total` images -> its captions, tokens [M, N], scales [M]."""
         captions = self.captions.captions(total, self.seed, held_out=name == "held_out")
         tokens = list(stored.get(name, np.zeros((0, model.layout.length), np.int32))[:total])
-        have, began, saved = len(tokens), time.monotonic(), time.monotonic()
+        have, began, saved, took = len(tokens), time.monotonic(), time.monotonic(), 0.0
         while len(tokens) < total:
-            begin = len(tokens)
-            end = min(total, (begin // self.batch_size + 1) * self.batch_size)
-            # the purpose keeps the two sets and the images of runs (whose repeats count from 0) apart
-            purpose = -2 if name == "held_out" else -1
-            seeds = [sample_seed(self.seed, index, purpose) for index in range(begin, end)]
-            law = self._law(model, self._scale(begin))
-            tokens += list(
-                generate(model, self.decoder, model.encode(captions[begin:end]), seeds, law=law).tokens.numpy()
-            )
-            if time.monotonic() - saved > SAVE_S or len(tokens) == total:
-                saved = time.monotonic()
+            batches, begin = [], len(tokens)  # one for each process
+            while begin < total and len(batches) < distributed.size():
+                end = min(total, (begin // self.batch_size + 1) * self.batch_size)
+                batches.append(range(begin, end))
+                begin = end
+            mine = distributed.rank()
+            drawn = self._draw(model, captions, batches[mine], name) if mine < len(batches) else []
+            tokens += [row for rows in distributed.gather(drawn) for row in rows]
+            now = time.monotonic()
+            if distributed.first() and (now - saved > max(SAVE_S, 20 * took) or len(tokens) == total):
                 arrays = {**stored, name: np.stack(tokens).astype(np.int32)}
                 write_atomically(file, lambda part, arrays=arrays: _write(part, arrays))
+                saved = time.monotonic()
+                took = saved - now
                 pace = (len(tokens) - have) / (saved - began)
-                logger.info("drew %d of %d images (%s), %.1f a second", len(tokens), total, name, pace)
+                logger.info("drew %d of %d images (%s), %.2g a second", len(tokens), total, name, pace)
         scales = np.array([self._scale(index) for index in range(total)])
         return {"captions": np.array(captions), "tokens": np.stack(tokens), "scales": scales}
+
+    def _draw(self, model: Backbone, captions: list[str], batch: range, name: str) -> list[np.ndarray]:
+        """Draw the images of one batch -> tokens [N] of each."""
+        # the purpose keeps the two sets and the images of runs (whose repeats count from 0) apart
+        purpose = -2 if name == "held_out" else -1
+        seeds = [sample_seed(self.seed, index, purpose) for index in batch]
+        law = self._law(model, self._scale(batch.start))
+        prompts = model.encode([captions[index] for index in batch])
+        return list(generate(model, self.decoder, prompts, seeds, law=law).tokens.numpy())
 
     def _scale(self, index: int) -> float:
         """Return the guidance scale of an image: that of its batch, in the order of a low-discrepancy sequence."""

@@ -5,30 +5,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sjd2.adapters import Adapter, AdapterSettings
-from sjd2.cache import RowCache
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.denoising.space import EmbeddingSpace, sinusoid
 from sjd2.errors import UserError, choose
-from sjd2.finetune.loop import step_rng, train, warmup_decay
-from sjd2.finetune.windows import causal_mask, draw_segments, window_mask
-from sjd2.models.base import Backbone
+from sjd2.finetune import distributed
+from sjd2.finetune.distributed import Machine, shares
+from sjd2.finetune.draws import Draws
+from sjd2.finetune.loop import Piece, step_rng, train, warmup_decay
+from sjd2.finetune.objective import Objective, is_sharded, recompute, widen
+from sjd2.finetune.windows import Past, Segments, causal_mask, draw_segments, window_mask
+from sjd2.models.base import Backbone, ModelSpec
 from sjd2.sampling import draw
+
+AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
 
 
 class TokenData(Protocol):
-    """Captioned images as tokens; a pure function of the seed, so that a resumed run sees what an undisturbed one sees."""
+    """Captioned images as tokens; a pure function of the seed, so that a resumed run sees what an undisturbed one sees.
+
+    Data that has to be made first has `prepare(model, out)` too.
+    """
 
     def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor]:
         """Return n captions and codes [n, rows * columns]."""
+        ...
+
+
+@runtime_checkable
+class Collection(Protocol):
+    """A finite set of images, which is gone through in epochs."""
+
+    def count(self) -> int:
+        """Return the number of training images."""
+        ...
+
+    def shuffled(self, n: int, step: int, seed: int) -> tuple[list[str], Tensor]:
+        """Return the n images of one step; n times the steps of an epoch go through every image once."""
         ...
 
 
@@ -36,7 +58,8 @@ class TokenData(Protocol):
 class FinetuneSJD2:
     """Next-clean-token prediction on any `ImageModel`: plain cross-entropy, noise on normalised embeddings.
 
-    steps, batch_size, lr, warmup, decay, weight_decay: AdamW. levels: K is drawn from these per step.
+    steps, batch_size, lr, warmup, decay, cosine, weight_decay: AdamW; steps=None trains for `epochs` of the data. levels: K is
+    drawn from these per step.
     context: `windows` trains noisy windows behind a clean copy of the image, which is what decoding feeds; `in_place` noises
     the one sequence (the paper). corrupt: largest share of wrong tokens in a window, drawn from the model's own law, since
     drafts are wrong before they are accepted. unconditional: share of empty prompts. shortest, longest: window lengths.
@@ -44,11 +67,13 @@ class FinetuneSJD2:
 
     adapter: AdapterSettings
     data: TokenData
-    steps: int
     batch_size: int
     lr: float
+    steps: int | None = None
+    epochs: float | None = None
     warmup: int = 50
     decay: float = 0.6
+    cosine: bool = False
     weight_decay: float = 0.0
     levels: tuple[int, ...] = (1, 2, 4)
     schedule: Schedule = field(default_factory=Schedule)
@@ -60,12 +85,16 @@ class FinetuneSJD2:
     bf16: bool = False
     validate_every: int = 200
     validation_images: int = 64
+    machine: Machine = field(default_factory=Machine)
 
     needs_model: ClassVar[bool] = True
+    parallel: ClassVar[bool] = True  # runs under torchrun
 
     def __post_init__(self) -> None:
         choose("finetune.context", self.context, ("windows", "in_place"))
-        if min(self.steps, self.batch_size, self.validate_every, *self.levels) < 1:
+        if self.steps is None and (self.epochs is None or self.epochs <= 0):
+            raise UserError("finetune needs steps, or steps=null and epochs of more than 0.")
+        if min(self.steps or 1, self.batch_size, self.validate_every, *self.levels) < 1:
             raise UserError("finetune.steps, batch_size, validate_every and levels must be 1 or more.")
         if not 1 < self.shortest <= self.longest:
             raise UserError(f"finetune needs 1 < shortest <= longest, got {self.shortest} and {self.longest}.")
@@ -77,6 +106,13 @@ class FinetuneSJD2:
         if not 0 <= self.corrupt <= 1:
             raise UserError(f"finetune.corrupt is a share, 0 to 1, got {self.corrupt}.")
 
+    def check(self, spec: ModelSpec) -> None:
+        """Raise `UserError` if this training cannot work with the model or its data is not there; loads nothing."""
+        if self.adapter.kind == "full" and spec.quantisation is not None:
+            raise UserError("quantised weights cannot be tuned in full; use model.quantisation=null or a LoRA.")
+        if (check := getattr(self.data, "check", None)) is not None:
+            check()
+
     def run(
         self,
         *,
@@ -87,143 +123,247 @@ class FinetuneSJD2:
         seed: int,
     ) -> dict[str, float]:
         """Train and write the adapter to out/final/; return validation losses in nats, tuned and untuned."""
+        if (prepare := getattr(self.data, "prepare", None)) is not None:
+            prepare(model, out)
+        steps = self._steps()
         torch.manual_seed(seed)
         attention = model.decoder.config._attn_implementation
         if model.device.type == "cpu":  # torch's fused attention is several times slower backwards on a CPU
             model.decoder.set_attn_implementation("eager")
         model.adapter = adapter = Adapter(self.adapter, model).train()
-        trainable = adapter.trainable()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        module = nn.ModuleList([adapter, *([model.decoder, model.head_module] if self.adapter.kind == "full" else [])])
-        optimizer = torch.optim.AdamW(trainable, lr=self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay)
-
-        def loss(step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-            rng = step_rng(seed, step)
-            prompts, codes = self.data.batch(self.batch_size, int(rng.integers(2**62)))
-            return self.loss(model, prompts, codes, int(rng.integers(2**62))), {}
+        objective = self._objective(model, adapter)
+        optimizer = torch.optim.AdamW(
+            [p for p in objective.parameters() if p.requires_grad], lr=self.lr, betas=(0.9, 0.98),
+            weight_decay=self.weight_decay,
+        )  # fmt: skip
 
         def after(done: int) -> dict[str, float]:
-            return self.validate(model, seed) if done % self.validate_every == 0 or done == self.steps else {}
+            due = done % self.validate_every == 0 or done == steps
+            return self.validate(model, seed, through=objective) if due else {}
 
         untuned = self.validate(model, seed, gate=False) if self.adapter.gated else {}
         train(
-            module, loss, [optimizer], steps=self.steps, out=out, seed=seed, log=log,
-            schedule=warmup_decay(self.steps, self.warmup, self.decay), bf16=self.bf16, after=after,
+            objective, lambda step: self._pieces(model, objective, step, seed), [optimizer], steps=steps, out=out,
+            seed=seed, log=log, schedule=warmup_decay(steps, self.warmup, self.decay, self.cosine),
+            bf16=self.bf16 and not is_sharded(objective), after=after, checkpoint_s=self.machine.checkpoint_s,
         )  # fmt: skip
-        adapter.save(out / "final", torch.bfloat16)
-        figures = self.validate(model, seed)
+        adapter.save(out / "final", torch.bfloat16, write=distributed.first())
+        figures = self.validate(model, seed, through=objective)
         model.decoder.set_attn_implementation(attention)
         return figures | {f"{name}_untuned": value for name, value in untuned.items()}
 
+    def _steps(self) -> int:
+        """Return the number of optimizer steps, from `epochs` where `steps` is None."""
+        if self.steps is not None:
+            return self.steps
+        if not isinstance(self.data, Collection):
+            raise UserError("finetune.epochs needs a set of images; give finetune.steps for data without an end.")
+        return max(1, round(self.epochs * self.data.count() / self.batch_size))
+
+    def _objective(self, model: Backbone, adapter: Adapter) -> Objective:
+        """Join what is trained, make it trainable, and put it on the machine as asked for."""
+        full = self.adapter.kind == "full"
+        for parameter in adapter.trainable():
+            parameter.requires_grad_(True)
+        if self.machine.checkpointing:
+            recompute(model.decoder.layers)
+        heads = [model.head_module] if full and model.head_module is not None else []
+        objective = Objective(adapter, *([model.decoder] if full else []), *heads)
+        if full and distributed.joined():
+            from sjd2.finetune.sharding import shard
+
+            shard(objective, model.decoder.layers, model.device, self.bf16)
+        else:
+            widen(objective.parameters())
+        return objective
+
+    def _pieces(self, model: Backbone, objective: Objective, step: int, seed: int) -> Iterator[Piece]:
+        """Yield this process's micro-batches of a step: shares of the mean over all wanted tokens of the whole batch."""
+        rng = step_rng(seed, step)
+        data_seed = int(rng.integers(2**62))
+        if isinstance(self.data, Collection):
+            prompts, codes = self.data.shuffled(self.batch_size, step, seed)
+        else:
+            prompts, codes = self.data.batch(self.batch_size, data_seed)
+        steps, count = None, None
+        if self.machine.cuts:
+            seeds = rng.integers(2**62, size=self.batch_size).tolist()
+            steps = int(rng.choice(self.levels))
+            count = self._count(model, seeds, steps)
+        else:
+            seeds = [int(rng.integers(2**62))]
+        times = distributed.size() if is_sharded(objective) else 1  # FSDP averages gradients over processes
+        for rows, weight in shares(self.batch_size, self.machine.micro_batch):
+            given = (prompts[rows], codes[rows], seeds[rows])
+            value = objective(lambda given=given: self.loss(model, *given, steps=steps, count=count))
+            yield value * (weight * times), {"loss": value.detach() * weight}
+
     @torch.no_grad()
-    def validate(self, model: Backbone, seed: int, gate: bool = True) -> dict[str, float]:
-        """Measure the loss on held-out images for each K in `levels`, in nats per noisy slot; gate=False: untuned."""
+    def validate(
+        self,
+        model: Backbone,
+        seed: int,
+        gate: bool = True,
+        through: Callable[[Callable[[], Tensor]], Tensor] | None = None,
+    ) -> dict[str, float]:
+        """Measure the loss on held-out images for each K in `levels`, in nats per noisy slot; gate=False: untuned.
+
+        through: the objective that makes sharded weights whole.
+        """
+        through = through or (lambda compute: compute())
         prompts, codes = self.data.batch(self.validation_images, seed, held_out=True)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
-            return {
-                f"val_loss_k{steps}": float(self.loss(model, prompts, codes, seed, steps=steps, gate=gate))
-                for steps in self.levels
-            }
+        figures = dict.fromkeys((f"val_loss_k{steps}" for steps in self.levels), 0.0)
+        for steps in dict.fromkeys(self.levels):
+            seeds, count = [seed], None
+            if self.machine.cuts:
+                seeds = step_rng(seed, steps, purpose=2).integers(2**62, size=len(prompts)).tolist()
+                count = self._count(model, seeds, steps)
+            for rows, weight in shares(len(prompts), self.machine.micro_batch):
+                given = {"steps": steps, "gate": gate, "count": count}
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
+                    value = through(
+                        lambda rows=rows, seeds=seeds, given=given: self.loss(
+                            model, prompts[rows], codes[rows], seeds[rows], **given
+                        )
+                    )
+                figures[f"val_loss_k{steps}"] += float(value) * weight
+        return distributed.total(figures)
 
     def loss(
         self,
         model: Backbone,
         prompts: list[str],
         codes: Tensor,
-        seed: int,
+        seeds: Sequence[int],
         *,
         steps: int | None = None,
         gate: bool = True,
+        count: int | None = None,
     ) -> Tensor:
         """Return the mean cross-entropy of the clean next token behind noisy inputs: codes [B, rows * columns] -> scalar.
 
-        steps: K (None: drawn from `levels`). gate=False leaves the adapter out.
+        seeds: one, or one per sample. steps: K (None: drawn from `levels`). gate=False leaves the adapter out. count: divide
+        the sum by this number of tokens instead of this batch's own.
         """
-        generator = torch.Generator().manual_seed(seed)
+        draws = Draws(seeds, len(codes))
         tokens = model.layout.tokens(codes.to(model.device))
         rows, n = tokens.shape
         free = model.layout.free.to(tokens.device)
         if steps is None:
-            steps = self.levels[int(torch.randint(len(self.levels), (), generator=generator))]
-        longest = min(self.longest, n)
-        segments = draw_segments(rows, n, steps, shortest=self.shortest, longest=longest, generator=generator)
+            steps = self.levels[draws.index(len(self.levels))]
+        segments = self._segments(draws, n, steps)
         first = segments.first.to(tokens.device)
         level = segments.level.to(tokens.device) * free  # forced tokens carry no noise
-        prompt, lengths = self._prompts(model, prompts, generator)
+        prompt, lengths = self._prompts(model, prompts, draws)
         width = prompt.shape[1]
-        cache, law = self._clean_pass(model, tokens, prompt, lengths, steps)
-        drafts = torch.where(free, self._corrupt(tokens, law, first, generator), tokens)
-        x = self._noisy(model, drafts, level, steps, generator)
-        place = lengths[:, None] + torch.arange(n, device=tokens.device)
+        past, drafts = None, tokens
+        if self.context == "windows" or self.corrupt:
+            past, hidden = self._clean_pass(model, tokens, prompt, lengths)
+            drafts = torch.where(free, self._corrupt(model, tokens, hidden, first, draws), tokens)
+        space = self._space(model)
+        x = self._noisy(model, space, drafts, level, steps, draws)
+        place = model.starts(lengths)[:, None] + torch.arange(n, device=tokens.device)
         act = level > 0
         if self.context == "windows":
             positions, visible = place, window_mask(lengths, width, first)
         else:
-            cache = None
+            past = None
             start = torch.arange(width, device=tokens.device).expand(rows, -1)
             x, positions = torch.cat([prompt, x], 1), torch.cat([start, place], 1)
             visible = causal_mask(lengths, width, n)
             act = torch.cat([torch.zeros_like(start, dtype=torch.bool), act], 1)
         if self.adapter.code == "appended":
-            x, positions, visible, act = self._append(model, x, positions, visible, act, level, lengths, steps)
-        hidden = model.forward(x, positions, cache, visible, act if gate else None)
+            x, positions, visible, act = self._append(model, space, x, positions, visible, act, level, lengths, steps)
+        hidden = model.forward(x, positions, past, visible, act if gate else None)
         hidden = hidden[:, : hidden.shape[1] - (steps if self.adapter.code == "appended" else 0)][:, -n:-1]
-        wanted = free[1:].expand(rows, -1)
-        if self.context == "windows":
-            wanted = wanted & (level > 0)[:, :-1]
-        return nn.functional.cross_entropy(model.logits(hidden[wanted]), tokens[:, 1:][wanted])
+        wanted = self._wanted(level, free)
+        return _cross_entropy(model, hidden[wanted], tokens[:, 1:][wanted], count)
+
+    def _segments(self, draws: Draws, n: int, steps: int) -> Segments:
+        """Cut the images of all samples into windows."""
+        longest = min(self.longest, n)
+        parts = [
+            draw_segments(draws.rows, n, steps, shortest=self.shortest, longest=longest, generator=stream)
+            for stream in draws.streams
+        ]
+        return Segments(torch.cat([part.first for part in parts]), torch.cat([part.level for part in parts]))
+
+    def _wanted(self, level: Tensor, free: Tensor) -> Tensor:
+        """Say which tokens 1.. are predicted: bool [B, N - 1]; behind a clean copy of the image only those after noise."""
+        wanted = free[1:].expand(len(level), -1)
+        return wanted & (level > 0)[:, :-1] if self.context == "windows" else wanted
+
+    def _count(self, model: Backbone, seeds: Sequence[int], steps: int) -> int:
+        """Return how many tokens a whole batch predicts, one seed per sample, without running it."""
+        free = model.layout.free
+        level = self._segments(Draws(seeds, len(seeds)), len(free), steps).level * free
+        return int(self._wanted(level, free).sum())
+
+    def _space(self, model: Backbone) -> EmbeddingSpace:
+        """Return the space of the noise; its mean and deviation are constants to the gradient."""
+        with torch.no_grad():
+            return EmbeddingSpace(model, normalised=self.adapter.normalised)
 
     @torch.no_grad()
-    def _clean_pass(
-        self, model: Backbone, tokens: Tensor, prompt: Tensor, lengths: Tensor, steps: int
-    ) -> tuple[RowCache, Tensor]:
-        """Run the clean image once without a gradient -> (its keys and values, the law of tokens 1.. [B, N - 1, V])."""
+    def _clean_pass(self, model: Backbone, tokens: Tensor, prompt: Tensor, lengths: Tensor) -> tuple[Past, Tensor]:
+        """Run the clean image once without a gradient -> (its keys and values, the states before tokens 1.. [B, N - 1, D])."""
         rows, n = tokens.shape
         width = prompt.shape[1]
-        cache = model.cache(rows, width + 2 * n + steps)
+        cache = model.cache(rows, width + n)
         start = torch.arange(width, device=tokens.device).expand(rows, -1)
-        positions = torch.cat([start, lengths[:, None] + torch.arange(n, device=tokens.device)], 1)
+        positions = torch.cat([start, model.starts(lengths)[:, None] + torch.arange(n, device=tokens.device)], 1)
         x = torch.cat([prompt, model.embed(tokens)], 1)
         hidden = model.forward(x, positions, cache, causal_mask(lengths, width, n))
-        cache.lengths = cache.lengths + width + n
-        return cache, model.logits(hidden[:, width:-1]).softmax(-1)
+        return Past.of(cache, width + n), hidden[:, width:-1]
 
-    def _prompts(self, model: Backbone, prompts: list[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _prompts(self, model: Backbone, prompts: list[str], draws: Draws) -> tuple[Tensor, Tensor]:
         """Encode prompts, a share of them replaced by the unconditional one: [B, P, D], [B]."""
         condition = model.encode(prompts)
-        drop = (torch.rand(len(prompts), generator=generator) < self.unconditional).to(model.device)
+        drop = (draws.rand() < self.unconditional).to(model.device)
         width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
         pad = [nn.functional.pad(e, (0, 0, 0, width - e.shape[1])) for e in (condition.embeds, condition.uncond_embeds)]
         lengths = torch.where(drop, condition.uncond_lengths, condition.lengths)
         return torch.where(drop[:, None, None], pad[1], pad[0]), lengths
 
-    def _corrupt(self, tokens: Tensor, law: Tensor, first: Tensor, generator: torch.Generator) -> Tensor:
-        """Replace tokens in windows by draws from the model's own law [B, N - 1, V], more of them further from the start."""
+    @torch.no_grad()
+    def _corrupt(self, model: Backbone, tokens: Tensor, hidden: Tensor, first: Tensor, draws: Draws) -> Tensor:
+        """Replace tokens in windows by draws from the model's own law, more of them further from the start.
+
+        hidden [B, N - 1, D]: the clean states before tokens 1..
+        """
         rows, n = tokens.shape
-        drawn = draw(law, torch.rand(rows, n - 1, generator=generator).clamp(1e-6, 1 - 1e-6).to(law))
+        if not self.corrupt:
+            return tokens
+        u = draws.rand(n - 1).clamp(1e-6, 1 - 1e-6).to(tokens.device)
+        size = max(1, AT_ONCE // (rows * model.layout.vocabulary))
+        laws = (model.logits(part).softmax(-1) for part in hidden.split(size, 1))
+        drawn = torch.cat([draw(law, part.to(law)) for law, part in zip(laws, u.split(size, 1), strict=True)], 1)
         distance = (torch.arange(n) - first.cpu()).float()
-        rate = self.corrupt * torch.rand(rows, 1, generator=generator) * (distance / 4).clamp(max=1)
-        wrong = (torch.rand(rows, n, generator=generator) < rate).to(tokens.device)
+        rate = self.corrupt * draws.rand(1) * (distance / 4).clamp(max=1)
+        wrong = (draws.rand(n) < rate).to(tokens.device)
         wrong[:, 0] = False  # no law was computed for the first token
         return torch.where(wrong, torch.cat([tokens[:, :1], drawn], 1), tokens)
 
-    def _noisy(self, model: Backbone, tokens: Tensor, level: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    def _noisy(
+        self, model: Backbone, space: EmbeddingSpace, tokens: Tensor, level: Tensor, steps: int, draws: Draws
+    ) -> Tensor:
         """Return the inputs of the windows, noisy where the level says so: [B, N, D]."""
-        space = EmbeddingSpace(model, normalised=self.adapter.normalised)
         times = self.schedule.times(steps).to(tokens.device)
         alpha, sigma = alpha_sigma(times, self.adapter.path)
-        e = space.normal(tokens)
-        eps = torch.randn(e.shape, generator=generator).to(e)
+        clean = model.embed(tokens)
+        # tuned in full, embeddings learn from noisy slots too; else the table is a constant
+        full = self.adapter.kind == "full"
+        e = (clean.to(space.mean) - space.mean) / space.std if full else space.normal(tokens)
+        eps = draws.randn(*e.shape[1:], device=tokens.device).to(e)
         e = alpha[level][..., None] * e + sigma[level][..., None] * eps
         if model.adapter.code is not None:
             e = e + model.adapter.code(times)[level]
-        clean = model.embed(tokens)
         return torch.where((level > 0)[..., None], space.model_input(e).to(clean.dtype), clean)
 
     def _append(
         self,
         model: Backbone,
+        space: EmbeddingSpace,
         x: Tensor,
         positions: Tensor,
         visible: Tensor,
@@ -234,13 +374,26 @@ class FinetuneSJD2:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Append the paper's timestep tokens [T]; the noisy slots see their own level's, the tokens only themselves."""
         rows, size = x.shape[:2]
-        space = EmbeddingSpace(model, normalised=self.adapter.normalised)
         codes = space.model_input(sinusoid(self.schedule.times(steps)[1:].to(x.device), x.shape[2])).to(x.dtype)
         x = torch.cat([x, codes.expand(rows, -1, -1)], 1)
-        positions = torch.cat([positions, lengths[:, None].expand(-1, steps)], 1)
+        positions = torch.cat([positions, model.starts(lengths)[:, None].expand(-1, steps)], 1)
         own = torch.zeros(rows, size, steps, dtype=torch.bool, device=x.device)
         own[:, -level.shape[1] :] = level[..., None] == torch.arange(1, steps + 1, device=x.device)
         seen = visible.shape[2]
         below = torch.cat([own.new_zeros(steps, seen), torch.eye(steps, dtype=torch.bool, device=x.device)], 1)
         visible = torch.cat([torch.cat([visible, own], 2), below.expand(rows, -1, -1)], 1)
         return x, positions, visible, torch.cat([act, act.new_ones(rows, steps)], 1)
+
+
+def _cross_entropy(model: Backbone, hidden: Tensor, target: Tensor, count: int | None) -> Tensor:
+    """Sum the cross-entropy of states [M, D] and tokens [M] over `count` (None: M); many logits are made twice, not kept."""
+    size = max(1, AT_ONCE // model.layout.vocabulary)
+    if len(target) <= size and count is None:
+        return nn.functional.cross_entropy(model.logits(hidden), target)
+
+    def part(states: Tensor, tokens: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model.logits(states), tokens, reduction="sum")
+
+    pairs = list(zip(hidden.split(size), target.split(size), strict=True))
+    sums = [part(*pair) if len(pairs) == 1 else checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
+    return torch.stack(sums).sum() / (count or len(target))

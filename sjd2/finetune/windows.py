@@ -1,6 +1,6 @@
 """Training sequences for next-clean-token prediction: which inputs are noisy, how noisy, and what they may see.
 
-# B samples, P prompt tokens, N image-phase tokens, K levels, D width
+# B samples, R rows, P entries before (prompt tokens), N image-phase tokens, S slots of a pass, K levels, D width
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sjd2.cache import RowCache, additive
 
 
 @dataclass
@@ -37,6 +40,61 @@ def draw_segments(
     rise = (place - begin - clean + 1).clamp(min=0)
     height = (end - begin - clean).clamp(min=1)
     return Segments(begin, torch.div(rise * steps + height - 1, height, rounding_mode="floor").clamp(0, steps))
+
+
+class _PastLayer(CacheLayerMixin):
+    """One layer's keys and values [R, heads, P, head width], None for nothing; a pass gets its own behind them."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.whole = (keys, values)  # with those of the last pass
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.keys is not None:
+            key_states = torch.cat([self.keys, key_states], 2)
+            value_states = torch.cat([self.values, value_states], 2)
+        self.whole = key_states, value_states
+        return self.whole
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_max_length(self) -> int:
+        return self.get_seq_length()
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+
+
+class Past(Cache):
+    """What earlier passes left, to be read and never written: a layer that runs twice (checkpointing) sees the same."""
+
+    @classmethod
+    def empty(cls, layers: int) -> Past:
+        """Return the past of a first pass."""
+        return cls(layers=[_PastLayer(None, None) for _ in range(layers)])
+
+    @classmethod
+    def of(cls, cache: RowCache, length: int) -> Past:
+        """Return the first `length` entries of every row of a cache."""
+        return cls(
+            layers=[_PastLayer(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers]
+        )
+
+    def following(self) -> Past:
+        """Return the past of the next pass: this one, and behind it the keys and values of the pass that used it."""
+        return Past(layers=[_PastLayer(*layer.whole) for layer in self.layers])
+
+    def window(self, width: int, dtype: torch.dtype, visible: Tensor) -> Tensor:
+        """Return the additive mask of a pass: visible [R, S, P + S] -> [R, 1, S, P + S]."""
+        return additive(visible, dtype)[:, None]
 
 
 def causal_mask(lengths: Tensor, width: int, n: int) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sjd2.errors import UserError
-from sjd2.front.corrector import Corrector, read_settings
+from sjd2.front.corrector import SETTINGS, WEIGHTS, Corrector, read_settings
 from sjd2.front.shape import Level, chain_slots, shape
 from sjd2.models.base import Backbone, ImageModel
+from sjd2.models.weights import Source, check_part, locate_part
 from sjd2.noise import Purpose
 from sjd2.parts import Draft, Drafter, Outcome, State
-from sjd2.paths import find
 from sjd2.sampling import Sampling, draw, draw_tokens
 from sjd2.verify import Exact, residual, take
 
@@ -44,7 +44,7 @@ class Front(Drafter):
 
     chain: drafts the main chain. siblings: further guesses at depths 1, 2, ..., drawn without replacement. copies: the depth
     to which each branch goes on with the main chain's guesses. full: siblings at every node, not only on the main chain
-    (SJD-PAC's K-ary tree). weights: folder of a corrector, None for none. corrected: depths whose laws it corrects.
+    (SJD-PAC's K-ary tree). weights: folder or hub id of a corrector, None for none. corrected: depths whose laws it corrects.
     """
 
     chain: Drafter
@@ -83,7 +83,10 @@ class Front(Drafter):
             )
         self.chain.check(spec, carried)
         if self.weights is not None:
-            read_settings(find(self.weights))
+            check_part(self._source(), read_settings)
+
+    def _source(self) -> Source:
+        return Source(str(self.weights), "decoder.drafter.weights", files=(SETTINGS, WEIGHTS))
 
     def carried(self, window: int) -> int:
         return chain_slots(window, self.siblings, self.copies, self.full)
@@ -98,7 +101,7 @@ class Front(Drafter):
         self.model = model
         self.vocabulary = model.layout.vocabulary
         self.shape = None
-        self.corrector = None if self.weights is None else Corrector.load(find(self.weights), model)
+        self.corrector = None if self.weights is None else Corrector.load(locate_part(self._source()), model)
 
     def open(self, model: ImageModel, rows: int, capacity: int, law: Sampling) -> Memory | None:
         if self.corrector is None:

@@ -1,0 +1,254 @@
+"""The published architectures with random weights, made where they are to run: speed needs no checkpoint.
+
+Embedding, head and pixels are the family's own code (`sjd2/models`); only the reading of files is left out. Prompts are random
+vectors of a customary length.
+
+# B samples, P prompt tokens, V image vocabulary, D width, N image-phase tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sjd2.layout import TokenGrid
+from sjd2.models.base import Backbone, Condition
+from sjd2.models.chameleon import Chameleon
+from sjd2.models.emu3 import Emu3
+from sjd2.models.emu3 import Pixels as Emu3Pixels
+from sjd2.models.janus import Janus
+from sjd2.models.janus import Pixels as JanusPixels
+from sjd2.models.llamagen import PLACES, GridRotary, LlamaGen
+
+FIRST_CODE = {"chameleon": 4, "emu3": 151854}  # the model's id of code 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One published model.
+
+    sizes: of its transformer, as in its config; pixels: of its image decoder where they are not the class's defaults.
+    prompt, nothing: tokens of a customary prompt and of the unconditional one. window: that of SJD2 on this model.
+    """
+
+    name: str
+    title: str
+    family: str
+    layout: TokenGrid
+    sizes: dict[str, Any]
+    pixels: dict[str, Any]
+    prompt: int
+    nothing: int
+    window: int
+    guidance: float
+    top_k: int
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> Backbone:
+        """Make the model on its device with random weights; the image decoder in float32, as it is loaded."""
+        make: dict[str, Callable[..., Backbone]] = {
+            "chameleon": RandomChameleon,
+            "emu3": RandomEmu3,
+            "janus": RandomJanus,
+            "llamagen": RandomLlamaGen,
+        }
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = make[self.family](self, dtype)
+        for part in (model.full, model.vq):
+            part.eval().requires_grad_(False)
+        return model
+
+    def small(self) -> Architecture:
+        """Return the same architecture, narrow and shallow, with the same vocabularies and forced tokens."""
+        heads = self.sizes["num_attention_heads"] // self.sizes["num_key_value_heads"]
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4 // heads}
+        pixels = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+        if self.family == "emu3":  # attends at its fourth level, in the width of that level
+            pixels |= {"channel_multiplier": [1, 1, 1, 1], "hidden_size": 32}
+        layout = replace(self.layout, rows=4, columns=4)
+        sizes, pixels = self.sizes | sizes, self.pixels | pixels
+        title = f"{self.title}, narrow"
+        return replace(self, title=title, layout=layout, sizes=sizes, pixels=pixels, prompt=12, window=16)
+
+    def condition(self, model: Backbone, batch: int) -> Condition:
+        """Return random prompts [B, P, D] of equal length and the unconditional one."""
+        width = model.decoder.get_input_embeddings().weight.shape[1]
+        # Janus and LlamaGen have an unconditional prompt for each prompt
+        alone = 1 if self.family in ("chameleon", "emu3") else batch
+        settings = {"device": model.device, "dtype": model.dtype}
+        embeds = [
+            torch.randn(rows, count, width, **settings) for rows, count in ((batch, self.prompt), (alone, self.nothing))
+        ]
+        lengths = [torch.full((len(x),), x.shape[1], device=model.device) for x in embeds]
+        return Condition(embeds[0], lengths[0], embeds[1], lengths[1])
+
+
+def _text(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a transformer; the sizes win."""
+    return {"tie_word_embeddings": False, "attention_dropout": 0.0} | sizes
+
+
+class RandomChameleon(Chameleon):
+    """Lumina-mGPT or Anole with random weights."""
+
+    def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
+        from transformers import ChameleonConfig, ChameleonVQVAEConfig
+
+        from sjd2.models.chameleon_lm import ChameleonLM
+        from sjd2.models.vqgan import VQGAN
+
+        tiny = {
+            "base_channels": 32,
+            "channel_multiplier": [1],
+            "num_res_blocks": 1,
+            "embed_dim": 4,
+            "latent_channels": 4,
+        }
+        config = ChameleonConfig(
+            **_text(plan.sizes), vocabulary_map={"<image>": 8711}, vq_config=tiny | {"num_embeddings": 4}
+        )
+        self.full = ChameleonLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        Backbone.__init__(self, self.full.get_decoder(), plan.layout)
+        self.head_module = self.full.lm_head
+        self.vq = VQGAN(ChameleonVQVAEConfig(num_embeddings=plan.layout.vocabulary, **plan.pixels))
+        self.first = FIRST_CODE[plan.family]
+        self.ids = _ids(plan.layout, self.first)
+
+
+class RandomEmu3(Emu3):
+    """Emu3-Gen with random weights."""
+
+    def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
+        from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3VQVAE
+
+        config = Emu3Config(text_config=_text(plan.sizes), vq_config=plan.pixels, vocabulary_map={"<image>": 151851})
+        self.full = Emu3ForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.full.model.vqmodel = None
+        Backbone.__init__(self, self.full.get_decoder(), plan.layout)
+        self.head_module = self.full.lm_head
+        self.vq = Emu3Pixels(Emu3VQVAE(config.vq_config).float())
+        self.first = FIRST_CODE[plan.family]
+        self.ids = _ids(plan.layout, self.first)
+
+
+class RandomJanus(Janus):
+    """Janus-Pro with random weights."""
+
+    def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
+        from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
+
+        width = plan.sizes["hidden_size"]
+        joint = {"projection_dim": width, "image_token_embed_dim": width}
+        vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": width}
+        config = JanusConfig(
+            text_config=LlamaConfig(**_text(plan.sizes)),
+            vision_config=vision,  # the reader of images is not part of drawing them
+            vq_config=joint | plan.pixels,
+        )
+        self.full = JanusForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        Backbone.__init__(self, self.full.get_decoder(), plan.layout)
+        self.head_module = self.full.model.generation_head
+        self.vq = JanusPixels(self.full.model.vqmodel.float())
+        self.full.model.vqmodel = None
+        self.table = self.full.prepare_embeddings_for_image_generation(torch.arange(plan.layout.vocabulary)).detach()
+
+
+class RandomLlamaGen(LlamaGen):
+    """LlamaGen with random weights, without its text encoder."""
+
+    def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+
+        from sjd2.models.vq16 import VQ16
+
+        config = LlamaConfig(**_text(plan.sizes))
+        self.full = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        decoder = self.full.get_decoder()
+        Backbone.__init__(self, decoder, plan.layout)
+        decoder.rotary_emb = GridRotary(plan.layout, config.head_dim)
+        self.head_module = self.full.lm_head
+        self.vq = VQ16(JanusVQVAEConfig(double_latent=False, **plan.pixels))
+
+
+def _ids(layout: TokenGrid, first: int) -> torch.Tensor:
+    """Return the model's id of each local id: [V + F]."""
+    return torch.cat(
+        [torch.arange(first, first + layout.vocabulary), torch.tensor(layout.forced_ids, dtype=torch.long)]
+    )
+
+
+def weight_bytes(model: Backbone) -> dict[str, int]:
+    """Return the bytes of weights that one pass reads: transformer layers with the last norm, image rows of the head."""
+    layers = _bytes(model.decoder.layers) + _bytes(model.decoder.norm)
+    head = model.head_module
+    if isinstance(head, nn.Linear):
+        return {"layers": layers, "head": model.layout.vocabulary * head.in_features * head.weight.element_size()}
+    return {"layers": layers, "head": _bytes(head)}
+
+
+def entry_bytes(model: Backbone) -> int:
+    """Return the bytes of keys and values of one token in one model row."""
+    config = model.decoder.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * width
+        * torch.empty(0, dtype=model.dtype).element_size()
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+SEVEN = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
+CHAMELEON = SEVEN | {"intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 65536, "rms_norm_eps": 1e-5}
+JANUS = {"vocab_size": 102400, "rms_norm_eps": 1e-6, "max_position_embeddings": 16384}
+# sizes, prompts and laws: the published configs; prompts of a sentence; laws as in conf/model
+ARCHITECTURES = {
+    a.name: a
+    for a in (
+        Architecture(
+            name="lumina", title="Lumina-mGPT 7B, 768 px", family="chameleon",
+            layout=TokenGrid(48, 48, 8192, (8197, 8828, 8828), 8803, (8196, 8710)),
+            sizes=CHAMELEON | {"max_position_embeddings": 10240}, pixels={}, prompt=40, nothing=1, window=96,
+            guidance=3.0, top_k=2000,
+        ),
+        Architecture(
+            name="anole", title="Anole 7B, 512 px", family="chameleon", layout=TokenGrid(32, 32, 8192),
+            sizes=CHAMELEON, pixels={}, prompt=24, nothing=2, window=96, guidance=3.0, top_k=2000,
+        ),
+        Architecture(
+            name="emu3", title="Emu3-Gen 8B, 720 px", family="emu3",
+            layout=TokenGrid(90, 90, 32768, (), 151846, (151847, 151853, 151850)),
+            sizes=SEVEN | {"num_key_value_heads": 8, "intermediate_size": 14336, "num_hidden_layers": 32}
+            | {"vocab_size": 184622, "rms_norm_eps": 1e-5},
+            pixels={}, prompt=40, nothing=60, window=128, guidance=3.0, top_k=2048,
+        ),
+        Architecture(
+            name="janus-1b", title="Janus-Pro 1B, 384 px", family="janus", layout=TokenGrid(24, 24, 16384),
+            sizes=JANUS | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24}
+            | {"num_attention_heads": 16, "num_key_value_heads": 16},
+            pixels={}, prompt=32, nothing=32, window=64, guidance=5.0, top_k=0,
+        ),
+        Architecture(
+            name="janus-7b", title="Janus-Pro 7B, 384 px", family="janus", layout=TokenGrid(24, 24, 16384),
+            sizes=JANUS | SEVEN | {"intermediate_size": 11008, "num_hidden_layers": 30},
+            pixels={}, prompt=32, nothing=32, window=64, guidance=5.0, top_k=0,
+        ),
+        Architecture(
+            name="llamagen", title="LlamaGen-XL, 512 px", family="llamagen", layout=TokenGrid(32, 32, 16384),
+            sizes={"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 36, "vocab_size": 16384}
+            | {"num_attention_heads": 20, "num_key_value_heads": 20, "rms_norm_eps": 1e-5},
+            pixels={}, prompt=PLACES, nothing=PLACES, window=64, guidance=7.5, top_k=1000,
+        ),
+    )
+}  # fmt: skip

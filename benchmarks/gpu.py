@@ -1,0 +1,206 @@
+"""Measure full-size architectures with random weights on one GPU, unattended: python -m benchmarks.gpu
+
+    python -m benchmarks.gpu                                # all architectures, at most 8 minutes
+    python -m benchmarks.gpu --models lumina,janus-1b --seconds 120
+    python -m benchmarks.gpu --device cpu --small           # the same path on narrow models: seconds on a laptop
+
+Each model is measured in parts, those that matter most first; what the budget leaves out is named with its reason. The JSON
+file in benchmarks/results/ is written after each model. Times are medians; "graph" is the same work as one CUDA graph, that is
+without the host's launches; "roof" is the least that memory and matrix units allow, by the peaks measured on this device.
+
+# B samples, R model rows (2B with guidance), S slots of a pass, P prompt tokens, V image vocabulary, N image-phase tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.architectures import ARCHITECTURES, Architecture, entry_bytes, weight_bytes
+from benchmarks.bench import slug
+from benchmarks.parts import Bench, Row, reason
+from benchmarks.roofline import Peaks, peaks
+from benchmarks.timing import Budget, synchronize
+from evaluation.provenance import start_entry
+from sjd2.errors import UserError, choose
+from sjd2.paths import ROOT
+
+BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small
+# in the order in which they matter; what follows sjd2 finds its adapter in the model and must not use the transformer
+PARTS = ("passes", "decoders", "sjd2", "sampling", "pixels", "attention")
+LEAST = 20.0  # seconds below which no model is built any more
+
+
+def measure_model(plan: Architecture, device: torch.device, peak: Peaks, budget: Budget, options: Any) -> Row:
+    """Build one architecture and measure its parts until its share of the budget is spent."""
+    row: Row = {"name": plan.name, "title": plan.title, "skipped": [], "seconds": {}}
+    begin = time.perf_counter()
+    model = plan.build(device, getattr(torch, options.dtype))
+    synchronize(device)
+    row["seconds"]["build"] = time.perf_counter() - begin
+    graphs = device.type == "cuda" and "graph" in options.variants
+    bench = Bench(plan, model, peak, graphs=graphs, small=options.small)
+    weights = weight_bytes(model)
+    row |= {
+        "layout": asdict(plan.layout) | {"length": plan.layout.length}, "window": plan.window, "context": bench.context,
+        "weight_gigabytes": {name: size / 1e9 for name, size in weights.items()}, "entry_bytes": entry_bytes(model),
+        "law": vars(bench.law),
+    }  # fmt: skip
+    batches = FEW_BATCHES if options.small else BATCHES
+    parts = [(name, batch) for name in PARTS for batch in batches]
+    if "compile" in options.variants:
+        parts.insert(2 * len(batches), ("compiled", 1))
+    for name, batch in parts:
+        begin = time.perf_counter()
+        _reset_peak(device)
+        row.setdefault(name, [])
+        why = _run(getattr(bench, name)(batch), row[name], budget)
+        if why is not None:
+            row["skipped"].append({"part": name, "batch": batch, "after": len(row[name]), "reason": why})
+        row["seconds"][f"{name} {batch}"] = time.perf_counter() - begin
+        if device.type == "cuda":
+            row.setdefault("peak_memory_gb", {})[f"{name} {batch}"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return row
+
+
+@torch.inference_mode()
+def _run(part: Iterator[Row], rows: list[Row], budget: Budget) -> str | None:
+    """Collect a part's rows and return why it ended early, if it did."""
+    try:
+        while budget.left > 0:
+            found = next(part, None)
+            if found is None:
+                return None
+            rows.append(found)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except (RuntimeError, UserError) as error:
+        return reason(error)
+    return "the model's share of the seconds was spent"
+
+
+def _left_out(plan: Architecture, why: str) -> Row:
+    return {"name": plan.name, "title": plan.title, "skipped": [{"part": "everything", "reason": why}]}
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+# ---- the command
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Run the command and return the file it has written."""
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    budget = Budget(options.seconds)
+    plans = [ARCHITECTURES[name] for name in options.models]
+    said = {"dtype": options.dtype, "variants": options.variants, "small": options.small, "budget_s": options.seconds}
+    result = start_entry(device, **said)
+    size, side = (2**30, 8192) if device.type == "cuda" else (2**24, 256)
+    peak = peaks(device, getattr(torch, options.dtype), size=size, side=side)
+    result |= {"peaks": asdict(peak), "models": []}
+    out = options.out or ROOT / "benchmarks" / "results" / f"{slug(result['hardware'])}-gpu-{options.dtype}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for index, plan in enumerate(plans):
+        budget.divide(len(plans) - index)
+        plan = plan.small() if options.small else plan
+        try:
+            if budget.left <= (0 if options.small else LEAST):
+                row = _left_out(plan, "the seconds were spent")
+            else:
+                row = measure_model(plan, device, peak, budget, options)
+        except torch.OutOfMemoryError:
+            row = _left_out(plan, "out of memory")
+        gc.collect()
+        _reset_peak(device)
+        result["models"].append(row)
+        result["seconds"] = budget.spent
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{plan.title}: done after {budget.spent:.0f} s", flush=True)
+    print("\n" + table(result))
+    print(f"\nwritten: {out}")
+    return out
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--models", default=",".join(ARCHITECTURES), help="names, comma-separated; default all")
+    parser.add_argument("--seconds", type=float, default=480.0, help="for everything; what does not fit is skipped")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--small", action="store_true", help="narrow models of the same kinds: to try the command")
+    parser.add_argument("--variants", default="eager,graph", help="eager, graph, compile; comma-separated")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file; default benchmarks/results/")
+    options = parser.parse_args(arguments)
+    options.models, options.variants = options.models.split(","), options.variants.split(",")
+    try:
+        for name in options.models:
+            choose("--models", name, tuple(ARCHITECTURES))
+        for name in options.variants:
+            choose("--variants", name, ("eager", "graph", "compile"))
+    except UserError as error:
+        parser.error(str(error))
+    if torch.device(options.device).type != "cuda" and not options.small:
+        parser.error("full-size models need a GPU; add --small, or --device cuda where there is one.")
+    return options
+
+
+def table(result: Row) -> str:
+    """Return the summary in Markdown: passes against their roof, and decoders."""
+    peak, lines = result["peaks"], []
+    known = peak["sheet_bandwidth"]
+    said = "" if known is None else f" (data sheet {known / 1e12:.2f} TB/s, {peak['sheet_flops'] / 1e12:.0f} TFLOP/s)"
+    lines.append(
+        f"{result['hardware']}, {result['dtype']}: measured {peak['bandwidth'] / 1e12:.2f} TB/s and "
+        f"{peak['flops'] / 1e12:.0f} TFLOP/s{said}; torch {result['packages']['torch']}, "
+        f"transformers {result['packages']['transformers']}, {result['seconds']:.0f} s."
+    )
+    lines += ["", "| model | batch | slots | eager ms | host ms | graph ms | roof ms | of the roof |", "|" + "---|" * 8]
+    for model in result["models"]:
+        for row in model.get("passes", []):
+            best = row.get("graph_ms", row["ms"])
+            lines.append(
+                f"| {model['title']} | {row['batch']} | {row['slots']} | {row['ms']:.2f} | {row['host_ms']:.2f} | "
+                f"{_figure(row, 'graph_ms')} | {row['roof_ms']:.2f} | {row['roof_ms'] / best:.0%} |"
+            )
+    lines += [
+        "",
+        "| model | batch | decoder | slots | prefill ms | pass ms | host ms | graph ms | to AR |",
+        "|" + "---|" * 9,
+    ]
+    for model in result["models"]:
+        base: dict[int, float] = {}
+        for row in [*model.get("decoders", []), *model.get("sjd2", [])]:
+            best = row.get("graph_ms", row.get("ms"))
+            if best is None:
+                continue
+            base.setdefault(row["batch"], best)
+            figures = " | ".join(_figure(row, key) for key in ("prefill_ms", "ms", "host_ms", "graph_ms"))
+            lines.append(
+                f"| {model['title']} | {row['batch']} | {row['decoder']} | {row['slots']} | {figures} | "
+                f"{best / base[row['batch']]:.2f} |"
+            )
+    for model in result["models"]:
+        lines += [f"\n{model['title']}: {gap['part']} left out: {gap['reason']}." for gap in model["skipped"]]
+    return "\n".join(lines)
+
+
+def _figure(row: Row, key: str) -> str:
+    return f"{row[key]:.2f}" if key in row else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Time a call on a CPU or a CUDA device, eager and as a CUDA graph, and keep to a budget of seconds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over n calls in milliseconds: ms from start to end on the device, host_ms until the host was free again."""
+
+    ms: float
+    host_ms: float
+    n: int
+
+
+def measure(
+    device: torch.device,
+    call: Callable[[], Any],
+    *,
+    seconds: float = 0.4,
+    most: int = 30,
+    least: int = 5,
+    warm: int = 2,
+    between: Callable[[], None] | None = None,
+) -> Timing:
+    """Call `warm` times and then for about `seconds`, at least `least` and at most `most` times.
+
+    between: what is done before each call, outside the time.
+    """
+    estimate = 0.0
+    for _ in range(warm):
+        if between is not None:
+            between()
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        estimate = time.perf_counter() - begin
+    n = max(least, min(most, int(seconds / max(estimate, 1e-6))))
+    clock = _Events() if device.type == "cuda" else _Wall()
+    for _ in range(n):
+        if between is not None:
+            between()
+        clock.time(call)
+    spans = clock.spans()
+    return Timing(*(1e3 * statistics.median(column) for column in zip(*spans, strict=True)), n)
+
+
+class _Wall:
+    def __init__(self) -> None:
+        self.found: list[tuple[float, float]] = []
+
+    def time(self, call: Callable[[], Any]) -> None:
+        begin = time.perf_counter()
+        call()
+        self.found.append((time.perf_counter() - begin,) * 2)
+
+    def spans(self) -> list[tuple[float, float]]:
+        return self.found
+
+
+class _Events:
+    """Events on the device's stream: nothing waits until all calls are done."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+
+    def time(self, call: Callable[[], Any]) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        self.events.append((start, end, time.perf_counter() - begin))
+
+    def spans(self) -> list[tuple[float, float]]:
+        torch.cuda.synchronize()
+        return [(start.elapsed_time(end) / 1e3, host) for start, end, host in self.events]
+
+
+def graphed(device: torch.device, call: Callable[[], Any]) -> Callable[[], None]:
+    """Record a call as a CUDA graph and return what replays it. Raises `RuntimeError` where that cannot be done."""
+    if device.type != "cuda":
+        raise RuntimeError("CUDA graphs need a CUDA device")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # libraries make their workspaces on the stream that is recorded
+        call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Budget:
+    """Seconds that may be spent, in all and on one model."""
+
+    def __init__(self, seconds: float) -> None:
+        self.began = time.perf_counter()
+        self.end = self.share = self.began + seconds
+
+    def divide(self, models: int) -> None:
+        """Give the next of so many models its share of what is left."""
+        now = time.perf_counter()
+        self.share = now + max(0.0, self.end - now) / models
+
+    @property
+    def left(self) -> float:
+        """Seconds left of the present share."""
+        return self.share - time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self.began

@@ -1,0 +1,210 @@
+"""Captioned pictures on the disk: a folder, or WebDataset shards (.tar); what stands there, in parts that are read in order.
+
+A shard is read with Python's own tarfile: each picture is needed once, in the order of the file, so the shuffling and
+pipelines of the webdataset library would have nothing to do.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sjd2.errors import UserError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTIONS = (".txt", ".caption", ".json")
+KEYS = ("caption", "text")  # of a caption in JSON
+NAMES = ("file_name", "image")  # of a picture in a list of captions
+LIST = "metadata.jsonl"  # as in Hugging Face's image folders
+PART = 1024  # pictures of a folder that are tokenised together
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as it lies on the disk; data is None where it cannot be read, caption None where there is none."""
+
+    name: str
+    data: bytes | None
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class FolderPart:
+    """A stretch of a folder's pictures: (name, bytes, caption) of each."""
+
+    root: Path
+    pictures: tuple[tuple[str, int, str | None], ...]
+
+    def facts(self) -> Any:
+        """Return what tells this part from another, JSON."""
+        return [list(picture) for picture in self.pictures]
+
+    def samples(self) -> Iterator[Sample]:
+        """Read the pictures one after the other."""
+        for name, _, caption in self.pictures:
+            yield Sample(name, _read(self.root / name), caption)
+
+
+@dataclass(frozen=True)
+class TarPart:
+    """One shard: members of the same name up to the first dot are one sample."""
+
+    path: Path
+
+    def facts(self) -> Any:
+        """Return what tells this part from another, JSON."""
+        return [self.path.name, self.path.stat().st_size]
+
+    def samples(self) -> Iterator[Sample]:
+        """Read the pictures one after the other. Raises `UserError` if the shard cannot be read."""
+        key, found = None, {}
+        try:
+            with tarfile.open(self.path) as shard:
+                for member in shard:
+                    stem, _, ending = Path(member.name).name.partition(".")
+                    here = str(Path(member.name).with_name(stem))
+                    if not member.isfile() or stem == "":
+                        continue
+                    if here != key:
+                        yield from _sample(key, found)
+                        key, found = here, {}
+                    found["." + ending.lower()] = shard.extractfile(member).read()
+        except (OSError, tarfile.TarError, EOFError) as error:
+            raise UserError(
+                f"the shard {self.path} cannot be read: {error}; fetch it again or take it away."
+            ) from error
+        yield from _sample(key, found)
+
+
+Part = FolderPart | TarPart
+
+
+def find_parts(images: str, captions: str | None = None) -> list[Part]:
+    """List the pictures of a folder, or the shards of a folder, file or pattern; `captions` as in `read_captions`.
+
+    Raises `UserError` if there are none.
+    """
+    shards = find_shards(images)
+    if shards:
+        return [TarPart(path) for path in shards]
+    root = Path(images).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"finetune.data.images={images} does not exist; give a folder of pictures with captions, or .tar shards."
+        )
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (*PICTURES, *CAPTIONS) and path.is_file())
+    pictures = [path for path in files if path.suffix.lower() in PICTURES]
+    if not pictures:
+        raise UserError(f"finetune.data.images={images} holds no {', '.join(PICTURES)} and no .tar shards.")
+    listed = read_captions(root, captions)
+    beside = {path.with_suffix(""): path for path in files if path.suffix.lower() in CAPTIONS} if listed is None else {}
+    rows = []
+    for path in pictures:
+        name = path.relative_to(root).as_posix()
+        caption = listed.get(name) if listed is not None else _beside(beside.get(path.with_suffix("")))
+        rows.append((name, path.stat().st_size, caption))
+    return [FolderPart(root, tuple(rows[begin : begin + PART])) for begin in range(0, len(rows), PART)]
+
+
+def find_shards(images: str) -> list[Path]:
+    """Return the .tar files that `images` means: a file, a folder's, or those of a pattern with * ? []."""
+    path = Path(images).expanduser()
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    return sorted(Path(found) for found in glob.glob(str(path)) if found.endswith(".tar"))
+
+
+def read_captions(root: Path, captions: str | None) -> dict[str, str] | None:
+    """Read a list of captions: name of the picture below `root` -> caption; None if there is no list.
+
+    captions: .jsonl of {"file_name", "text"} (None: metadata.jsonl in the folder, if it is there), or .json: such a list, or
+    one object of name: caption. "image" and "caption" may stand for the two keys. Raises `UserError` if it is something else.
+    """
+    path = Path(captions).expanduser() if captions is not None else root / LIST
+    if not path.is_file():
+        if captions is not None:
+            raise UserError(f"finetune.data.captions={captions} does not exist; give a .jsonl or .json file.")
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = json.loads(text)
+        if isinstance(rows, dict):
+            return {name: str(caption) for name, caption in rows.items()}
+        return {_first(row, NAMES): _first(row, KEYS) for row in rows}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f'the captions in {path} cannot be read ({error}); each line is {{"file_name": "a.jpg", "text": "..."}}.'
+        ) from error
+
+
+def pixels(data: bytes, height: int, width: int, smallest: int = 0) -> np.ndarray | None:
+    """Decode a picture, scale it (Lanczos) to cover height x width and cut out its middle: uint8 [H, W, 3].
+
+    None if its shorter side has fewer than `smallest` pixels. Transparent places become white. Raises one of BROKEN for
+    damaged files.
+    """
+    with Image.open(io.BytesIO(data)) as file:
+        picture = ImageOps.exif_transpose(file)
+        if min(picture.size) < smallest:
+            return None
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return np.array(ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+
+
+def number(data: bytes) -> int:
+    """Return a number that depends on the content alone; it decides what is held out."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _sample(key: str | None, found: dict[str, bytes]) -> Iterator[Sample]:
+    """Yield the sample of a shard's members ending -> content, if one of them is a picture."""
+    data = next((found[ending] for ending in found if ending in PICTURES), None)
+    if data is not None:
+        text = next((_caption(found[ending], ending) for ending in CAPTIONS if ending in found), None)
+        yield Sample(str(key), data, text)
+
+
+def _beside(path: Path | None) -> str | None:
+    return None if path is None else _caption(path.read_bytes(), path.suffix.lower())
+
+
+def _caption(data: bytes, ending: str) -> str | None:
+    """Return the caption in a text or JSON file, None if there is none."""
+    try:
+        text = data.decode("utf-8")
+        if ending == ".json":
+            text = _first(json.loads(text), KEYS)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return " ".join(text.split()) or None
+
+
+def _first(row: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """Return the first of these keys' values. Raises KeyError."""
+    for key in keys:
+        if row.get(key) is not None:
+            return str(row[key])
+    raise KeyError(" or ".join(keys))

@@ -1,0 +1,119 @@
+"""Tables as a page shows them: every cell with its text, its unrounded number to sort by, and what papers print."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sweeps.formats import Table
+from sweeps.published import Published, select
+from sweeps.rows import Row
+from sweeps.runs import Machine
+from sweeps.table import columns, csv_row
+
+BARS = ("step_compression", "speedup")  # columns whose cells hold a bar as long as their number
+PRINTED = {  # column -> field of published.csv
+    "step_compression": "step_compression",
+    "speedup": "latency_speedup",
+    "latency_s_median": "latency_s",
+    "fid": "fid",
+    "clip_score": "clip_score",
+    "geneval_overall": "geneval_overall",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: `text` and, smaller, `more` (interval, spread); `value` as in table.csv, '' where there is none."""
+
+    text: str
+    more: str = ""
+    value: str = ""
+    key: str = ""
+    bold: bool = False
+    bar: float = 0.0  # 0 to 1
+    printed: str = ""  # what papers print of this decoder
+    sources: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: `keys` name the CSV columns behind the header; a row's first cell names it."""
+
+    header: list[str]
+    rows: list[list[Cell]]
+    keys: list[str] = field(default_factory=list)
+    colours: list[int] = field(default_factory=list)  # of the rows' marks
+    notes: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+
+def main_grid(rows: Sequence[Row], machine: Machine | None, failed: Sequence[tuple[str, str]] = ()) -> Grid:
+    """Return the table of one group, with the numbers of table.csv and the published ones below ours."""
+    shown = [column for column in columns(rows) if any(column.text(row) for row in rows)]
+    values = [csv_row(row, machine) for row in rows]
+    most = {key: max([float(v[key]) for v in values if key in v], default=0.0) for key in BARS}
+    model = str(rows[0].run.config["model"]["name"])
+    cells = []
+    for row, numbers in zip(rows, values, strict=True):
+        printed = select(model, {row.run.decoder})
+        cells.append([_cell(c.text(row), c.key, numbers, most, printed) for c in shown])
+    return Grid(
+        header=[column.title for column in shown],
+        rows=cells,
+        keys=[column.key for column in shown],
+        colours=list(range(len(rows))),
+        failed=list(failed),
+    )
+
+
+def _cell(text: str, key: str, numbers: dict[str, Any], most: dict[str, float], printed: Sequence[Published]) -> Cell:
+    main, more, bold = _split(text) if key != "label" else (text, "", False)
+    value = numbers.get(key, "")
+    printed = [row for row in printed if key in PRINTED and getattr(row, PRINTED[key]) is not None]
+    sources = [
+        f"{getattr(row, PRINTED[key]):g}: {row.method}, {row.dataset} ({row.arxiv}, {row.table})" for row in printed
+    ]
+    return Cell(
+        text=main,
+        more=more,
+        value=str(value),
+        key=key,
+        bold=bold,
+        bar=float(value) / most[key] if key in most and value != "" and most[key] > 0 else 0.0,
+        printed=_range([getattr(row, PRINTED[key]) for row in printed]),
+        sources="; ".join(sources),
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    """Return published values as one number, or as their range."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _split(text: str) -> tuple[str, str, bool]:
+    """Split '2.43 ± 0.01 (...)' into the number and the rest; '**lossy**' is bold."""
+    plain, bold = text.replace("**", ""), "**" in text
+    found = re.match(r"(\S+)\s+([(±+\[].*)", plain)
+    return (found[1], found[2], bold) if found else (plain, "", bold)
+
+
+def plain_grid(table: Table) -> Grid:
+    """Return a table of text, sorted by the first number of a cell where it has one."""
+    return Grid(
+        header=list(table.header),
+        rows=[[_plain(text, place) for place, text in enumerate(row)] for row in table.rows],
+        notes=list(table.notes),
+        failed=list(table.failed),
+    )
+
+
+def _plain(text: str, place: int) -> Cell:
+    main, more, bold = _split(text) if place else (text, "", False)
+    number = re.match(r"[-+−]?\d+(\.\d+)?×?$", main)
+    return Cell(main, more, main.rstrip("×").replace("−", "-") if number else "", bold=bold)

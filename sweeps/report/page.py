@@ -1,0 +1,324 @@
+"""Make the report: one HTML page of run folders that needs no network and no file beside it.
+
+Its numbers are those of table.csv, which is written beside it; pictures are data URIs, plots are SVG, and the race
+(race.py) is replayed by race.js from the traces. What cannot be drawn is named on the page with its reason.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from omegaconf import DictConfig
+
+from evaluation.console import say
+from evaluation.records import write_atomically
+from sjd2.errors import UserError
+from sweeps.jobs import is_sweep, statuses
+from sweeps.notes import notes
+from sweeps.paper import paper_tables
+from sweeps.pictures import GRID_ROWS, LIKELIHOOD, accepted_counts, quality_panels, same_seeds, waiting_maps
+from sweeps.plots import COLUMNS_MAX, front
+from sweeps.report.ablation import Ablation, make_ablations
+from sweeps.report.cells import Grid, main_grid, plain_grid
+from sweeps.report.charts import COLOURS, Dot, lines, scatter
+from sweeps.report.encode import drawing, picture
+from sweeps.report.gif import pace, write_gif
+from sweeps.report.race import LANES, Race, as_json, in_a_row, make_race
+from sweeps.report.trajectories import Trajectory, make_trajectories
+from sweeps.rows import Row, make_rows
+from sweeps.runs import Machine, Run, chosen_folders, groups, read_runs, table_machine, with_baselines
+from sweeps.table import csv_row, difference_table, failed_row, published_table, title, to_csv
+
+LIMIT = 12_000_000  # bytes of the page
+SIDES = (320, 224, 160, 112)  # pixels of a picture; the first that keeps the page below LIMIT
+SHOWN = 4  # images per decoder that a command for a race makes
+
+
+@dataclass
+class Section:
+    """Everything the page says of the runs of one table."""
+
+    title: str
+    rows: list[Row]
+    machine: Machine | None
+    main: Grid
+    notes: list[str]
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # (number, what it is, whose)
+    differences: Grid | None = None
+    published: Grid | None = None
+    race: Race | None = None
+    race_command: str = ""
+    quality: list[Markup] = field(default_factory=list)
+    quality_note: str = ""
+    accepted: Markup | None = None
+    ablations: list[Ablation] = field(default_factory=list)
+    prompts: list[tuple[str, list[np.ndarray]]] = field(default_factory=list)  # (prompt, an image per decoder)
+    grid_runs: list[tuple[int, Run]] = field(default_factory=list)
+    maps: list[tuple[int, str, str, float]] = field(default_factory=list)  # (colour, label, data URI, mean)
+    maps_top: float = 0.0
+    trajectories: list[Trajectory] = field(default_factory=list)
+    trajectory_prompt: str = ""
+
+    @property
+    def legend(self) -> list[tuple[int, str, bool]]:
+        """The colour, name and losslessness of every run."""
+        return [(index, row.run.label, row.run.lossless) for index, row in enumerate(self.rows)]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [text.removeprefix("Warning: ") for text in self.notes if text.startswith("Warning: ")]
+
+    @property
+    def explanations(self) -> list[str]:
+        return [text for text in self.notes if not text.startswith("Warning: ")]
+
+
+def make_report(
+    run_dirs: Sequence[Path], out: Path, failed: Sequence[Mapping[str, Any]] = (), *, paper: str | None = None
+) -> Path:
+    """Write report.html, table.csv and, where there are traces, race.gif of these runs into `out`; return the page.
+
+    failed: status.json of jobs that made no run; they, and folders that cannot be read, become rows with their reason.
+    paper: a table of the SJD2 paper to show beside ours.
+    Raises UserError if there is neither a run nor a failed job.
+    """
+    runs, unreadable = read_runs(run_dirs)
+    jobs = [failed_row(job) for job in failed] + unreadable
+    if not runs and not jobs:
+        raise UserError("no run folder here holds an image; make a run with: python run.py")
+    members = groups(runs)
+    sections = [make_section(group, jobs if len(members) == 1 else []) for group in members]
+    papers = [] if paper is None else [(table.title, plain_grid(table)) for table in paper_tables(paper, runs)]
+    out.mkdir(parents=True, exist_ok=True)
+    text, side = _fitting(sections, jobs if len(members) != 1 else [], papers)
+    if len(text.encode()) > LIMIT:
+        say(
+            f"the page has {len(text.encode()) / 1e6:.0f} MB although its pictures are {side} px; report fewer runs at a time."
+        )
+    write_atomically(out / "report.html", text.encode())
+    numbers = [csv_row(row, section.machine) for section in sections for row in section.rows]
+    numbers += [{"label": label, "status": "failed", "reason": reason} for label, reason in jobs]
+    write_atomically(out / "table.csv", to_csv(numbers).encode())
+    (out / "race.gif").unlink(missing_ok=True)  # of earlier runs
+    if race := next((section.race for section in sections if section.race is not None), None):
+        write_gif(race, out / "race.gif")
+    return out / "report.html"
+
+
+# ---- the parts of one table
+
+
+def make_section(group: Sequence[Run], failed: Sequence[tuple[str, str]] = ()) -> Section:
+    """Collect everything the page says of the runs of one table."""
+    machine = table_machine(group)
+    rows = make_rows(group, machine)
+    section = Section(title(group[0]), rows, machine, main_grid(rows, machine, failed), notes(rows, machine))
+    section.tiles = tiles(rows)
+    if (differences := difference_table(rows)) is not None:
+        section.differences = plain_grid(differences)
+    if (published := published_table(group)) is not None:
+        section.published = plain_grid(published)
+    section.ablations = make_ablations(rows)
+    for name, part in PARTS.items():
+        try:
+            part(section)
+        except UserError as error:
+            section.notes.append(f"Warning: the {name} are left out, since {error}")
+    return section
+
+
+def tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Return the figures at the head of a section: (number, what it is, whose); of lossless decoders only."""
+    fair = [row for row in rows if row.run.lossless and not row.run.is_ar]
+    found = []
+    if fair:
+        best = max(fair, key=lambda row: row.compression)
+        found.append(
+            (f"{best.compression:.2f}", "tokens per pass of the model, the most of any lossless decoder here", best)
+        )
+    timed = [row for row in fair if row.speedup is not None]
+    if timed:
+        best = max(timed, key=lambda row: row.speedup)
+        found.append((f"{best.speedup:.2f}×", "of AR's speed, the quickest lossless decoder on this hardware", best))
+    images = sum(row.n for row in rows)
+    whole = [(f"{images:,}", f"image{'s' * (images != 1)} in {len(rows)} run{'s' * (len(rows) != 1)}", "")]
+    return [(value, what, row.run.label) for value, what, row in found] + whole
+
+
+def _race(section: Section) -> None:
+    runs = [row.run for row in section.rows]
+    section.race = make_race(runs)
+    if section.race is None:
+        names = list(dict.fromkeys(run.decoder for run in runs))[:LANES]
+        several = len(names) > 1
+        section.race_command = (
+            f"python run.py {'-m ' if several else ''}model={runs[0].config['model']['name']} decoder={','.join(names)} "
+            f"limit={SHOWN} trace={SHOWN} baseline=null runs_dir=runs/race\npython run.py stage=report runs_dir=runs/race"
+        )
+
+
+def _quality(section: Section) -> None:
+    """Plot every score that compares against latency, or against passes where fewer than two runs have times."""
+    timed = [row for row in section.rows if row.latency_s is not None]
+    rows, cost = (timed, "latency of an image, median (s)") if len(timed) > 1 else (section.rows, "passes per image")
+    place = {row.run.label: index for index, row in enumerate(section.rows)}
+    spent = {row.run.label: row.latency_s if rows is timed else row.passes for row in rows}
+    panels = quality_panels(rows)
+    for name, (points, lower) in panels.items():
+        dots = {
+            p.label: Dot(p.label, spent[p.label], p.quality, place[p.label], not p.lossless, p.error) for p in points
+        }
+        best = []
+        if lower is not None and rows is timed:
+            best = [dots[point.label] for point in front(points, lower_is_better=lower)]
+        arrow = {True: " (lower is better)", False: " (higher is better)", None: ""}[lower]
+        section.quality.append(
+            scatter(list(dots.values()), cost, name + arrow, front=best, level=_level(points, lower))
+        )
+    if LIKELIHOOD in panels:
+        section.quality_note = "A lossless decoder's interval should include zero; neither side of zero is better."
+    elif panels and rows is timed:
+        section.quality_note = "The line joins the runs that no other run beats in both."
+
+
+def _level(points: Sequence[Any], lower: bool | None) -> float | None:
+    return 0.0 if lower is None and points else None
+
+
+def _accepted(section: Section) -> None:
+    series = {}
+    for index, row in enumerate(section.rows):
+        if row.run.is_ar:
+            continue
+        counts = accepted_counts(row.run)
+        total = sum(counts.values())
+        shares = [(float(k), sum(counts[j] for j in counts if j >= k) / total) for k in sorted(counts)]
+        series[row.run.label] = (index, shares)
+    if series:
+        section.accepted = lines(series, "tokens committed by a pass, at least", "share of passes", log=True)
+
+
+def _images(section: Section) -> None:
+    place = {id(row.run): index for index, row in enumerate(section.rows)}
+    runs, ids = same_seeds([row.run for row in section.rows])
+    runs, ids = runs[:COLUMNS_MAX], ids[:GRID_ROWS]
+    columns = [list(run.folder.images(ids)) for run in runs]
+    section.grid_runs = [(place[id(run)], run) for run in runs]
+    section.prompts = [
+        (runs[0].images[key].prompt, list(line)) for key, line in zip(ids, zip(*columns, strict=True), strict=True)
+    ]
+
+
+def _maps(section: Section) -> None:
+    maps, layout = waiting_maps(section.rows)
+    if not maps:
+        return
+    place = {row.run.label: index for index, row in enumerate(section.rows)}
+    free = np.asarray(layout.free)
+    section.maps_top = max(max(float(values[free].max()) for values in maps.values()), 0.01)
+    for label, values in maps.items():
+        shape = values[free].reshape(layout.rows, layout.columns)
+        colours = matplotlib.colormaps["viridis"](shape / section.maps_top, bytes=True)
+        section.maps.append((place[label], label, drawing(colours), float(shape.mean())))
+
+
+def _trajectories(section: Section) -> None:
+    runs = [row.run for row in section.rows]
+    section.trajectories, key = make_trajectories(runs)
+    if key is not None:
+        section.trajectory_prompt = section.trajectories[0].run.images[key].prompt
+
+
+PARTS: dict[str, Callable[[Section], None]] = {
+    "race": _race,
+    "plots": _quality,
+    "committed tokens": _accepted,
+    "images": _images,
+    "acceptance maps": _maps,
+    "token trajectories": _trajectories,
+}
+
+
+# ---- the page
+
+
+def _fitting(
+    sections: Sequence[Section], failed: Sequence[tuple[str, str]], papers: Sequence[tuple[str, Grid]]
+) -> tuple[str, int]:
+    """Render the page with pictures as large as LIMIT allows; returns the text and the pictures' side."""
+    for side in SIDES:
+        text = render(sections, failed, papers, side)
+        if len(text.encode()) <= LIMIT:
+            break
+    return text, side
+
+
+def render(
+    sections: Sequence[Section], failed: Sequence[tuple[str, str]], papers: Sequence[tuple[str, Grid]], side: int
+) -> str:
+    """Return the page as text; prompts, labels and reasons are escaped by the template."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["picture"] = lambda image: picture(image, side)
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["bold"] = _bold
+    files = {
+        name: Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+        for name in ("page.css", "race.js", "table.js")
+    }
+    return environment.get_template("page.html").render(
+        sections=sections,
+        races=[None if section.race is None else as_json(section.race, side) for section in sections],
+        paces=[_pace(section.race) for section in sections],
+        failed=failed,
+        papers=papers,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        colours=COLOURS,
+        across=in_a_row,
+        style=files["page.css"],
+        scripts=[files["race.js"], files["table.js"]],
+    )
+
+
+def _bold(text: str) -> Markup:
+    """Return a note with its `**words**` bold, all else escaped."""
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text))))
+
+
+def _pace(race: Race | None) -> float:
+    """Return the pace at which the race starts, within the reach of the page's slider."""
+    if race is None:
+        return 1.0
+    longest = max(heat.seconds[-1] for lane in race.lanes for heat in lane.heats.values())
+    return min(max(pace(longest), 0.1), 10.0)
+
+
+def stage(cfg: DictConfig) -> Path:
+    """Run stage=report on every run folder of runs_dir, on run_dir and its AR run, or on the multirun run_dir names.
+
+    Returns the folder of report.html.
+    """
+    if cfg.run_dir is not None and is_sweep(Path(cfg.run_dir)):
+        out = Path(cfg.run_dir)
+        jobs = statuses(out)
+        failed = [job for job in jobs if job["status"] != "ok"]
+        runs = with_baselines([Path(job["run_dir"]) for job in jobs if job["status"] == "ok" and job.get("run_dir")])
+    else:
+        out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
+        runs, failed = chosen_folders(cfg.runs_dir, cfg.run_dir), []
+    say(f"report: {make_report(runs, out, failed, paper=cfg.paper)}")
+    return out

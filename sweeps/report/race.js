@@ -1,0 +1,228 @@
+// Replay traces: every lane shows the cells that its decoder had committed at this moment of the clock.
+"use strict";
+
+for (const root of document.querySelectorAll(".race")) {
+  const data = JSON.parse(document.getElementById(root.dataset.race).textContent);
+  const still = matchMedia("(prefers-reduced-motion: reduce)");
+  const find = (name) => root.querySelector(name);
+  const [play, again, seek, heat, slider] = [".play", ".again", ".seek", ".heat", ".rate-slider"].map(find);
+  const total = data.rows * data.columns;
+  const places = ["1st", "2nd", "3rd"];
+  let now = 0; // seconds of the race
+  let speed = 1;
+  let playing = false;
+  let before = 0; // time stamp of the last frame
+  let lanes = [];
+  let longest = 0;
+
+  const sums = (steps, unit) => {
+    let sum = 0;
+    return steps.map((step) => (sum += step) * unit);
+  };
+
+  const figures = [...root.querySelectorAll(".lane")].map((figure) => ({
+    figure,
+    canvas: figure.querySelector("canvas"),
+    rank: figure.querySelector(".rank"),
+    track: figure.querySelector(".track i"),
+    passes: figure.querySelector(".passes"),
+    time: figure.querySelector(".time"),
+    rate: figure.querySelector(".rate"),
+  }));
+
+  function load(index) {
+    const entry = data.heats[index];
+    find(".full-prompt").textContent = entry.prompt;
+    lanes = [];
+    entry.lanes.forEach((lane, place) => {
+      const parts = figures[place];
+      parts.figure.hidden = lane === null;
+      if (lane === null) return;
+      const image = new Image();
+      const made = {
+        ...parts,
+        image,
+        ...data.lanes[place],
+        times: sums(lane.times, data.unit),
+        cells: sums(lane.cells, 1),
+        first: lane.passes,
+        tokens: lane.tokens,
+        order: lane.order || null,
+        shown: -2, // the pass that is drawn; -1: none yet
+        ready: false,
+      };
+      image.onload = () => {
+        made.ready = true;
+        const scale = Math.max(1, Math.ceil(192 / image.width));
+        made.canvas.width = image.width * scale;
+        made.canvas.height = image.height * scale;
+        made.canvas.style.imageRendering = image.width < 128 ? "pixelated" : "auto";
+        made.shown = -2;
+        draw(made);
+      };
+      image.src = lane.image;
+      lanes.push(made);
+    });
+    const ends = lanes.map((lane) => lane.times.at(-1)).sort((a, b) => a - b);
+    for (const lane of lanes) lane.place = ends.indexOf(lane.times.at(-1));
+    longest = ends.at(-1);
+  }
+
+  // the number of passes that have ended by `moment`, found by bisection
+  function passed(times, moment) {
+    let [low, high] = [0, times.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (times[middle] <= moment) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  }
+
+  function box(lane, cell) {
+    const [w, h] = [lane.canvas.width, lane.canvas.height];
+    const [row, column] = [Math.floor(cell / data.columns), cell % data.columns];
+    const [x, y] = [Math.round((column * w) / data.columns), Math.round((row * h) / data.rows)];
+    return [x, y, Math.round(((column + 1) * w) / data.columns) - x, Math.round(((row + 1) * h) / data.rows) - y];
+  }
+
+  function paint(lane, context, cell) {
+    const [x, y, w, h] = box(lane, cell);
+    const scale = lane.image.width / lane.canvas.width;
+    context.drawImage(lane.image, x * scale, y * scale, w * scale, h * scale, x, y, w, h);
+  }
+
+  function draw(lane) {
+    const ended = passed(lane.times, now);
+    if (!lane.ready || ended - 1 === lane.shown) return;
+    lane.shown = ended - 1;
+    const done = ended === lane.times.length;
+    const cells = ended ? lane.cells[ended - 1] : 0;
+    const style = getComputedStyle(root);
+    const context = lane.canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    if (done) {
+      context.drawImage(lane.image, 0, 0, lane.canvas.width, lane.canvas.height);
+    } else {
+      context.fillStyle = style.getPropertyValue("--blank");
+      context.fillRect(0, 0, lane.canvas.width, lane.canvas.height);
+      const at = (cell) => (lane.order ? lane.order[cell] : cell);
+      context.fillStyle = style.getPropertyValue("--guess");
+      for (let cell = cells; cell < Math.min(total, cells + lane.ahead); cell++) context.fillRect(...box(lane, at(cell)));
+      for (let cell = 0; cell < cells; cell++) paint(lane, context, at(cell));
+    }
+    lane.track.style.width = `${(100 * cells) / total}%`;
+    lane.passes.textContent = ended ? lane.first + ended - 1 : 0;
+    lane.figure.classList.toggle("done", done);
+    lane.time.textContent = done ? `in ${lane.times.at(-1).toFixed(2)} s` : "";
+    lane.rate.textContent = done ? `${(lane.tokens / (lane.first + ended - 1)).toFixed(2)} tokens per pass` : "\u00a0";
+    lane.rank.textContent = done ? places[lane.place] || `${lane.place + 1}th` : "";
+  }
+
+  function show() {
+    for (const lane of lanes) draw(lane);
+    find(".now").textContent = now.toFixed(2);
+    seek.value = Math.round((1000 * now) / longest);
+    seek.setAttribute("aria-valuetext", `${now.toFixed(2)} of ${longest.toFixed(2)} seconds`);
+    play.textContent = playing ? "Pause" : now >= longest ? "Play again" : "Play";
+    play.setAttribute("aria-label", playing ? "pause" : "play");
+  }
+
+  function frame(stamp) {
+    if (!playing) return;
+    now = Math.min(longest, now + ((stamp - before) / 1000) * speed);
+    before = stamp;
+    if (now >= longest) {
+      playing = false;
+      const best = lanes.reduce((a, b) => (a.place <= b.place ? a : b));
+      find(".said").textContent = `${best.label} finished first, in ${best.times.at(-1).toFixed(2)} seconds.`;
+    }
+    show();
+    if (playing) requestAnimationFrame(frame);
+  }
+
+  function start() {
+    if (playing) return;
+    if (now >= longest) now = 0;
+    find(".said").textContent = "";
+    playing = true;
+    before = performance.now();
+    show();
+    requestAnimationFrame(frame);
+  }
+
+  function pause() {
+    playing = false;
+    show();
+  }
+
+  function jump(moment) {
+    now = Math.min(longest, Math.max(0, moment));
+    show();
+  }
+
+  function setSpeed(power) {
+    slider.value = power;
+    speed = 10 ** Number(slider.value);
+    const text = `${Number(speed.toPrecision(2))}×`;
+    find(".rate-text").textContent = text;
+    slider.setAttribute("aria-valuetext", text);
+    find(".pace").textContent = Math.abs(speed - 1) < 0.01 ? "real time" : `at ${text} of real time`;
+  }
+
+  function restart() {
+    playing = false;
+    now = 0;
+    start();
+  }
+
+  play.addEventListener("click", () => (playing ? pause() : start()));
+  again.addEventListener("click", restart);
+  seek.addEventListener("input", () => {
+    playing = false;
+    jump((Number(seek.value) / 1000) * longest);
+  });
+  slider.addEventListener("input", () => setSpeed(slider.value));
+  heat.addEventListener("change", () => {
+    load(Number(heat.value));
+    now = 0;
+    if (playing || still.matches) show();
+    else start();
+  });
+  root.addEventListener("keydown", (event) => {
+    if (event.target !== root || event.ctrlKey || event.metaKey || event.altKey) return;
+    const power = Number(slider.value);
+    const acts = {
+      " ": () => (playing ? pause() : start()),
+      r: restart,
+      ArrowRight: () => jump(now + longest / 50),
+      ArrowLeft: () => jump(now - longest / 50),
+      "+": () => setSpeed(power + 0.1),
+      "-": () => setSpeed(power - 0.1),
+    };
+    const act = acts[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (!act) return;
+    event.preventDefault();
+    act();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    for (const lane of lanes) {
+      lane.shown = -2;
+      draw(lane);
+    }
+  });
+
+  load(0);
+  setSpeed(Math.log10(Number(root.dataset.pace)));
+  if (still.matches) {
+    jump(longest); // no motion that nobody asked for: the finished pictures, until play is pressed
+  } else {
+    show();
+    const seen = new IntersectionObserver((entries) => {
+      if (!entries.some((entry) => entry.isIntersecting)) return;
+      seen.disconnect();
+      start();
+    }, { threshold: 0.35 });
+    seen.observe(root);
+  }
+}

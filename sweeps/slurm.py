@@ -1,0 +1,102 @@
+"""Ask Slurm what became of jobs, and wait for those of a sweep.
+
+submitit waits for a job's result file; where a job died without one it asks `sacct`, which only clusters with accounting
+have. So a sweep looks into the queue itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ENDED = {
+    "TIMEOUT": "ran into its time limit",
+    "OUT_OF_MEMORY": "ran out of memory",
+    "NODE_FAIL": "lost its node",
+    "BOOT_FAIL": "lost its node",
+    "PREEMPTED": "was pre-empted",
+    "CANCELLED": "was cancelled",
+    "DEADLINE": "ran into its deadline",
+}
+OVER = (*ENDED, "FAILED", "COMPLETED")  # every other state is one of waiting, running or going back into the queue
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What Slurm says of a job. number: the signal that ended it, 0 for none."""
+
+    state: str
+    number: int = 0
+
+    @property
+    def running(self) -> bool:
+        return self.state not in OVER
+
+
+def own_job() -> str | None:
+    """Return the Slurm job that runs this process alone; None elsewhere, and in a shell that Slurm gave to a user."""
+    return os.environ.get("SLURM_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
+
+
+def outcome(job: str) -> Outcome | None:
+    """Return what became of a job; None where Slurm does not know it, or cannot be asked."""
+    text = _ask("scontrol", "--oneliner", "show", "job", job) or ""  # remembers a job for minutes
+    states, codes = re.findall(r"\bJobState=(\w+)", text), re.findall(r"\bExitCode=(\d+:\d+)", text)
+    if not states or states[0] == "FAILED":  # then its steps may tell the signal
+        lines = _ask("sacct", "--noheader", "--parsable2", "--format=State,ExitCode", "--jobs", job) or ""
+        rows = [line.split("|") for line in lines.splitlines() if "|" in line]
+        states = states or [state.split()[0] for state, _ in rows]
+        codes = [code for _, code in rows] + codes
+    return Outcome(states[0], _signal(codes)) if states else None
+
+
+def _signal(codes: Iterable[str]) -> int:
+    """Return the signal in Slurm's exit codes 'code:signal'; a shell tells it as 128 + signal."""
+    pairs = [tuple(map(int, code.split(":"))) for code in codes]
+    found = [number for _, number in pairs] + [code - 128 for code, _ in pairs]
+    return next((number for number in found if number in signal.valid_signals()), 0)
+
+
+def submitted(sweep: Path) -> list[str]:
+    """Return the jobs that submitit has sent to Slurm for a sweep, as Slurm names them: 12_0 is the first of an array."""
+    return [path.name for path in (sweep / ".submitit").glob("[0-9]*")]
+
+
+def queued(jobs: Sequence[str]) -> list[str] | None:
+    """Return the states of those of `jobs` that wait or run; None where the controller does not answer."""
+    if not jobs:
+        return []
+    try:
+        command = ["squeue", "--noheader", "--array", "--format=%T", f"--jobs={','.join(jobs)}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return [] if "Invalid job id" in done.stderr else None  # forgotten by now, so they are over
+    return done.stdout.split()
+
+
+def wait(sweep: Path, poll_s: float = 5.0) -> None:
+    """Wait until no job of the sweep is in the queue any more."""
+    jobs = submitted(sweep)
+    while queued(jobs) != []:
+        time.sleep(poll_s)
+
+
+def keeps_accounts() -> bool:
+    """Say whether sacct works here."""
+    return _ask("sacct", "--noheader", "--allocations", "--jobs=1") is not None
+
+
+def _ask(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout
