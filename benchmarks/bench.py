@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from baselines.jacobi import Jacobi
+from benchmarks.files import result_file
 from evaluation import validate
 from evaluation.console import say
 from evaluation.provenance import start_entry
@@ -25,7 +26,6 @@ from sjd2.errors import UserError
 from sjd2.loop import Decoding
 from sjd2.models.base import ImageModel
 from sjd2.noise import sample_seed
-from sjd2.paths import ROOT
 from sjd2.refine import Coupled
 from sjd2.sampling import Sampling
 from sjd2.verify import Exact
@@ -172,18 +172,8 @@ def run(cfg: DictConfig) -> Path:
                     f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
                 )
             )
-    out = (
-        ROOT
-        / "benchmarks"
-        / "results"
-        / f"{slug(result['hardware'])}-{plan.spec.name}-{plan.decoder.name}-{plan.dtype}.json"
-    )
+    out = result_file(result["hardware"], plan.spec.name, plan.decoder.name, plan.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     say(f"written: {out.name}")
     return out
-
-
-def slug(text: str) -> str:
-    """Turn words into a part of a file's name."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

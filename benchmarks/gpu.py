@@ -25,13 +25,12 @@ from typing import Any
 import torch
 
 from benchmarks.architectures import ARCHITECTURES, Architecture, entry_bytes, weight_bytes
-from benchmarks.bench import slug
+from benchmarks.files import result_file
 from benchmarks.parts import Bench, Row, reason
 from benchmarks.roofline import Peaks, peaks
 from benchmarks.timing import Budget, synchronize
 from evaluation.provenance import start_entry
 from sjd2.errors import UserError, choose
-from sjd2.paths import ROOT
 
 BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small
 # in the order in which they matter; what follows sjd2 finds its adapter in the model and must not use the transformer
@@ -111,7 +110,7 @@ def main(arguments: list[str] | None = None) -> Path:
     size, side = (2**30, 8192) if device.type == "cuda" else (2**24, 256)
     peak = peaks(device, getattr(torch, options.dtype), size=size, side=side)
     result |= {"peaks": asdict(peak), "models": []}
-    out = options.out or ROOT / "benchmarks" / "results" / f"{slug(result['hardware'])}-gpu-{options.dtype}.json"
+    out = options.out or result_file(result["hardware"], "gpu", options.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     for index, plan in enumerate(plans):
         budget.divide(len(plans) - index)

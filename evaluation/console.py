@@ -139,6 +139,7 @@ _DISK = {
     errno.EDQUOT: "your disk quota is used up{place}; free some space",
     errno.EACCES: "no permission{place}; choose another runs_dir or mend the folder's rights",
     errno.EPERM: "no permission{place}; choose another runs_dir or mend the folder's rights",
+    errno.EFBIG: "no file may grow further{place} (a limit of the shell or the file system); lift it",
     errno.EROFS: "the file system is read-only{place}; choose another runs_dir",
 }
 

@@ -23,6 +23,7 @@ from evaluation.sampling import Job, sample
 from evaluation.score import NOTE, Metric, score
 from evaluation.tracking import About, NoTracker, Tracker
 from evaluation.validate import Plan
+from sjd2.graph import Graphs
 from sjd2.models.base import ImageModel
 
 GRID = 64  # images at most in grid.png
@@ -79,11 +80,13 @@ def make_run(
         trace=cfg.trace,
         grace_s=cfg.runtime.grace_s,
         flops=cfg.runtime.flops,
+        graphs=Graphs() if cfg.runtime.graph else None,
         launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
     )
     with _inside(plan.run, ranks, wait=wait):
         if ranks.main:
             plan.run.claim(settings, plan.identity)
+            plan.prompts.keep(plan.run)
             tracker.start(about(plan.run, "sample"))
         made = sample(job, tracker, ranks)
         if not ranks.main:

@@ -22,6 +22,7 @@ from evaluation.records import Id, RunFolder
 from evaluation.stopping import Dropped, Stopping, listening
 from evaluation.tracking import Tracker
 from sjd2.decoding import Decoder, Sample, StepInfo, generate, stream
+from sjd2.graph import Graphs
 from sjd2.likelihood import nll
 from sjd2.models.base import Condition, ImageModel
 from sjd2.noise import sample_seed
@@ -50,6 +51,7 @@ class Job:
     trace: int
     grace_s: float = 25.0  # seconds that a signal leaves for the batch in hand
     flops: bool = False  # count what one image computes, before the first is made
+    graphs: Graphs | None = None  # replays passes as CUDA graphs
     launch: dict[str, Any] = field(default_factory=dict)  # what provenance.jsonl says besides the machine
 
     @property
@@ -87,6 +89,8 @@ def _entry(job: Job, model: ImageModel, ranks: Ranks) -> dict[str, Any]:
     entry = start_entry(model.device, **job.launch)
     if job.flops:
         entry["gflops_per_token"] = gflops_per_token(model, job.decoder, job.prompts[0], job.law, job.seed)
+    if job.graphs is not None:  # times with and without are those of two machines
+        entry["hardware"] += " with CUDA graphs"
     if ranks.world > 1:
         entry["ranks"] = ranks.world
         if model.device.type == "cpu":  # they share its cores, so their times are those of another machine
@@ -156,7 +160,8 @@ def _batch(
     cond = _encode(model, prompts)
     seconds = {"encode": clock.lap()}
     tracer = _Tracer(model.device) if any(key in batch for key in job.ids[: job.trace]) else None
-    result = generate(model, job.decoder, cond, seeds, law=job.law, on_step=_watch(stop, tracer))
+    watch = _watch(stop, tracer)
+    result = generate(model, job.decoder, cond, seeds, law=job.law, on_step=watch, graphs=job.graphs)
     seconds |= {"prefill": result.seconds["prefill"], "decode": result.seconds["decode"]}
     images, losses, seconds["image"] = _finish(job, model, cond, result.samples)
     records = []
@@ -199,7 +204,10 @@ def _refilled(
             taken[index] = time.perf_counter()
             yield job.prompts[key[0]], sample_seed(job.seed, *key)
 
-    for index, sampled in stream(model, job.decoder, requests(), rows=rows, law=job.law, on_step=_watch(stop, None)):
+    watch = _watch(stop, None)
+    for index, sampled in stream(
+        model, job.decoder, requests(), rows=rows, law=job.law, on_step=watch, graphs=job.graphs
+    ):
         key, ended = missing[index], _Clock(model.device).began
         seconds = {"encode": 0.0, "prefill": 0.0, "decode": ended - taken.pop(index)}  # the row's own, prompt included
         images, losses, seconds["image"] = _finish(job, model, _encode(model, [job.prompts[key[0]]]), [sampled])
@@ -335,7 +343,7 @@ def warm_up(job: Job, model: ImageModel) -> None:
     batch = job.ids[: job.batch_size]
     cond = _encode(model, [job.prompts[p] for p, _ in batch])
     with contextlib.suppress(_Warm):
-        generate(model, job.decoder, cond, [0] * len(batch), law=job.law, on_step=few)
+        generate(model, job.decoder, cond, [0] * len(batch), law=job.law, on_step=few, graphs=job.graphs)
     with torch.inference_mode():
         model.decode(model.layout.forced().clamp(min=0).to(model.device).expand(len(batch), -1))
     synchronize(model.device)

@@ -66,7 +66,7 @@ def check_settings(cfg: DictConfig) -> None:
     grace = cfg.runtime.grace_s
     if not fits(grace, float) or grace < 0:
         raise UserError(f"runtime.grace_s must be 0 seconds or more, got {grace!r}.")
-    for key in ("isolate", "flops"):
+    for key in ("isolate", "flops", "graph"):
         if not fits(cfg.runtime[key], bool):
             raise UserError(f"runtime.{key} must be true or false, got {cfg.runtime[key]!r}.")
     check_writable(Path(cfg.runs_dir), "runs_dir")

@@ -51,7 +51,8 @@ def _train(cfg: DictConfig, device: str) -> Path:
         dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
         spec = _spec(cfg, recipe)
         settings = {key: value for key, value in validate.model_settings(cfg).items() if key != "adapter"}
-        parts |= {"model": settings, "digest": spec.digest()} | ({"dtype": dtype} if dtype != "float32" else {})
+        weights = distributed.from_first(spec.digest)  # fetches them: once, not once per process
+        parts |= {"model": settings, "digest": weights} | ({"dtype": dtype} if dtype != "float32" else {})
     settings = identity(**parts)
     failed = True
     try:

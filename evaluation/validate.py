@@ -54,6 +54,8 @@ def plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype == "float64" and device == "mps":
         raise UserError("dtype=float64 does not exist on mps; use device=cpu or dtype=float32.")
+    if cfg.runtime.graph and not device.startswith("cuda"):
+        raise UserError(f"runtime.graph=true needs a GPU, device is {device}; use device=cuda or runtime.graph=false.")
     prompts = instantiate(cfg.prompts)
     law = Sampling(**{key: cfg[key] for key in LAW})
     decoder = instantiate(cfg.decoder)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -17,7 +19,12 @@ class _RowLayer(CacheLayerMixin):
 
     def __init__(self, owner: RowCache) -> None:
         super().__init__()
-        self.owner = owner
+        # weak: in a cycle the keys and values, gigabytes of them, would stay until Python looks for cycles
+        self._owner = weakref.ref(owner)
+
+    @property
+    def owner(self) -> RowCache:
+        return self._owner()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, width = key_states.shape

@@ -137,7 +137,8 @@ class Decoding:
         """One pass over all rows: fill -> forward -> target law -> verify -> commit -> refine -> shift."""
         state, decoder, size = self.state, self.decoder, self.decoder.window
         state.bound = self.cache.bound
-        state.noise.roll(state.cached, size + 1, state.iteration)
+        if size > 1:  # a single draw is cheaper by itself
+            state.noise.roll(state.cached, size + 1, state.iteration)
         draft = self.draft if size == 1 else decoder.drafter.fill(self.draft, self.fresh, state)
         fed = draft
         hidden, target = self._forward(fed)  # [R, S, D], [B, S, V]

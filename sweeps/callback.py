@@ -19,7 +19,7 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from evaluation.console import say
+from evaluation.console import say, sentence
 from evaluation.records import lock
 from sjd2.errors import UserError
 from sweeps import slurm, table
@@ -86,9 +86,9 @@ class Tables(Callback):
         sweep, Tables.sweep = Path(config.hydra.sweep.dir), None
         try:
             Tables.failed = tabulate(sweep, published=self.published, paper=config.get("paper"))
-        except UserError as error:
+        except (UserError, OSError) as error:
             Tables.failed += 1
-            print(f"no table: {error}", file=sys.stderr)
+            print(f"no table: {sentence(error)}", file=sys.stderr)
         Tables._held.close()
 
 
@@ -110,9 +110,9 @@ def close(error: BaseException) -> bool:
     wait(sweep)
     try:
         Tables.failed = max(1, tabulate(sweep))
-    except UserError as problem:
+    except (UserError, OSError) as problem:
         Tables.failed = 1
-        print(f"no table: {problem}", file=sys.stderr)
+        print(f"no table: {sentence(problem)}", file=sys.stderr)
     Tables._held.close()
     return True
 

@@ -121,8 +121,9 @@ def _doubts_about_scores(rows: Sequence[Row]) -> list[str]:
     if stale := [row for row in rows if row.scored and row.scored != row.n]:
         counts = _listed(stale, lambda row: row.scored)
         found.append(f"{_names(stale)}: scored on {counts} images only; run stage=score on them.")
-    for text, members in _by_reason(rows, lambda row: str(row.metrics.get("fid_warning", ""))).items():
-        found.append(f"FID{'' if len(members) == len(rows) else f' of {_names(members)}'}: {text}")
+    for key, name in (("fid_warning", "FID"), ("geneval_warning", "GenEval")):
+        for text, members in _by_reason(rows, lambda row, key=key: str(row.metrics.get(key, ""))).items():
+            found.append(f"{name}{'' if len(members) == len(rows) else f' of {_names(members)}'}: {text}")
     return found
 
 

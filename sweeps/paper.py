@@ -40,6 +40,7 @@ METRICS = (
 METHODS = {name: name.lower() for name in ("AR", "Jacobi", "SJD", "EAGLE", "LANTERN", "ZipAR", "SJD2")}
 DENOISING_ONLY = "SJD2 denoising only"
 MODELS = {"lumina-mgpt (768 px)": "lumina", "emu3": "emu3", "janus-pro-1b": "janus"}
+SIZES = {"lumina": ("768", "768x768"), "emu3": ("720", "720x720"), "janus": ("384",)}  # that the paper draws
 DATASETS = {"COCO2017": "coco2017", "COCO2014": "coco2014", "GenEval": "geneval", "COCO subset": "coco2017"}
 
 
@@ -58,8 +59,10 @@ class Wanted:
             return False
         if stand_in:
             return True
-        prompts = (run.config.get("prompts") or {}).get("name")
-        return run.config["model"]["name"] == self.model and self.prompts in (None, prompts)
+        prompts, model = (run.config.get("prompts") or {}).get("name"), run.config["model"]
+        if self.model is None or str(model.get("size", SIZES[self.model][0])) not in SIZES[self.model]:
+            return False
+        return model["name"] == self.model and self.prompts in (None, prompts)
 
 
 def names(rows: Sequence[Published] | None = None) -> list[str]:

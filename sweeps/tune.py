@@ -9,17 +9,18 @@ from __future__ import annotations
 import csv
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from evaluation import job, validate
-from evaluation.console import CONF, say
+from evaluation.console import CONF, say, sentence
 from evaluation.intervals import paired
-from evaluation.records import RunFolder, write_atomically
+from evaluation.records import RunFolder, lock, write_atomically
 from evaluation.score import Metric
 from evaluation.speed import Speed
 from evaluation.tracking import NoTracker
@@ -102,8 +103,15 @@ def check_range(key: str, values: Any) -> None:
         return
     if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "step", "log"}:
         raise UserError(f"tune.space.{key} must be a list of choices or a range with low and high (and step or log).")
-    if not values["low"] < values["high"]:
-        raise UserError(f"tune.space.{key} needs low < high, got {values['low']} and {values['high']}.")
+    low, high, step = values["low"], values["high"], values.get("step")
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high, step or 1)):
+        raise UserError(f"tune.space.{key} is a range of numbers, got {dict(values)}; list choices that are none.")
+    if not low < high:
+        raise UserError(f"tune.space.{key} needs low < high, got {low} and {high}.")
+    if step is not None and not 0 < step <= high - low:
+        raise UserError(f"tune.space.{key} needs a step between 0 and {high - low}, got {step}.")
+    if values.get("log") and (low <= 0 or step is not None):
+        raise UserError(f"tune.space.{key} takes log=true for low > 0 and without step.")
 
 
 def suggest(trial: Trial, space: Mapping[str, Any]) -> list[str]:
@@ -112,7 +120,7 @@ def suggest(trial: Trial, space: Mapping[str, Any]) -> list[str]:
     for key, values in flatten(space).items():
         if isinstance(values, (list, tuple)):
             value = trial.suggest_categorical(key, [_text(v) for v in values])
-        elif isinstance(values["low"], int) and isinstance(values["high"], int):
+        elif all(isinstance(values.get(end, 1), int) for end in ("low", "high", "step")):
             more = {"step": values.get("step", 1), "log": values.get("log", False)}
             value = _text(trial.suggest_int(key, values["low"], values["high"], **more))
         else:
@@ -151,18 +159,26 @@ class Search:
                 f"tune.judge={tune.judge} and tune.prompts={tune.prompts} together exceed the {total} captions of prompts="
                 f"{cfg.prompts.name}; take fewer."
             )
-        self.own = [f"prompts.skip={total - tune.prompts}"]  # the captions of the search, last of the list
+        # the captions of the search, last of the list; `total` counts those behind the command's own skip
+        self.own = [f"prompts.skip={cfg.prompts.get('skip', 0) + total - tune.prompts}"]
 
     def compose(self, *overrides: str, decoder: str | None = None) -> DictConfig:
-        """Compose the command once more with further settings."""
-        common = [f"runs_dir={self.out / 'runs'}", "baseline=null", "run_dir=null"]
-        return job.recompose([*self.tune.fixed, *common, *overrides], decoder=decoder)
+        """Compose the command once more with further settings; with `decoder`, without those of the command's own one."""
+        fixed = [word for word in self.tune.fixed if decoder is None or not job.OWN.match(word)]
+        cfg = job.recompose([*fixed, "baseline=null", "run_dir=null", *overrides], decoder=decoder)
+        cfg.runs_dir = str(self.out / "runs")
+        return cfg
 
     def make(self, cfg: DictConfig, limit: int, metrics: Mapping[str, Metric]) -> RunFolder:
-        """Make the first `limit` images of a run; what is there stays."""
+        """Make the first `limit` images of a run and score them; what is there stays."""
+        cfg = cfg.copy()
         cfg.limit = limit
+        nodes = cfg.evaluation.get("metrics") or {}
+        cfg.evaluation = {"metrics": {name: node for name, node in nodes.items() if name in metrics}}
         plan = validate.plan(cfg)
-        if plan.run.missing(plan.prompts.ids(limit)) or not metrics.keys() <= set(plan.run.metrics.get("protocol", {})):
+        ids, known = plan.prompts.ids(limit), plan.run.metrics
+        scored = known.get("n_images", 0) >= len(ids) and metrics.keys() <= set(known.get("protocol", {}))
+        if plan.run.missing(ids) or not scored:
             job.make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=self.models, wait=True)
         return plan.run
 
@@ -198,8 +214,8 @@ class Search:
                 trial.set_user_attr("pruned", f"{soon:.4g} after {early} images, the best has {champion:.4g}")
                 raise optuna.TrialPruned
             run = self.make(cfg, self.tune.prompts, self.metrics)
-        except UserError as error:
-            trial.set_user_attr("pruned", str(error))
+        except (UserError, torch.OutOfMemoryError) as error:
+            trial.set_user_attr("pruned", sentence(error))
             raise optuna.TrialPruned from error
         found = self.outcome(run, self.reference)
         trial.set_user_attr("run", run.path.name)
@@ -211,10 +227,15 @@ class Search:
 
     def run(self) -> Path:
         """Search, judge the outcome on other captions, and write trials.csv, pareto.png and the best as a decoder yaml."""
+        with lock(self.out / ".lock", what="search folder"):
+            return self._run()
+
+    def _run(self) -> Path:
+        base = validate.plan(self.compose(*self.own)).identity["id"]
         say(f"tune: AR on the {self.tune.prompts} captions of the search")
         self.reference = self.make(self.compose(*self.own, decoder="ar"), self.tune.prompts, self.metrics)
-        study = open_study(self.out, self.tune)
-        done = sum(trial.state.is_finished() for trial in study.trials)
+        study = open_study(self.out, self.tune, (self.reference.config.identity.id, base))
+        done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)  # a kill's FAIL is tried again
         while done < self.tune.trials:
             trial = study.ask()
             self._step(study, trial)
@@ -258,9 +279,10 @@ class Search:
         return self.out
 
 
-def open_study(out: Path, tune: Tune) -> Study:
+def open_study(out: Path, tune: Tune, runs: Sequence[str] = ()) -> Study:
     """Open the study in out/study.db, a cut one where it was: trials that a kill left unfinished are tried again.
 
+    runs: identities of AR's and the decoder's own run on the captions of the search: model, law, prompts and all.
     Raises `UserError` if the study there searched something else.
     """
     import optuna
@@ -274,7 +296,8 @@ def open_study(out: Path, tune: Tune) -> Study:
             storage=storage, study_name="tune", directions=["minimize", "minimize"], load_if_exists=True
         )
         study.sampler = _sampler(tune, len(study.trials))
-    asked = {"space": flatten(tune.space), "objective": tune.objective, "quality": tune.quality, "fixed": tune.fixed}
+    asked = {"space": flatten(tune.space), "fixed": list(tune.fixed), "runs": list(runs)}
+    asked |= {key: getattr(tune, key) for key in ("objective", "quality", "bound", "trust_lossless", "prompts")}
     if study.user_attrs.get("asked", asked) != asked:
         raise UserError(f"{out} holds a search of other settings; choose another tune.name, or remove that folder.")
     study.set_user_attr("asked", asked)

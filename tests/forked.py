@@ -10,25 +10,36 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import run
+from evaluation import job
+from sweeps import pictures
 from tests.cli import Cli
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out pictures and plots, which other tests look at: they are most of a small command's time."""
+    monkeypatch.setattr(job, "image_grid", lambda *_: None)
+    monkeypatch.setattr(job, "acceptance_map", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw", lambda *_, **__: pictures.Drawn())
 
 
 class Forked:
     """A command under way; `output` is what it has printed. Signals reach it as they would from a scheduler or a shell."""
 
-    def __init__(self, cli: Cli, *arguments: str, **environment: str) -> None:
-        self.log = Path(tempfile.mkstemp(dir=cli.runs_dir.parent, suffix=".log")[1])
+    def __init__(self, cli: Cli, *arguments: str, user: int | None = None, **environment: str) -> None:
+        self.log = Path(tempfile.mkstemp(dir=Path.cwd(), suffix=".log")[1])
         self.code: int | None = None
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(cli.arguments(*arguments), environment)
+            self._be(cli.arguments(*arguments), environment, user)
 
-    def _be(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def _be(self, arguments: list[str], environment: dict[str, str], user: int | None) -> None:
         code = 70
         try:
             log = os.open(self.log, os.O_WRONLY | os.O_APPEND)
@@ -37,6 +48,8 @@ class Forked:
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
             os.environ.update(environment)
+            if user is not None:
+                os.setuid(user)
             sys.argv = arguments
             GlobalHydra.instance().clear()
             try:

@@ -127,3 +127,10 @@ def test_ar_costs_a_graph_per_bound(model: Toy) -> None:
     # prompt and image are 33 tokens; a bound's first pass is not replayed
     assert sorted(graphs.kept.graphs) == [16, 32, 33]
     assert [level for level, replay in graphs.kept.graphs.items() if replay] == [16, 32]
+
+
+def test_graphs_need_a_gpu_and_are_asked_for_by_one_setting(cli) -> None:
+    assert cli("decoder=ar", "device=cpu", "runtime.graph=true") == 1
+    assert "runtime.graph=true needs a GPU" in cli.err
+    assert cli("decoder=ar", "runtime.graph=maybe") == 1
+    assert "runtime.graph must be true or false" in cli.err

@@ -316,6 +316,7 @@ def test_bfloat16_and_a_text_encoder_elsewhere(folder: Path) -> None:
     ("settings", "words"),
     [
         ({"size": 100}, "multiple of 16, got 100"),
+        ({"weights": "{folder}/t2i_XL_stage1_256.pt", "size": 512}, "draws 256 pixels; set model.size=256"),
         ({"size": 384}, "model.size=384 has no published checkpoint; use 256 or 512"),
         ({"heads": 3}, "model.heads=3 does not divide the width 32"),
         ({"vocabulary": 16384}, "has 48 image codes, model.vocabulary says 16384"),

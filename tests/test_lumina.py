@@ -254,6 +254,30 @@ def test_lossy_decoders_draw_whole_images(
     assert drawing.decode(tokens).shape == (2, 3, 64, 64)
 
 
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_zipar_with_whole_rows_is_ar(model: Chameleon, context: str) -> None:
+    """Its header goes into the prefill, behind an empty prompt too."""
+    drawing = at(model, context)
+    whole = ZipAR(name="zipar", lossless=False, window_size=4)
+    condition = drawing.encode(PROMPTS)
+    tokens = [generate(drawing, each, condition, [1, 2], law=MATCH).tokens for each in (AR, whole)]
+    assert torch.equal(*tokens)
+
+
+def test_timestep_tokens_stand_where_an_empty_prompt_ends(folder: Path, model: Chameleon, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tuned = load(folder)
+    tuned.adapter = Adapter(AdapterSettings(rank=2, code="appended"), tuned)
+    for parameter in tuned.adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    sjd2 = chain("sjd2", 8, refiner=Coupled(), drafter=Denoise(steps=2))
+    condition = model.encode(PROMPTS)
+    tokens = [
+        generate(each, decoder, condition, [1, 2], law=MATCH).tokens for each, decoder in ((model, AR), (tuned, sjd2))
+    ]
+    assert torch.equal(*tokens)
+
+
 def test_rows_that_are_refilled_draw_the_same(model: Chameleon) -> None:
     scd = chain("scd", 8, refiner=Coupled())
     prompts, seeds = [*PROMPTS, "x"], [1, 2, 3]

@@ -214,7 +214,7 @@ def test_unreadable_pictures_leave_the_numbers(tmp_path: Path) -> None:
     (path / "images" / "00000_0.png").unlink()
     found, rows = report(tmp_path, path)
     checked(found, rows)
-    assert "The images are left out, since cannot read" in found.text
+    assert "Left out: images, since cannot read" in found.text
 
 
 # ---- the race

@@ -33,6 +33,10 @@ def test_a_space_is_flat_and_its_ranges_are_checked() -> None:
         ({"decoder.window": {"low": 8, "high": 8}}, "low < high"),
         ({"decoder.window": {"low": 1, "high": 8, "steps": 2}}, "low and high"),
         ({"decoder.window": 16}, "list of choices"),
+        ({"decoder.window": {"low": "a", "high": "b"}}, "range of numbers"),
+        ({"decoder.window": {"low": 0, "high": 8, "log": True}}, "low > 0"),
+        ({"decoder.window": {"low": 1, "high": 8, "step": 2, "log": True}}, "without step"),
+        ({"decoder.window": {"low": 1, "high": 8, "step": 0}}, "a step between"),
     ):
         with pytest.raises(UserError, match=words):
             tune.Tune(name="x", space=space)
@@ -82,6 +86,8 @@ def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
     assert tune.suggest(again.ask(), settings.space) == chosen
     with pytest.raises(UserError, match="other settings"):
         tune.open_study(tmp_path, tune.Tune(name="x", space={"a": {"low": 0, "high": 8}}))
+    with pytest.raises(UserError, match="other settings"):  # another model, decoder, law or prompt list
+        tune.open_study(tmp_path, settings, ("other run",))
 
 
 def test_a_search_from_start_to_decoder(cli: Cli) -> None:

@@ -156,6 +156,18 @@ def test_an_unfinished_download_goes_on(hub: Path, monkeypatch: pytest.MonkeyPat
     assert asked == [("owner/name", None)]
 
 
+def test_an_index_of_bin_files_says_nothing_beside_safetensors(tmp_path: Path) -> None:
+    """google/flan-t5-xl has both kinds, of which the safetensors alone are fetched, with all .json files."""
+    folder = fill(tmp_path / "both", shards=2)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w0": "pytorch_model-1.bin"}}))
+    assert locate(source(folder)) == folder
+    assert sorted(read_tensors(folder, "model.weights")) == ["w0", "w1"]
+    assert weights._complete(folder, source("owner/name"))
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    told(lambda: locate(source(folder)), "lacks pytorch_model-1.bin")
+
+
 def test_only_the_wanted_files_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answer(monkeypatch, {"config.json": 2, "tokenizer/vqgan.ckpt": 10})
     calls = []

@@ -31,6 +31,7 @@ PIXELS = 16  # of a code, in each direction
 BASE, EPS = 10000.0, 1e-5  # of the rotary embedding and the norms (ModelArgs in LlamaGen's gpt.py)
 FILES = {256: "t2i_XL_stage1_256.pt", 512: "t2i_XL_stage2_512.pt"}
 VQ_FILE = "vq_ds16_t2i.pt"
+CHUNK = 8  # images drawn at once: one of 512 px takes 0.13 GB per layer at full size
 
 # public name -> name in transformers' LlamaForCausalLM; `attention.wqkv` becomes three (convert)
 TOP = {
@@ -77,6 +78,9 @@ class LlamaGenSpec(ModelSpec):
             raise UserError(
                 f"model.size={self.size} has no published checkpoint; use 256 or 512, or give model.weights=FILE of one."
             )
+        trained = next((size for size, file in FILES.items() if Path(self.weights).name == file), self.size)
+        if self.size in FILES and self.size != trained:  # the tensors of either stage fit, so nothing else would tell
+            raise UserError(f"model.weights={self.weights} draws {trained} pixels; set model.size={trained}.")
 
     @property
     def layout(self) -> TokenGrid:
@@ -162,12 +166,13 @@ class LlamaGen(Backbone):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the head's outputs, which are image codes alone, in float32 at least: [..., D] -> [..., V]."""
-        out = self.full.lm_head(hidden)
+        out = self.full.lm_head(hidden).to(hidden.device)
         return out if out.dtype == torch.float64 else out.float()
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Draw complete token sequences: [B, N] -> uint8 [B, 3, H, W]."""
-        return self.vq.decode(self.layout.codes(tokens.to(self.device)))
+        codes = self.layout.codes(tokens.to(self.device))
+        return torch.cat([self.vq.decode(images) for images in codes.split(CHUNK)])
 
 
 class CaptionEmbedder(nn.Module):

@@ -144,7 +144,8 @@ def _complete(folder: Path, source: Source) -> bool:
     """Say whether a cached snapshot holds every file that is asked for, all shards of an index included."""
     if source.file:
         return (folder / source.file).is_file()
-    named = [name for index in INDEXES if (folder / index).is_file() for name in _shards(folder / index)]
+    index = _index(folder)
+    named = _shards(index) if index else []
     there = all((folder / name).is_file() for name in (*source.files, *named))
     return there and (
         bool(named) or any(f.suffix in (".safetensors", ".bin", ".pt", ".ckpt") for f in folder.iterdir())
@@ -171,10 +172,10 @@ def _inside(path: Path, source: Source) -> Path:
 def _check_shards(folder: Path, source: Source) -> None:
     """Raise `UserError` if a shard that an index names is missing, or a safetensors file was cut short."""
     mend = "copy or download it again"
-    for index in (folder / name for name in INDEXES if (folder / name).is_file()):
-        for name in _shards(index):
-            if not (folder / name).is_file():
-                raise UserError(f"{source.key}={source.where} lacks {name}, which its index names; {mend}.")
+    index = _index(folder)
+    for name in _shards(index) if index else []:
+        if not (folder / name).is_file():
+            raise UserError(f"{source.key}={source.where} lacks {name}, which its index names; {mend}.")
     for file in folder.glob("*.safetensors"):
         ends = [entry["data_offsets"][1] for name, entry in header(file, source.key).items() if name != "__metadata__"]
         want, have = 8 + _header_size(file) + max(ends, default=0), file.stat().st_size
@@ -443,7 +444,7 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if path.is_dir():
-        index = next((path / name for name in INDEXES if (path / name).is_file()), None)
+        index = _index(path)
         files = [path / name for name in _shards(index)] if index else sorted(path.glob("*.safetensors"))
         if not files:
             raise UserError(f"{key}={path} holds no .safetensors file.")
@@ -474,6 +475,12 @@ def fit(module: nn.Module, tensors: dict[str, Tensor], key: str) -> None:
             have, want = tuple(tensors[name].shape), tuple(tensor.shape)
             raise UserError(f"the weights of {key}: {name!r} has shape {have}, the model wants {want}.")
     module.load_state_dict(tensors)
+
+
+def _index(folder: Path) -> Path | None:
+    """Return the index of a folder's shards; that of .bin files says nothing where safetensors are, which are read then."""
+    names = INDEXES[:1] if any(folder.glob("*.safetensors")) else INDEXES
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _shards(index: Path) -> list[str]:

@@ -132,7 +132,7 @@ def make_section(group: Sequence[Run], failed: Sequence[tuple[str, str]] = ()) -
         try:
             part(section)
         except UserError as error:
-            section.notes.append(f"Warning: the {name} are left out, since {error}")
+            section.notes.append(f"Warning: left out: {name}, since {error}")
     return section
 
 
@@ -182,7 +182,7 @@ def _quality(section: Section) -> None:
             best = [dots[point.label] for point in front(points, lower_is_better=lower)]
         arrow = {True: " (lower is better)", False: " (higher is better)", None: ""}[lower]
         section.quality.append(
-            scatter(list(dots.values()), cost, name + arrow, front=best, level=_level(points, lower))
+            scatter(list(dots.values()), cost, name + arrow, front=best, level=0.0 if lower is None else None)
         )
     if LIKELIHOOD in panels:
         section.quality_note = "A lossless decoder's interval should include zero; neither side of zero is better."
@@ -190,16 +190,12 @@ def _quality(section: Section) -> None:
         section.quality_note = "The line joins the runs that no other run beats in both."
 
 
-def _level(points: Sequence[Any], lower: bool | None) -> float | None:
-    return 0.0 if lower is None and points else None
-
-
 def _accepted(section: Section) -> None:
     series = {}
     for index, row in enumerate(section.rows):
-        if row.run.is_ar:
-            continue
         counts = accepted_counts(row.run)
+        if row.run.is_ar or not counts:  # without a pass behind the prefill there is nothing to count
+            continue
         total = sum(counts.values())
         shares = [(float(k), sum(counts[j] for j in counts if j >= k) / total) for k in sorted(counts)]
         series[row.run.label] = (index, shares)
@@ -239,8 +235,8 @@ def _trajectories(section: Section) -> None:
 
 
 PARTS: dict[str, Callable[[Section], None]] = {
-    "race": _race,
-    "plots": _quality,
+    "the race": _race,
+    "quality": _quality,
     "committed tokens": _accepted,
     "images": _images,
     "acceptance maps": _maps,

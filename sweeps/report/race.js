@@ -12,8 +12,10 @@ for (const root of document.querySelectorAll(".race")) {
   let speed = 1;
   let playing = false;
   let before = 0; // time stamp of the last frame
+  let next = 0; // the frame that is asked for
   let lanes = [];
   let longest = 0;
+  let seen = null; // starts the race when it comes into view, unless somebody was quicker
 
   const sums = (steps, unit) => {
     let sum = 0;
@@ -49,6 +51,7 @@ for (const root of document.querySelectorAll(".race")) {
         tokens: lane.tokens,
         order: lane.order || null,
         shown: -2, // the pass that is drawn; -1: none yet
+        painted: -1, // the cells that are; -1: the canvas is new
         ready: false,
       };
       image.onload = () => {
@@ -57,7 +60,7 @@ for (const root of document.querySelectorAll(".race")) {
         made.canvas.width = image.width * scale;
         made.canvas.height = image.height * scale;
         made.canvas.style.imageRendering = image.width < 128 ? "pixelated" : "auto";
-        made.shown = -2;
+        [made.shown, made.painted] = [-2, -1];
         draw(made);
       };
       image.src = lane.image;
@@ -92,24 +95,35 @@ for (const root of document.querySelectorAll(".race")) {
     context.drawImage(lane.image, x * scale, y * scale, w * scale, h * scale, x, y, w, h);
   }
 
+  // forwards only the new cells are painted; backwards, or at first, all of them
+  function fill(lane, context, cells) {
+    const style = getComputedStyle(root);
+    const at = (cell) => (lane.order ? lane.order[cell] : cell);
+    let guessed = lane.painted + lane.ahead;
+    if (lane.painted < 0 || cells < lane.painted) {
+      context.fillStyle = style.getPropertyValue("--blank");
+      context.fillRect(0, 0, lane.canvas.width, lane.canvas.height);
+      lane.painted = guessed = 0;
+    }
+    context.fillStyle = style.getPropertyValue("--guess");
+    for (let cell = Math.max(guessed, cells); cell < Math.min(total, cells + lane.ahead); cell++) context.fillRect(...box(lane, at(cell)));
+    for (let cell = lane.painted; cell < cells; cell++) paint(lane, context, at(cell));
+    lane.painted = cells;
+  }
+
   function draw(lane) {
     const ended = passed(lane.times, now);
     if (!lane.ready || ended - 1 === lane.shown) return;
     lane.shown = ended - 1;
     const done = ended === lane.times.length;
     const cells = ended ? lane.cells[ended - 1] : 0;
-    const style = getComputedStyle(root);
     const context = lane.canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
     if (done) {
       context.drawImage(lane.image, 0, 0, lane.canvas.width, lane.canvas.height);
+      lane.painted = total;
     } else {
-      context.fillStyle = style.getPropertyValue("--blank");
-      context.fillRect(0, 0, lane.canvas.width, lane.canvas.height);
-      const at = (cell) => (lane.order ? lane.order[cell] : cell);
-      context.fillStyle = style.getPropertyValue("--guess");
-      for (let cell = cells; cell < Math.min(total, cells + lane.ahead); cell++) context.fillRect(...box(lane, at(cell)));
-      for (let cell = 0; cell < cells; cell++) paint(lane, context, at(cell));
+      fill(lane, context, cells);
     }
     lane.track.style.width = `${(100 * cells) / total}%`;
     lane.passes.textContent = ended ? lane.first + ended - 1 : 0;
@@ -130,7 +144,7 @@ for (const root of document.querySelectorAll(".race")) {
 
   function frame(stamp) {
     if (!playing) return;
-    now = Math.min(longest, now + ((stamp - before) / 1000) * speed);
+    now = Math.min(longest, now + (Math.max(0, stamp - before) / 1000) * speed);
     before = stamp;
     if (now >= longest) {
       playing = false;
@@ -138,17 +152,19 @@ for (const root of document.querySelectorAll(".race")) {
       find(".said").textContent = `${best.label} finished first, in ${best.times.at(-1).toFixed(2)} seconds.`;
     }
     show();
-    if (playing) requestAnimationFrame(frame);
+    if (playing) next = requestAnimationFrame(frame);
   }
 
   function start() {
     if (playing) return;
+    seen?.disconnect();
     if (now >= longest) now = 0;
     find(".said").textContent = "";
     playing = true;
     before = performance.now();
     show();
-    requestAnimationFrame(frame);
+    cancelAnimationFrame(next);
+    next = requestAnimationFrame(frame);
   }
 
   function pause() {
@@ -157,6 +173,7 @@ for (const root of document.querySelectorAll(".race")) {
   }
 
   function jump(moment) {
+    seen?.disconnect();
     now = Math.min(longest, Math.max(0, moment));
     show();
   }
@@ -207,7 +224,7 @@ for (const root of document.querySelectorAll(".race")) {
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const lane of lanes) {
-      lane.shown = -2;
+      [lane.shown, lane.painted] = [-2, -1];
       draw(lane);
     }
   });
@@ -218,10 +235,8 @@ for (const root of document.querySelectorAll(".race")) {
     jump(longest); // no motion that nobody asked for: the finished pictures, until play is pressed
   } else {
     show();
-    const seen = new IntersectionObserver((entries) => {
-      if (!entries.some((entry) => entry.isIntersecting)) return;
-      seen.disconnect();
-      start();
+    seen = new IntersectionObserver((entries) => {
+      if (entries.some((entry) => entry.isIntersecting)) start();
     }, { threshold: 0.35 });
     seen.observe(root);
   }

@@ -1,0 +1,13 @@
+"""Where results go: benchmarks/results/, named after the hardware."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sjd2.paths import ROOT
+
+
+def result_file(hardware: str, *words: str) -> Path:
+    """Return the JSON file of a measurement: the hardware as a part of a file's name, then the words."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in hardware.lower()).split())
+    return ROOT / "benchmarks" / "results" / f"{'-'.join([slug, *words])}.json"
