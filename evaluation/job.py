@@ -177,19 +177,20 @@ def baseline_settings(cfg: DictConfig) -> DictConfig:
 
     Tuned defaults follow the new decoder; an experiment's values under `decoder:` do not reach it.
     """
-    choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS if group != "decoder"}
-    own = [f"{group}={choice}" for group, choice in choices.items() if choice]
-    base = recompose([], decoder=cfg.baseline)
-    base.decoder = _compose([*own, f"decoder={cfg.baseline}"]).decoder
-    return base
+    return recompose([], decoder=cfg.baseline)
 
 
 def recompose(overrides: Sequence[str], *, decoder: str | None = None) -> DictConfig:
     """Compose this command once more with further overrides; with `decoder`, without what it says about its own one."""
-    mine = HydraConfig.get().overrides.task
+    hydra = HydraConfig.get()
     if decoder is None:
-        return _compose([*mine, *overrides])
-    return _compose([*(word for word in mine if not OWN.match(word)), *overrides, f"decoder={decoder}"])
+        return _compose([*hydra.overrides.task, *overrides])
+    chosen = f"decoder={decoder}"
+    base = _compose([*(word for word in hydra.overrides.task if not OWN.match(word)), *overrides, chosen])
+    # an experiment may say something under `decoder:`, which is not meant for this one
+    choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if group != "decoder"}
+    base.decoder = _compose([*(f"{group}={choice}" for group, choice in choices.items() if choice), chosen]).decoder
+    return base
 
 
 def _compose(overrides: list[str]) -> DictConfig:

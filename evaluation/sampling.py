@@ -71,6 +71,8 @@ def sample(job: Job, tracker: Tracker, ranks: Ranks = ALONE) -> bool:
     total, done = len(job.wanted), len(job.wanted) - len(missing)
     if not missing:
         say(f"{job.run.path.name}: all {total} images are there.")
+        if ranks.main and job.flops and not any("gflops_per_token" in entry for entry in job.run.provenance()):
+            job.run.launch(_entry(job, job.load(), ranks))  # counted late: a launch without images
         return False
     if done:
         say(f"{job.run.path.name}: {done} of {total} images are there, going on.")

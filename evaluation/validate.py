@@ -24,6 +24,8 @@ from sjd2.errors import UserError, unknown
 from sjd2.instantiate import instantiate
 from sjd2.sampling import Sampling
 
+# the command line's law counts, the digest tells the revision, and where layers lie changes no token
+NO_IDENTITY = ("sampling", "revision", "device_map", "text_device")
 LAW = ("guidance_scale", "temperature", "top_k", "top_p", "sampler")
 
 
@@ -87,7 +89,7 @@ def plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
 def model_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the model's resolved settings as an identity holds them: no sampling defaults, no paths."""
     settings = OmegaConf.to_container(cfg.model, resolve=True)
-    return by_content({key: value for key, value in settings.items() if key != "sampling"}, covered=True)
+    return by_content({key: value for key, value in settings.items() if key not in NO_IDENTITY}, covered=True)
 
 
 def metrics(cfg: DictConfig) -> dict[str, Metric]:

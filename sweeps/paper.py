@@ -55,7 +55,10 @@ class Wanted:
 
     def fits(self, run: Run, *, stand_in: bool) -> bool:
         """Say whether a run is the row's; stand_in: its model is none of the paper's, so only the method counts."""
-        if run.decoder != self.decoder or (self.tuned is not None and (run.adapter is not None) != self.tuned):
+        # the paper's SJD2 is rule=paper; ours by the exact rule stands beside it and says so
+        if run.decoder.removesuffix("-paper") != self.decoder or (
+            self.tuned is not None and (run.adapter is not None) != self.tuned
+        ):
             return False
         if stand_in:
             return True
@@ -153,10 +156,18 @@ def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, st
     lines = []
     for row in found or [None]:
         values = [cell for metric in shown for cell in _pair(entry, row, metric)]
-        label = entry.method if row is None or row.run.label == row.run.decoder else f"{entry.method} ({row.run.label})"
+        label = entry.method if row is None else _label(entry, row.run)
         source = f"{entry.arxiv}, {entry.table}" + (f", {entry.hardware}" if entry.hardware else "")
         lines.append([label, entry.model, entry.dataset, *values, "" if row is None else str(row.n), source])
     return lines
+
+
+def _label(entry: Published, run: Run) -> str:
+    """Return the published name, with what tells our run from the paper's or from others that answer the row."""
+    own = [] if run.label == run.decoder else [run.label]
+    if run.identity["decoder"].get("rule") == "exact":
+        own.append("rule=exact")
+    return f"{entry.method} ({', '.join(own)})" if own else entry.method
 
 
 def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, str]) -> tuple[str, str]:

@@ -45,6 +45,12 @@ def wide() -> dict[str, ImageModel]:
     return {device: face.load("tiny", device=device, dtype="float64") for device in ("cpu", "cuda")}
 
 
+@pytest.fixture(scope="module")
+def half() -> ImageModel:
+    """The embedded model in bfloat16 on the device."""
+    return face.load("tiny", device="cuda", dtype="bfloat16")
+
+
 def decode(model: ImageModel, decoder: Decoder, law: Sampling, graphs: Graphs | None = None) -> DecodeResult:
     with torch.inference_mode():
         condition = model.encode(PROMPTS)
@@ -116,15 +122,14 @@ def test_laws_and_draws_of_large_vocabularies_are_the_cpus(vocabulary: int) -> N
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_bfloat16_runs(name: str) -> None:
-    model = face.load("tiny", device="cuda", dtype="bfloat16")
-    result = decode(model, face.decoder(name), CDF)
-    assert result.tokens.shape == (len(SEEDS), model.layout.length)
-    assert ((result.tokens >= 0) & (result.tokens < model.layout.vocabulary)).all()
+def test_bfloat16_runs(half: ImageModel, name: str) -> None:
+    result = decode(half, face.decoder(name), CDF)
+    assert result.tokens.shape == (len(SEEDS), half.layout.length)
+    assert ((result.tokens >= 0) & (result.tokens < half.layout.vocabulary)).all()
     for sample in result.samples:
-        assert sum(sample.accepted) == model.layout.length
+        assert sum(sample.accepted) == half.layout.length
         assert min(sample.accepted) >= 1
-    images = model.decode(result.tokens.cuda())
+    images = half.decode(result.tokens.cuda())
     assert images.dtype == torch.uint8
     assert images.float().std() > 1
 

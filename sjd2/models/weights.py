@@ -6,6 +6,7 @@ Only safetensors and torch files without code are read (`weights_only`), and rem
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import pickle
 import re
@@ -332,6 +333,9 @@ def free_bytes(device: torch.device, everywhere: bool = False) -> float:
     """Return the free memory of the device, or of all GPUs and the host together."""
     import psutil
 
+    gc.collect()  # a model that is no longer in use may hang in a cycle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # blocks that torch only keeps would count as taken
     host = float(psutil.virtual_memory().available)
     gpus = range(torch.cuda.device_count())
     if everywhere:
@@ -414,7 +418,10 @@ def _load(
 
 def read_config(folder: Path, key: str, kind: str, example: str) -> dict[str, Any]:
     """Read a folder's config.json. Raises `UserError` unless it is of that kind (`model_type`), like the example."""
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{key}={folder}: its config.json cannot be read as JSON ({error}).") from error
     if config.get("model_type") != kind:
         raise UserError(
             f"{key}={folder} holds a '{config.get('model_type')}' model, not '{kind}' in transformers' layout; take e.g. "
