@@ -118,7 +118,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
         (["device=cuda:99"], r"device=cuda:99 is not there"),
         (["baseline=sjd"], r"unknown baseline 'sjd'. Valid: ar, null"),
         (["stage=scor"], r"unknown stage 'scor', did you mean 'score'\?"),
-        (["stage=tune"], r"stage=tune is not part of this release"),
+        (["stage=tune"], r"stage=tune needs a search: tune=relaxed or tune=scd or tune=sjd2"),
         (["stage=score"], r"stage=score needs run_dir=FOLDER; run folders in .*: none"),
         (["stage=score", "run_dir=nowhere"], r"'nowhere' is no run folder"),
         (["stage=table"], r"no run folder in runs_dir="),
