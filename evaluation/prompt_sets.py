@@ -139,6 +139,8 @@ class PartiPrompts(Prompts):
         """Read the prompts; raises UserError if the file is missing or has other columns."""
         path = _given(self, "PartiPrompts.tsv of google-research/parti")
         entries = read_entries(path, (self.column or "Prompt",))
+        if not any(row.get("Category") for _, row in entries):
+            raise UserError(f"'{path}' is not PartiPrompts: it has no column Category; other lists are prompts=file.")
         return [(text, {key: row[key] for key in ("Category", "Challenge") if row.get(key)}) for text, row in entries]
 
 

@@ -59,8 +59,8 @@ def run_job(work: Callable[[DictConfig], Path], cfg: DictConfig) -> None:
     code = in_child(lambda: _do(work, cfg, status, out))
     if code < 0:
         _write(out, status | {"status": "failed", "reason": died(-code)})
-    elif code:
-        _write(out, status | {"status": "failed", "reason": f"ended with exit code {code} before its end."})
+    elif code and _status(out).get("status") == "running":
+        _write(out, status | {"status": "failed", "reason": f"ended with exit code {code}; {AGAIN}"})
     if code:
         print(f"error: job {hydra.job.num} {_status(out)['reason']}", file=sys.stderr, flush=True)
 
@@ -106,7 +106,7 @@ def _write(out: Path, status: dict[str, Any]) -> None:
 
 def died(number: int) -> str:
     """Return the sentence for a job that a signal ended."""
-    name = signal.Signals(number).name
+    name = next((known.name for known in signal.Signals if known == number), "a signal without a name")
     cause = ": killed from outside, or out of memory" if name == "SIGKILL" else f", {name}"
     return f"died (signal {number}{cause}); {AGAIN}"
 

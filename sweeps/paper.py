@@ -133,7 +133,7 @@ def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand
     shown = [metric for metric in METRICS if any(getattr(row, metric[0]) is not None for row in published)]
     header = ["method", "model", "prompts"]
     header += [f"{title}, {whose}" for _, title, _, _ in shown for whose in ("published", "ours")] + [
-        "N ours",
+        "ours",
         "source",
     ]
     cells = [
@@ -158,8 +158,13 @@ def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, st
         values = [cell for metric in shown for cell in _pair(entry, row, metric)]
         label = entry.method if row is None else _label(entry, row.run)
         source = f"{entry.arxiv}, {entry.table}" + (f", {entry.hardware}" if entry.hardware else "")
-        lines.append([label, entry.model, entry.dataset, *values, "" if row is None else str(row.n), source])
+        lines.append([label, entry.model, entry.dataset, *values, "" if row is None else _who(row), source])
     return lines
+
+
+def _who(row: Row) -> str:
+    """Return what our value is of: model, prompts and number of images."""
+    return f"{row.run.config['model']['name']}, {(row.run.config.get('prompts') or {}).get('name')}, N={row.n}"
 
 
 def _label(entry: Published, run: Run) -> str:

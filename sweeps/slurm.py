@@ -40,8 +40,14 @@ class Outcome:
 
 
 def own_job() -> str | None:
-    """Return the Slurm job that runs this process alone; None elsewhere, and in a shell that Slurm gave to a user."""
-    return os.environ.get("SLURM_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
+    """Return the Slurm job that runs this process alone; None elsewhere, and in a shell that Slurm gave to a user.
+
+    12_0 is the first of an array; the plain number of one of its jobs is also that of the whole array.
+    """
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        return None
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def outcome(job: str) -> Outcome | None:
@@ -64,7 +70,7 @@ def _signal(codes: Iterable[str]) -> int:
 
 
 def submitted(sweep: Path) -> list[str]:
-    """Return the jobs that submitit has sent to Slurm for a sweep, as Slurm names them: 12_0 is the first of an array."""
+    """Return the jobs that submitit has sent to Slurm for a sweep, as Slurm names them."""
     return [path.name for path in (sweep / ".submitit").glob("[0-9]*")]
 
 

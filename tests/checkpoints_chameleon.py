@@ -201,9 +201,12 @@ def main(kind: str, out: Path) -> None:
     write_tokenizer_folder(out / "tokenizer")
     size = " model.size=64" if kind == "lumina" else " model.rows=4 model.columns=4"
     print(
-        f"python run.py model={kind}{size} model.weights={out}/model model.vq_weights={out}/tokenizer/vqgan.ckpt decoder=scd"
+        f"python run.py model={kind}{size} model.weights={out}/model model.vq_weights={out}/tokenizer/vqgan.ckpt decoder=scd "
+        "prompts=file prompts.path=FILE evaluation=none limit=2"
     )
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("lumina", "anole"):
+        sys.exit("usage: python -m tests.checkpoints_chameleon lumina|anole OUT")
     main(sys.argv[1], Path(sys.argv[2]))

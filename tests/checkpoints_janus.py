@@ -135,4 +135,6 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1]), sharded="--sharded" in sys.argv))
+    out = write(Path(sys.argv[1]), sharded="--sharded" in sys.argv)
+    words = " ".join(f"model.{key}={value}".replace(" ", "") for key, value in settings(out).items())
+    print(f"python run.py model=janus {words} decoder=scd prompts=file prompts.path=FILE evaluation=none limit=2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # before torch, transformers and wandb are imported
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MPLBACKEND": "Agg"}
@@ -13,3 +14,6 @@ os.environ["NETRC"] = os.devnull  # an account of whoever runs the tests must no
 from tests.cli import cli  # noqa: E402
 
 __all__ = ["cli"]
+
+# a shell starts background jobs with Ctrl-C ignored, which every process below would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)

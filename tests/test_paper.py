@@ -54,19 +54,19 @@ def test_rows_are_answered_by_model_prompts_method_and_tuning(tmp_path: Path) ->
     ]
     found = {(r["method"], r["model"], r["prompts"]): r for r in cells("Table 1", runs, tmp_path / "out")}
     ar = found["AR", "Lumina-mGPT (768 px)", "COCO2017 val (5k)"]
-    assert (ar["passes, published"], ar["N ours"]) == ("2357", "3")
+    assert (ar["passes, published"], ar["ours"]) == ("2357", "lumina, coco2017, N=3")
     assert ar["passes, ours"]
     assert found["SJD2", "Lumina-mGPT (768 px)", "COCO2017 val (5k)"]["passes, ours"]
     assert found["SJD", "Lumina-mGPT (768 px)", "COCO2014 val (30k)"]["passes, ours"]
     for key in (("SJD", "Lumina-mGPT (768 px)", "COCO2017 val (5k)"), ("AR", "Emu3", "COCO2017 val (5k)")):
-        assert found[key]["passes, ours"] == found[key]["N ours"] == ""  # nobody has run it: blank, not guessed
+        assert found[key]["passes, ours"] == found[key]["ours"] == ""  # nobody has run it: blank, not guessed
 
 
 def test_tuned_and_untuned_rows_are_told_apart(tmp_path: Path) -> None:
     tuned = lumina(tmp_path / "runs", "ar", adapter="tuned", prompts="geneval")
     found = {r["method"]: r for r in cells("Table 2", [tuned], tmp_path / "out") if r["model"].startswith("Lumina")}
-    assert found["AR (SJD2-tuned weights)"]["N ours"] == "3"
-    assert found["AR (not tuned)"]["N ours"] == ""
+    assert found["AR (SJD2-tuned weights)"]["ours"] == "lumina, geneval, N=3"
+    assert found["AR (not tuned)"]["ours"] == ""
     assert found["AR (not tuned)"]["GenEval, published"] == "0.48"
 
 

@@ -348,20 +348,18 @@ def test_axes_hold_their_values() -> None:
 
 
 def test_traces_of_real_decoders(cli: Cli) -> None:
-    job = ("limit=4", "batch_size=2", "baseline=null")
-    names = ("ar", "sjd", "scd", "zipar")
-    made = ("-m", "decoder=" + ",".join(names[:3]), *job), ("decoder=zipar", "decoder.window_size=1", *job)
-    assert all(cli(*command, "trace=4") == 0 for command in made), cli.out + cli.err
-    for name in names:
+    job = ("limit=2", "batch_size=2", "baseline=null")
+    made = ("-m", "decoder=ar,scd", *job), ("decoder=zipar", "decoder.window_size=1", *job)
+    assert all(cli(*command, "trace=2") == 0 for command in made), cli.out + cli.err
+    for name in ("ar", "scd", "zipar"):
         run = cli.run(name)
-        assert run.traces() == [(0, 0), (1, 0), (2, 0), (3, 0)]
+        assert run.traces() == [(0, 0), (1, 0)]
         for record in run.records():
             key = (record["id"][0], record["id"][1])
             trace, details = run.trace(key)
             assert np.diff([committed for _, committed in trace]).tolist() == record["accepted"][2:]
             assert len(trace) == record["forwards"] - 1
-            if name in ("sjd", "scd"):
-                assert ("guesses" in details) == (key == (0, 0))
+            assert ("guesses" in details) == (name == "scd" and key == (0, 0))
             if "guesses" in details:
                 follow(trace, details["guesses"], run.tokens(record))
             if name == "zipar":
@@ -372,17 +370,16 @@ def test_traces_of_real_decoders(cli: Cli) -> None:
     found = Page((path / "report.html").read_text())
     assert "Token trajectories" in found.text
     data = json.loads(found.data[0])
-    assert [lane["label"] for lane in data["lanes"]] == ["ar", "scd", "sjd", "zipar"]
-    assert [lane["lossless"] for lane in data["lanes"]] == [True, True, True, False]
-    assert sorted(data["heats"][0]["lanes"][3]["order"]) == list(range(16))
-    tokens = {name: [cli.run(name).tokens(r).tolist() for r in cli.run(name).records()] for name in names}
+    assert [lane["label"] for lane in data["lanes"]] == ["ar", "scd", "zipar"]
+    assert [lane["lossless"] for lane in data["lanes"]] == [True, True, False]
+    assert sorted(data["heats"][0]["lanes"][2]["order"]) == list(range(16))
     (sweep,) = (cli.runs_dir / "sweeps").iterdir()
     assert cli("stage=report", f"run_dir={sweep}") == 0
     assert (sweep / "report.html").is_file()
-    again = cli.runs_dir.parent / "untraced"
-    assert all(cli(*command, f"runs_dir={again}") == 0 for command in made)
-    cli.runs_dir = again
-    assert {name: [cli.run(name).tokens(r).tolist() for r in cli.run(name).records()] for name in names} == tokens
+    tokens = [cli.run("scd").tokens(record).tolist() for record in cli.run("scd").records()]
+    cli.runs_dir = cli.runs_dir.parent / "untraced"
+    assert cli("decoder=scd", *job) == 0
+    assert [cli.run("scd").tokens(record).tolist() for record in cli.run("scd").records()] == tokens
 
 
 def follow(trace: list[tuple[float, int]], guesses: list[list[int]], tokens: np.ndarray) -> None:

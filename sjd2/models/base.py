@@ -99,10 +99,10 @@ class ModelSpec:
 
         check_loading(self.quantisation, self.device_map)
         _ = self.layout
+        if self.adapter is not None:  # first: it is mostly local, while the next lines may ask the hub
+            check_part(self._adapter(), read_settings)
         for source in self.sources():
             reach(source)
-        if self.adapter is not None:
-            check_part(self._adapter(), read_settings)
 
     def digest(self) -> str:
         """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""

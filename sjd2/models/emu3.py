@@ -130,7 +130,9 @@ class Emu3(Backbone):
         spec, find = self.spec, self.tokenizer.convert_tokens_to_ids
         codes = find([f"<|visual token {code:06d}|>" for code in range(spec.vocabulary)])
         if codes[0] is None or codes != list(range(codes[0], codes[0] + len(codes))):
-            raise UserError(f"the tokenizer of {spec.weights} lacks one range of {spec.vocabulary} visual tokens.")
+            raise UserError(
+                f"the tokenizer of {spec.weights} lacks one range of {spec.vocabulary} visual tokens (model.vocabulary)."
+            )
         forced, names = [spec.row_end, *spec.suffix], [ROW_END, FRAME_END, END, EOS]
         if forced != find(names):
             raise UserError(

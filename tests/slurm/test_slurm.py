@@ -143,17 +143,16 @@ def test_a_cancelled_job_is_a_row(cluster: Cluster, tmp_path: Path, monkeypatch:
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     process = start(
-        cluster, tmp_path / "runs", *TOY, "decoder=ar,sjd", "limit=12", "baseline=null", TOY_SECONDS_PER_BATCH="3"
+        cluster, tmp_path / "runs", *TOY, "decoder=ar,sjd", "limit=40", "baseline=null", TOY_SECONDS_PER_BATCH="3"
     )
-    wait_for(lambda: running_jobs(tmp_path / "runs") and records(tmp_path / "runs"), process)
-    number, job = next(iter(running_jobs(tmp_path / "runs").items()))
-    cluster.ask("scancel", job["slurm"])
+    wait_for(lambda: any("-sjd-" in name for name in records(tmp_path / "runs")), process)
+    cluster.ask("scancel", running_jobs(tmp_path / "runs")[1]["slurm"])
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 1, output
-    found = ended(tmp_path / "runs")
-    assert found[number]["status"] in ("stopped", "running")
-    assert "was stopped" in found[number]["reason"] or "was cancelled" in found[number]["reason"]
-    assert found[1 - number]["status"] == "ok"
+    first, second = ended(tmp_path / "runs")
+    assert first["status"] == "ok"
+    assert second["status"] in ("stopped", "running")
+    assert "was stopped" in second["reason"] or "was cancelled in Slurm" in second["reason"]
 
 
 def test_a_cluster_without_accounts_ends_too(
