@@ -163,4 +163,6 @@ def randomise(model: nn.Module, seed: int) -> None:
 if __name__ == "__main__":
     out = write(Path(sys.argv[1]))
     words = " ".join(f"model.{key}={value}".replace(" ", "") for key, value in settings(out).items())
-    print(f"python run.py model=emu3 {words} decoder=scd top_k=0 prompts=file prompts.path=FILE evaluation=none limit=2")
+    print(
+        f"python run.py model=emu3 {words} decoder=scd top_k=0 prompts=file prompts.path=FILE evaluation=none limit=2"
+    )

@@ -40,7 +40,7 @@ from sjd2.finetune.loop import warmup_decay
 from sjd2.finetune.next_clean import FinetuneSJD2
 from sjd2.finetune.objective import recompute
 from sjd2.finetune.tokenised import ImageTokens
-from sjd2.instantiate import check_node
+from sjd2.instantiate import check_node, instantiate
 from sjd2.layout import TokenGrid
 from sjd2.models.chameleon import ChameleonSpec
 from sjd2.models.tiny.ar import TrainAR
@@ -486,11 +486,23 @@ def member(place: Path, out: Path) -> None:
         model, _ = kinds(place, out, device)["full"]
         layer = model.decoder.layers[0].mlp.up_proj.weight
         facts = {"type": type(layer).__name__, "here": layer.to_local().numel(), "whole": layer.numel()}
+        facts["norm"] = norm(place, device)
         (out / f"{distributed.rank()}.json").write_text(json.dumps(facts))
         data = tokens(place, "shards", folder=str(out / "tokens"))
         data.prepare(model, out)
         pairs = heads(out / "eagle")
         (out / f"drawn{distributed.rank()}.json").write_text(json.dumps(pairs))
+
+
+def norm(place: Path, device: str) -> float:
+    """Return the gradient's norm over all weights, as clipping sees it."""
+    model, made = spec(place).load(device, "float32"), recipe(Codes(), machine={"micro_batch": 2}, **VARIANTS["full"])
+    model.adapter = Adapter(made.adapter, model)
+    objective = made._objective(model, model.adapter)
+    for value, _ in made._pieces(model, objective, 0, 0):
+        value.backward()
+    found = torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+    return float(found.full_tensor() if objective.sharded else found)
 
 
 def heads(out: Path) -> list[list[int]]:
@@ -553,11 +565,13 @@ def test_two_processes_learn_what_one_learns(pair: SimpleNamespace, place: Path)
     assert figures["val_loss_k1"] == pytest.approx(curves[1][0]["val_loss_k1"], abs=1e-5)
 
 
-def test_weights_are_really_sharded(pair: SimpleNamespace) -> None:
+def test_weights_are_really_sharded(pair: SimpleNamespace, place: Path) -> None:
+    wanted = norm(place, "cpu")
     for rank in range(2):
         facts = json.loads((pair.two / f"{rank}.json").read_text())
         assert facts["type"] == "DTensor"
         assert 2 * facts["here"] == facts["whole"]
+        assert facts["norm"] == pytest.approx(wanted, rel=1e-5)  # of all weights, not of those that lie here
     parts = sorted(file.stat().st_size for file in sharding.newest(pair.two / "full").glob("*.distcp"))
     assert len(parts) == 2
     assert parts[0] > 0.8 * parts[1]
@@ -732,7 +746,6 @@ def test_a_training_whose_processes_are_all_killed_ends_with_the_same_weights(
 
 def test_the_result_decodes(place: Path, trained: SimpleNamespace) -> None:
     from sjd2.decoding import generate
-    from sjd2.instantiate import instantiate
     from sjd2.sampling import Sampling
 
     loaded = replace(spec(place), adapter=str(trained.out / "final")).load("cpu", "float32")
@@ -776,6 +789,22 @@ def test_recipes_reach_their_model_and_the_command_line_wins(path: Path) -> None
     if name != "eagle":
         assert cfg.finetune.batch_size == 64
         assert cfg.finetune.data._target_.endswith("ImageTokens")
+
+
+def test_any_recipe_takes_any_data(place: Path) -> None:
+    """Settings of the one kind must not stay behind for the other."""
+    given = "+finetune.data={_target_: sjd2.finetune.tokenised.ImageTokens, images: " + str(place / "shards") + "}"
+    for name, model in (("eagle", "janus"), ("sjd2", "tiny")):
+        more = ("decoder=scd",) if name == "eagle" else ()
+        cfg = settings("stage=finetune", f"finetune={name}", f"model={model}", "~finetune.data", given, *more)
+        check_node(cfg.finetune)
+        assert isinstance(instantiate(cfg.finetune).data, ImageTokens)
+    own = settings(
+        "stage=finetune", "finetune=eagle", "model=janus", "finetune.data.captions.path=x.txt", "decoder=scd",
+        "+finetune.data.decoder=${decoder}",
+    )  # fmt: skip
+    data = instantiate(own.finetune).data
+    assert (data.decoder.name, data.scales) == ("scd", [own.guidance_scale])
 
 
 def test_the_papers_recipe_has_the_papers_numbers() -> None:
