@@ -31,6 +31,7 @@ TYPES: dict[str, Any] = {
     "sampler": str,
     "runs_dir": str,
     "run_dir": str | None,
+    "against": str | None,
     "paper": str | None,
     "device": str,
     "dtype": str,
@@ -54,6 +55,8 @@ def check_settings(cfg: DictConfig) -> None:
     choose("dtype", cfg.dtype, DTYPES)
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
+    if cfg.against is not None and cfg.stage != "compare":
+        raise UserError("against=FOLDER is the second run of stage=compare; it needs stage=compare run_dir=FOLDER.")
     if cfg.paper is not None:
         from sweeps.paper import check
 

@@ -2,7 +2,7 @@
 
 Lossless decoders must not differ from AR, a lossy control should: its likelihood (NLL per token) and its kernel distance
 (KID, from the features in the run folders) are tested at 1 %, corrected for the number of decoders. Every value is of
-the images that both runs have.
+the images that both runs have. Two runs in every respect (`run_dir=A against=B`): two.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evaluation.intervals import Difference, paired
-from evaluation.records import run_folders, write_atomically
+from evaluation.records import RunFolder, run_folders, write_atomically
 from sjd2.errors import UserError
-from sweeps.distances import KernelDistances, fid_settings
+from sweeps.distances import FeatureDistances, fid_settings
 from sweeps.formats import Table, markdown, show
 from sweeps.notes import ADAPTER
 from sweeps.rows import nll_per_token
@@ -89,7 +89,7 @@ def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Com
     lonely = [run.label for run in others if references[run.path] is None]
     if lonely:
         found.skipped.append(f"{', '.join(lonely)}: no AR run of the same weights shares two prompts.")
-    distances = KernelDistances(metric)
+    distances = FeatureDistances(metric)
     for run in tested:
         found.against_ar.append(_against_ar(run, references[run.path], len(tested), distances))
     for first, second in combinations(others, 2):
@@ -102,7 +102,7 @@ def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Com
     return found
 
 
-def _against_ar(run: Run, reference: Run, comparisons: int, distances: KernelDistances) -> AgainstAR:
+def _against_ar(run: Run, reference: Run, comparisons: int, distances: FeatureDistances) -> AgainstAR:
     theirs, ours = (
         {key: nll for key, image in r.images.items() if (nll := nll_per_token(image)) is not None}
         for r in (reference, run)
@@ -111,7 +111,7 @@ def _against_ar(run: Run, reference: Run, comparisons: int, distances: KernelDis
     if len({key[0] for key in theirs.keys() & ours.keys()}) > 1:
         replicates = min(40_000, 2000 * comparisons)  # at least 10 in either tail of the corrected interval
         nll = paired(theirs, ours, level=level, comparisons=comparisons, replicates=replicates)
-    kid, about = distances.kid(reference, run, level, comparisons)
+    kid, about = distances.gap("kid", reference, run, level, comparisons)
     extractor, missing = (about, "") if kid else ("", about)
     return AgainstAR(run, reference, common_prompts(reference, run), nll, kid, extractor, missing)
 
@@ -180,20 +180,22 @@ def _n(difference: Difference | None, prompts: int) -> str:
     return f"{difference.prompts} ({difference.images} images)"
 
 
-def _interval(gap: Difference, digits: int) -> str:
+def with_interval(gap: Difference, digits: int) -> str:
+    """Write a difference with its interval."""
     return f"{gap.mean:+.{digits}f} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
 
 
-def _p(gap: Difference) -> str:
+def p_value(gap: Difference) -> str:
+    """Write a p-value."""
     return "<0.001" if gap.p < 0.001 else f"{gap.p:.3f}"
 
 
 def _tested(gap: Difference | None, digits: int) -> list[str]:
-    return [_interval(gap, digits), _p(gap), "**yes**" if differs(gap) else "no"] if gap else ["", "", ""]
+    return [with_interval(gap, digits), p_value(gap), "**yes**" if differs(gap) else "no"] if gap else ["", "", ""]
 
 
 def _pair_cells(pair: Pair) -> list[str]:
-    gaps = [text for gap in (pair.passes, pair.compression) for text in (_interval(gap, 2), _p(gap))]
+    gaps = [text for gap in (pair.passes, pair.compression) for text in (with_interval(gap, 2), p_value(gap))]
     return [f"{pair.second.label} − {pair.first.label}", _n(pair.passes, 0), *gaps]
 
 
@@ -239,10 +241,19 @@ def compare_folders(paths: Sequence[Path], out: Path, metric: Mapping[str, Any] 
 
 
 def stage(cfg: DictConfig) -> Path:
-    """Run stage=compare on all run folders of runs_dir; returns the folder of compare.md and compare.json."""
-    if cfg.run_dir is not None:
-        raise UserError("stage=compare compares all runs of runs_dir=FOLDER; leave run_dir out.")
+    """Compare run_dir with against, or all run folders of runs_dir pairwise; returns the folder of what was written."""
+    from sweeps.two import compare_pair
+
+    if (cfg.run_dir is None) != (cfg.against is None):
+        raise UserError(
+            "stage=compare takes two runs, run_dir=FOLDER against=FOLDER, or all runs of runs_dir=FOLDER without either."
+        )
     settings = fid_settings(OmegaConf.to_container(cfg, resolve=True))
     out = Path(cfg.runs_dir) / "tables"
+    if cfg.run_dir is not None:
+        first, second = RunFolder.open(cfg.run_dir).path, RunFolder.open(cfg.against).path
+        out = out / f"{first.name}-{second.name}"
+        show(compare_pair((first, second), out, settings))
+        return out
     show(compare_folders(run_folders(cfg.runs_dir), out, settings))
     return out

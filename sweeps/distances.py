@@ -1,4 +1,4 @@
-"""Compare the kernel distances (KID) of two runs from the features in their folders; no network is loaded."""
+"""Compare the distances (KID, FID) of two runs from the features in their folders; no network is loaded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from sjd2.errors import UserError
 from sjd2.instantiate import instantiate
 from sweeps.runs import Run, common_prompts
 
-FEW = 10  # prompts below which a bootstrapped kernel distance means nothing
+FEW = 10  # prompts below which a bootstrapped distance means nothing
+WIDE = 256  # features above which the 400 Frechet distances of an interval take too long
 
 
-class KernelDistances:
-    """Paired kernel distances; a metric and its reference features are read once for all pairs."""
+class FeatureDistances:
+    """Paired distances; a metric and its reference features are read once for all pairs."""
 
     def __init__(self, settings: Mapping[str, Any] | None) -> None:
         self.settings, self._built = settings, {}
 
-    def kid(self, reference: Run, run: Run, level: float, comparisons: int) -> tuple[Difference | None, str]:
-        """Return the difference and its extractor, or None and the reason."""
+    def gap(self, kind: str, reference: Run, run: Run, level: float, comparisons: int) -> tuple[Difference | None, str]:
+        """Return run's distance (kind: kid or fid) minus reference's and its extractor, or None and the reason."""
         if (common := common_prompts(reference, run)) < FEW:
             return None, f"{common} prompts in both are too few"
         nodes = [self.settings, *(fid_settings(r.config) for r in (run, reference))]
@@ -33,9 +34,12 @@ class KernelDistances:
         for node in filter(None, nodes):
             try:
                 metric = self._metric(node)
+                if kind == "fid" and metric.extractor.width > WIDE:
+                    reason = f"an interval on {metric.extractor.width} features takes too long; KID stands for it"
+                    continue
                 with np.errstate(divide="ignore", invalid="ignore"):  # a replicate of one single image has no pairs
                     found = paired_distance(
-                        reference.folder, run.folder, metric, "kid", level=level, comparisons=comparisons
+                        reference.folder, run.folder, metric, kind, level=level, comparisons=comparisons
                     )
             except UserError as error:
                 reason = str(error).rstrip(".")

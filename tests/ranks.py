@@ -33,7 +33,7 @@ def start(function: Callable[..., None], *args: object, size: int = 2) -> list[B
     return found
 
 
-def finish(processes: list[BaseProcess], seconds: float = 240.0) -> None:
+def finish(processes: list[BaseProcess], seconds: float = 900.0) -> None:
     """Wait for all of them; one that fails ends the others, as under torchrun."""
     end = time.monotonic() + seconds
     while any(process.is_alive() for process in processes) and time.monotonic() < end:

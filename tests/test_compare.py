@@ -182,7 +182,9 @@ def test_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: 
     assert sorted(command.STAGES) == sorted(STAGES)
     monkeypatch.setattr(pictures, "draw", lambda *_args, **_settings: pictures.Drawn())
     runs = tmp_path / "runs"
-    cfg = OmegaConf.create({"runs_dir": str(runs), "run_dir": None, "paper": None, "evaluation": {"metrics": {}}})
+    cfg = OmegaConf.create(
+        {"runs_dir": str(runs), "run_dir": None, "against": None, "paper": None, "evaluation": {"metrics": {}}}
+    )
     make(tmp_path, "sjd", seed=2)
     with pytest.raises(UserError, match="needs two runs"):
         stage(cfg)
@@ -198,5 +200,5 @@ def test_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: 
     assert "| sjd |" in text
     assert "| scd |" not in text
     assert "published" in text
-    with pytest.raises(UserError, match="leave run_dir out"):
+    with pytest.raises(UserError, match="takes two runs"):
         stage(cfg)

@@ -90,7 +90,7 @@ def test_a_sweep_killed_at_random_moments(cli: Cli, undisturbed: Callable, kills
     assert table.count("\n| sjd") == 2
 
 
-@pytest.mark.parametrize("step", [15, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_run_killed_at_every_write(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable, call: str, step: int
@@ -233,7 +233,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("damage", ["zeros", "twice", "gone"])
+@pytest.mark.parametrize("damage", ["zeros", "gone", *(pytest.param(n, marks=pytest.mark.slow) for n in DAMAGE)])
 def test_damaged_records(cli: Cli, undisturbed: Callable, damage: str) -> None:
     expected = undisturbed(cli, *JOB)
     assert cli(*JOB[:1], "limit=8", *JOB[2:]) == 0
@@ -246,8 +246,9 @@ def test_damaged_records(cli: Cli, undisturbed: Callable, damage: str) -> None:
     assert cli(*JOB) == 0
     run = RunFolder(path)
     assert [record["id"] for record in run.records()] == [[n, 0] for n in range(14)]
-    if damage != "twice":
-        assert content(cli.runs_dir) == expected
+    if damage == "twice":  # the line stays, its image counts once
+        file.write_bytes(b"\n".join(dict.fromkeys(file.read_bytes().split(b"\n"))))
+    assert content(cli.runs_dir) == expected
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if name != "twice"])

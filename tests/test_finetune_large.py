@@ -696,7 +696,7 @@ def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "--standalone",
     ]
     done = subprocess.run(
-        [*launcher, str(ROOT / "run.py"), *command(place, out)], cwd=out.parent, capture_output=True, text=True, timeout=400,
+        [*launcher, str(ROOT / "run.py"), *command(place, out)], cwd=out.parent, capture_output=True, text=True, timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return SimpleNamespace(out=out, done=done)
@@ -724,7 +724,7 @@ def test_a_training_whose_processes_are_all_killed_ends_with_the_same_weights(
     out = tmp_path / "run"
     processes = start(commanded, command(place, out))
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 900
         while not list(out.glob("shards-0000000[2-9]/facts.json")) and time.monotonic() < end:
             assert not any(process.exitcode for process in processes)
             time.sleep(0.005)

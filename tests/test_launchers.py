@@ -204,6 +204,22 @@ def test_stages_and_multiruns_under_torchrun(cli: Cli, monkeypatch: pytest.Monke
     assert "a multirun takes a launcher" in cli.err
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("runtime.grace_s=-1", r"runtime.grace_s must be 0 seconds or more, got -1"),
+        ("runtime.grace_s=soon", r"runtime.grace_s must be 0 seconds or more, got 'soon'"),
+        ("runtime.isolate=3", r"runtime.isolate must be true or false, got 3"),
+    ],
+)
+def test_settings_of_the_machine(setting: str, message: str) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [setting])
+    with pytest.raises(UserError, match=message):
+        check_settings(cfg)
+
+
 # ---- signals
 
 

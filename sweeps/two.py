@@ -1,0 +1,254 @@
+"""Compare two run folders: settings, tokens, what each image came to (paired), and what they ran on.
+
+`python run.py stage=compare run_dir=A against=B`. Every difference is B minus A on the images of both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.intervals import Difference, paired
+from evaluation.records import Id, write_atomically
+from evaluation.score import read_scores
+from sjd2.errors import UserError
+from sweeps.compare import ALPHA, differs, p_value, with_interval
+from sweeps.distances import FeatureDistances
+from sweeps.formats import Table, markdown
+from sweeps.labels import flatten
+from sweeps.rows import nll_per_token
+from sweeps.runs import Run, groups, obstacles, read_run, table_machine
+
+UNSAID = ("launch", "run", "time", "ended", "peak_memory_gb")  # of a launch: what says nothing of where it ran
+EXAMPLES = 3  # values of one key that a cell shows
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many of the `images` of both have the very same tokens; `first`: (image, place) of the first other token."""
+
+    images: int
+    equal: int
+    first: tuple[Id, int] | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One value of both runs on the images of both, and their paired difference."""
+
+    name: str
+    values: tuple[float | None, float | None]  # a distance between sets of images has none on a part of them
+    gap: Difference
+    digits: int
+
+
+@dataclass
+class Pair:
+    """All that is known of two runs together; `skipped` says what could not be compared and why."""
+
+    runs: tuple[Run, Run]
+    settings: dict[str, tuple[str, str]]
+    provenance: dict[str, tuple[str, str]]
+    tokens: Tokens | None = None
+    measures: list[Measure] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def compare_two(first: Run, second: Run, metric: Mapping[str, Any] | None = None) -> Pair:
+    """Compare two runs; metric: settings of a FeatureDistance, tried before those in the runs' folders."""
+    found = Pair((first, second), _settings(first, second), _unequal(*(_where(run) for run in (first, second))))
+    common = sorted(first.images.keys() & second.images.keys())
+    if first.identity["prompts"]["digest"] != second.identity["prompts"]["digest"]:
+        found.skipped.append("images: the prompts differ")
+    elif not common:
+        found.skipped.append("images: no image is in both")
+    else:
+        if _canvas(first) == _canvas(second):
+            found.tokens = _tokens(first, second, set(common))
+        else:
+            found.skipped.append("tokens: the models differ")
+        _measure(found, metric)
+    return found
+
+
+def _settings(first: Run, second: Run) -> dict[str, tuple[str, str]]:
+    """Return the settings that decide tokens in which the runs differ; weights by digest, not by path."""
+    sides = ({key: value for key, value in run.identity.items() if key != "id"} for run in (first, second))
+    return _unequal(*({key: str(value) for key, value in flatten(side).items()} for side in sides))
+
+
+def _where(run: Run) -> dict[str, str]:
+    """Return what the launches of a run ran on, several values of one key joined."""
+    values: dict[str, dict[str, None]] = {}
+    for launch in run.launches.values():
+        said = {key: value for key, value in launch.items() if key not in UNSAID}
+        if isinstance(said.get("command"), list):
+            said["command"] = " ".join(map(str, said["command"]))
+        for key, value in flatten(said).items():
+            values.setdefault(key, {})[str(value)] = None
+    joined = {}
+    for key, found in values.items():
+        shown, more = list(found)[:EXAMPLES], max(0, len(found) - EXAMPLES)
+        joined[key] = "; ".join(shown) + (f"; and {more} more" if more else "")
+    return joined
+
+
+def _unequal(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    keys = sorted(first.keys() | second.keys())
+    return {key: (first.get(key, ""), second.get(key, "")) for key in keys if first.get(key) != second.get(key)}
+
+
+def _canvas(run: Run) -> tuple[Any, ...]:
+    return tuple(run.identity["model"].get(key) for key in ("name", "rows", "columns", "vocabulary"))
+
+
+def _tokens(first: Run, second: Run, common: set[Id]) -> Tokens:
+    """Compare tokens by their digest; only the first image that differs is read."""
+    records = [{(r["id"][0], r["id"][1]): r for r in run.folder.records()} for run in (first, second)]
+    other = sorted(key for key in common if len({side[key]["tokens_sha256"] for side in records}) > 1)
+    if not other:
+        return Tokens(len(common), len(common), None)
+    ours, theirs = (run.folder.tokens(side[other[0]]) for run, side in zip((first, second), records, strict=True))
+    least = min(len(ours), len(theirs))
+    places = np.flatnonzero(ours[:least] != theirs[:least])
+    return Tokens(len(common), len(common) - len(other), (other[0], int(places[0]) if places.size else least))
+
+
+# ---- values of the images
+
+
+def _values(found: Pair) -> Iterator[tuple[str, int, list[dict[Id, float]]]]:
+    """Yield (name, digits, one value per image of either run) of all that both runs know."""
+    runs = found.runs
+    yield "passes per image", 2, [{k: float(i.forwards) for k, i in run.images.items()} for run in runs]
+    yield "step compression", 3, [{k: i.tokens / i.forwards for k, i in run.images.items()} for run in runs]
+    machine = table_machine(runs)
+    if reasons := obstacles(*runs, machine):
+        found.skipped.append(f"latency: not the same {', '.join(reasons)}")
+    else:
+        yield "latency, s", 4, [{k: i.latency for k, i in run.timed(machine).items()} for run in runs]
+    likely = [{k: nll for k, i in run.images.items() if (nll := nll_per_token(i)) is not None} for run in runs]
+    if runs[0].law == runs[1].law:
+        yield "NLL per token", 4, likely
+    else:
+        found.skipped.append("NLL per token: it is taken under each run's own law")
+    scores = [read_scores(run.folder) for run in runs]
+    names = [{name for row in side.values() for name in row} for side in scores]
+    for name in sorted(names[0] | names[1]):
+        sides = [{key: float(row[name]) for key, row in side.items() if name in row} for side in scores]
+        if len({_protocol(run, name) for run in runs}) > 1:
+            found.skipped.append(f"{name}: not measured by the same protocol in both")
+        else:
+            yield name, 4, sides
+
+
+def _protocol(run: Run, name: str) -> str | None:
+    """Return how a per-image score was taken; `alignment_all` is of the metric `alignment`."""
+    protocol = run.metrics.get("protocol", {})
+    return protocol.get(name) or protocol.get(name.partition("_")[0])
+
+
+def _measure(found: Pair, metric: Mapping[str, Any] | None) -> None:
+    """Test every value that both runs have, corrected for the number of tests."""
+    values = []
+    for name, digits, (a, b) in _values(found):
+        common = a.keys() & b.keys()
+        if len({key[0] for key in common}) < 2:
+            found.skipped.append(f"{name}: fewer than two prompts in both")
+        else:
+            values.append((name, digits, a, b, sorted(common)))
+    distances = FeatureDistances(metric)
+    tests, level = len(values) + 2, 1 - ALPHA
+    for name, digits, a, b, common in values:
+        gap = paired(a, b, level=level, comparisons=tests, replicates=min(40_000, 2000 * tests))
+        means = (float(np.mean([a[key] for key in common])), float(np.mean([b[key] for key in common])))
+        found.measures.append(Measure(name, means, gap, digits))
+    for kind in ("kid", "fid"):
+        gap, about = distances.gap(kind, *found.runs, level, tests)
+        if gap is None:
+            found.skipped.append(f"{kind.upper()}: {about}")
+        else:
+            found.measures.append(Measure(f"{kind.upper()} ({about})", (None, None), gap, 4))
+
+
+# ---- for readers
+
+
+def verdict(found: Pair) -> list[str]:
+    """Say in a sentence each whether tokens and measures differ."""
+    words, tokens = [], found.tokens
+    if tokens is not None and tokens.equal == tokens.images:
+        words.append(f"Tokens: equal in all {tokens.images} images of both.")
+    elif tokens is not None and tokens.first is not None:
+        (prompt, repeat), place = tokens.first
+        words.append(
+            f"Tokens: different in {tokens.images - tokens.equal} of {tokens.images} images of both, first in image "
+            f"{prompt:05d}_{repeat} at token {place}."
+        )
+    if found.measures:
+        other = [measure.name for measure in found.measures if differs(measure.gap)]
+        listed = f"different: {', '.join(other)}" if other else "no difference found, which is no proof of equality"
+        words.append(f"Measures: {listed} ({100 * ALPHA:g} %, corrected for {len(found.measures)} tests).")
+    return words
+
+
+def tables(found: Pair) -> list[Table]:
+    """Return the tables of two runs: measures, settings, and what they ran on."""
+    names = [run.path.name for run in found.runs]
+    made = []
+    if found.measures:
+        header = ["B minus A", "A", "B", f"difference ({100 * (1 - ALPHA / len(found.measures)):.4g} %)", "p", "N"]
+        made.append(Table("Measures", [*header], [_cells(measure) for measure in found.measures]))
+    for heading, words, rows in (
+        ("Settings that differ", "Settings are equal", found.settings),
+        ("Provenance that differs", "Provenance is equal", found.provenance),
+    ):
+        title = heading if rows else words
+        made.append(Table(title, ["", "A", "B"], [[key, *pair] for key, pair in rows.items()]))
+    made[0].notes = [f"A is {names[0]}, B is {names[1]}.", *verdict(found), *made[0].notes]
+    made[-1].notes += [f"Not compared: {reason.rstrip('.')}." for reason in found.skipped]
+    return made
+
+
+def _cells(measure: Measure) -> list[str]:
+    sides = ["" if value is None else f"{value:.{measure.digits}f}" for value in measure.values]
+    mark = "**" if differs(measure.gap) else ""
+    return [measure.name, *sides, f"{mark}{with_interval(measure.gap, measure.digits)}{mark}", p_value(measure.gap),
+            str(measure.gap.prompts)]  # fmt: skip
+
+
+def as_json(found: Pair) -> dict[str, Any]:
+    """Return every number under its own name, unrounded; what does not exist is absent."""
+    tokens = found.tokens
+    measures = [
+        {"name": m.name, **asdict(m.gap), "differs": differs(m.gap)}
+        | ({} if m.values[0] is None else {"a": m.values[0], "b": m.values[1]})
+        for m in found.measures
+    ]
+    return (
+        {"a": str(found.runs[0].path), "b": str(found.runs[1].path)}
+        | ({"tokens": asdict(tokens)} if tokens else {})
+        | {"measures": measures, "settings": found.settings, "provenance": found.provenance, "skipped": found.skipped}
+    )
+
+
+def compare_pair(paths: tuple[Path, Path], out: Path, metric: Mapping[str, Any] | None = None) -> str:
+    """Compare two run folders, write two.md and two.json into `out`; return the Markdown.
+
+    Raises UserError where a folder is no run, or both are one.
+    """
+    first, second = (read_run(path) for path in paths)
+    if first.path.resolve() == second.path.resolve():
+        raise UserError(f"run_dir and against are one folder, {first.path}; name two.")
+    groups([first, second])
+    found = compare_two(first, second, metric)
+    text = "\n".join(markdown(table) for table in tables(found))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "two.md", text.encode())
+    write_atomically(out / "two.json", (json.dumps(as_json(found), indent=1, allow_nan=False) + "\n").encode())
+    return text
