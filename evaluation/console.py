@@ -174,7 +174,9 @@ def _unknown_key(key: str) -> str:
     keys = list(setting_names(sys.argv[1:], without=key))
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in keys if k.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    named = {k.rpartition(".")[2]: k for k in siblings}  # a long parent would make every sibling look alike
+    near = difflib.get_close_matches(key, [] if siblings else keys, n=1, cutoff=0.7)
+    near = near or [named[name] for name in difflib.get_close_matches(leaf, named, n=1, cutoff=0.6)]
     leaves = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.85)
     near = near or [k for k in keys if k.rpartition(".")[2] in leaves][:1]
     hint = f", did you mean '{near[0]}'?" if near else "."

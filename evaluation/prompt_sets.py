@@ -50,6 +50,10 @@ class Coco(Prompts):
                 f"lies (unpack annotations_trainval{self.split[-4:]}.zip of cocodataset.org)."
             )
         path = find(self.path)
+        if path.is_file() and path.suffix != ".json":
+            raise UserError(
+                f"'{path}' is no annotation file of COCO ({name}); for a list of prompts of your own take prompts=file."
+            )
         if not path.is_dir():
             return path
         there = [file for file in (path / name, path / "annotations" / name) if file.is_file()]

@@ -14,6 +14,7 @@ from pathlib import Path
 from evaluation.records import write_atomically
 from sjd2.errors import unknown
 from sweeps.formats import Table, csv_cells, latex, markdown
+from sweeps.labels import tail
 from sweeps.published import Published, read
 from sweeps.rows import Row, make_rows
 from sweeps.runs import Run, groups, table_machine
@@ -64,6 +65,8 @@ class Wanted:
             return True
         prompts, model = (run.config.get("prompts") or {}).get("name"), run.config["model"]
         if self.model is None or str(model.get("size", SIZES[self.model][0])) not in SIZES[self.model]:
+            return False
+        if self.model == "janus" and "7b" in tail(str(model.get("weights"))).lower():  # the paper's is the 1B one
             return False
         return model["name"] == self.model and self.prompts in (None, prompts)
 

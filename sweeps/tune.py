@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation import job, validate
 from evaluation.console import CONF, say, sentence
 from evaluation.intervals import paired
+from evaluation.provenance import hardware
 from evaluation.records import RunFolder, lock, write_atomically
 from evaluation.score import Metric
 from evaluation.speed import Speed
@@ -231,10 +232,11 @@ class Search:
             return self._run()
 
     def _run(self) -> Path:
-        base = validate.plan(self.compose(*self.own)).identity["id"]
+        base = validate.plan(self.compose(*self.own))
         say(f"tune: AR on the {self.tune.prompts} captions of the search")
         self.reference = self.make(self.compose(*self.own, decoder="ar"), self.tune.prompts, self.metrics)
-        study = open_study(self.out, self.tune, (self.reference.config.identity.id, base))
+        runs = (self.reference.config.identity.id, base.identity["id"])
+        study = open_study(self.out, self.tune, runs, hardware(torch.device(base.device)))
         done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)  # a kill's FAIL is tried again
         while done < self.tune.trials:
             trial = study.ask()
@@ -279,11 +281,11 @@ class Search:
         return self.out
 
 
-def open_study(out: Path, tune: Tune, runs: Sequence[str] = ()) -> Study:
+def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "") -> Study:
     """Open the study in out/study.db, a cut one where it was: trials that a kill left unfinished are tried again.
 
     runs: identities of AR's and the decoder's own run on the captions of the search: model, law, prompts and all.
-    Raises `UserError` if the study there searched something else.
+    machine: the hardware, on which a latency depends. Raises `UserError` if the study there searched something else.
     """
     import optuna
 
@@ -297,9 +299,14 @@ def open_study(out: Path, tune: Tune, runs: Sequence[str] = ()) -> Study:
         )
         study.sampler = _sampler(tune, len(study.trials))
     asked = {"space": flatten(tune.space), "fixed": list(tune.fixed), "runs": list(runs)}
+    if tune.objective == "latency":  # seconds of two machines do not compare
+        asked["machine"] = machine
     asked |= {key: getattr(tune, key) for key in ("objective", "quality", "bound", "trust_lossless", "prompts")}
     if study.user_attrs.get("asked", asked) != asked:
-        raise UserError(f"{out} holds a search of other settings; choose another tune.name, or remove that folder.")
+        raise UserError(
+            f"{out} holds a search of other settings, or of latency on another machine; choose another tune.name, or "
+            "remove that folder."
+        )
     study.set_user_attr("asked", asked)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)

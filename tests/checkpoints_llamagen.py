@@ -170,4 +170,9 @@ def write(folder: Path, seed: int = 0) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    print(write(parser.parse_args().out))
+    out = write(parser.parse_args().out)
+    files = f"model.weights={out} model.vq_weights={out} model.text_weights={out}/flan-t5-xl"
+    print(
+        f"python run.py model=llamagen model.size=256 {files} model.vocabulary={CODES} model.heads={HEADS} decoder=scd "
+        "prompts=file prompts.path=FILE evaluation=none limit=2"
+    )

@@ -336,6 +336,14 @@ def test_wrong_settings_say_the_mend(folder: Path, settings: dict[str, object], 
     assert "\n" not in str(error.value)
 
 
+def test_a_memory_too_small_for_the_text_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sjd2.models import llamagen_text
+
+    monkeypatch.setattr(llamagen_text, "free_bytes", lambda device: 100)
+    with pytest.raises(UserError, match=r"model.text_weights=.* needs .* GB and cpu .*model.text_device=cpu"):
+        load(folder, "float32")
+
+
 def listed(name: str) -> dict[str, tuple[int, ...]]:
     lines = (KEYS / name).read_text().splitlines()
     pairs = (line.split() for line in lines if not line.startswith("#"))

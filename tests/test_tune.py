@@ -90,6 +90,17 @@ def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
         tune.open_study(tmp_path, settings, ("other run",))
 
 
+@pytest.mark.parametrize(("objective", "moves"), [("passes", True), ("latency", False)])
+def test_seconds_of_two_machines_do_not_mix(tmp_path: Path, objective: str, moves: bool) -> None:
+    settings = tune.Tune(name="t", space={"decoder": {"window": [8, 16]}}, objective=objective)
+    tune.open_study(tmp_path, settings, ("run",), "a GPU")
+    if moves:
+        tune.open_study(tmp_path, settings, ("run",), "another GPU")
+    else:
+        with pytest.raises(UserError, match="other settings"):
+            tune.open_study(tmp_path, settings, ("run",), "another GPU")
+
+
 def test_a_search_from_start_to_decoder(cli: Cli) -> None:
     assert cli(*SMALL, "tune.trials=4") == 0, cli.err
     out = cli.runs_dir / "tune-scd"

@@ -283,6 +283,7 @@ def test_a_memory_that_is_too_small_is_told(
     monkeypatch.undo()
     assert weights.stored_bytes(folder, torch.bfloat16) == 16.0
     assert weights.stored_bytes(folder, torch.float64) == 64.0
+    assert weights.stored_bytes(folder, torch.float64, ("another.",)) == 0.0
     check_memory(folder, spec(folder), CPU, torch.float32)
 
 

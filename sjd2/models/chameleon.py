@@ -136,10 +136,10 @@ class Chameleon(Backbone):
         """Tokenise and embed both guidance branches; the unconditional one is the same for all prompts."""
         ids, nothing = self.prompt_ids(prompts)
         strange = self.words.token_to_id("<unk>")
-        unknown = sum(strange in row for row in ids)
+        unknown = [prompt for prompt, row in zip(prompts, ids, strict=True) if strange in row]
         if unknown and not self.told:
             self.told = True
-            logger.warning("%d of %d prompts have words that %s does not know.", unknown, len(ids), self.spec.name)
+            logger.warning("prompts have words that %s does not know, e.g. '%s'.", self.spec.name, unknown[0])
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         longest = int(lengths.max())
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sjd2.errors import UserError
-from sjd2.models.weights import tokenizer
+from sjd2.models.weights import free_bytes, stored_bytes, tokenizer
 
 KEY = "model.text_weights"
 _FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -155,6 +155,12 @@ class TextEncoder:
     def __init__(self, folder: Path, places: int, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import T5EncoderModel
 
+        need, free = stored_bytes(folder, dtype, ("encoder.", "shared.")), free_bytes(device)
+        if need > free:
+            raise UserError(
+                f"{KEY}={folder} needs {need / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; use "
+                "model.text_device=cpu or a smaller dtype."
+            )
         try:
             self.model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:

@@ -286,13 +286,13 @@ def _check_bytes(need: float, spec: ModelSpec, device: torch.device, dtype: torc
         )
 
 
-def stored_bytes(folder: Path, dtype: torch.dtype) -> float:
-    """Return the bytes that the safetensors files of a folder take once loaded in `dtype`."""
+def stored_bytes(folder: Path, dtype: torch.dtype, parts: tuple[str, ...] = ("",)) -> float:
+    """Return the bytes that a folder's safetensors take once loaded in `dtype`; parts: beginnings of the names that count."""
     total = 0.0
     width = torch.empty(0, dtype=dtype).element_size()
     for file in folder.glob("*.safetensors"):
         for name, entry in header(file, str(folder)).items():
-            if name != "__metadata__":
+            if name != "__metadata__" and name.startswith(parts):
                 count = torch.Size(entry["shape"]).numel()
                 total += count * (width if entry["dtype"] in ("F64", "F32", "F16", "BF16") else 1)
     return total
