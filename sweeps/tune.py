@@ -27,6 +27,7 @@ from evaluation.speed import Speed
 from evaluation.tracking import NoTracker
 from sjd2.errors import UserError, choose
 from sjd2.instantiate import instantiate
+from sweeps.space import check_range, flatten, suggest
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {"latency": "latency_s_median", "passes": "forwards_mean"}
 QUALITIES = {"kid": "kid", "fid": "fid", "nll": "nll_per_token"}
+TURNS = 4  # of the finals
 SAMPLERS = ("tpe", "nsga2", "random")
 
 
@@ -43,6 +45,8 @@ class Tune:
 
     space: key of the command line -> list of choices, or {low, high, step, log} of a number. trials: of the whole search.
     prompts: captions per trial, from the end of the list; judge: captions that judge the outcome, from its start.
+    finalists: the best trials that run once more, in turns, on `finals` other captions, since the best of many noisy
+    figures is mostly a lucky one (1: the best trial is taken as it is).
     early: captions after which a trial that is `hopeless` times worse than the best is cut. objective: latency (median
     seconds of an image) or passes. quality: kid, fid or nll, which may exceed AR's by `bound`; trust_lossless: a decoder
     that is lossless by proof is not refused for its noise.
@@ -53,6 +57,8 @@ class Tune:
     trials: int = 40
     prompts: int = 32
     judge: int = 128
+    finalists: int = 4
+    finals: int = 64
     early: int = 8
     hopeless: float = 1.5
     objective: str = "latency"
@@ -67,8 +73,9 @@ class Tune:
         choose("tune.objective", self.objective, OBJECTIVES)
         choose("tune.quality", self.quality, QUALITIES)
         choose("tune.sampler", self.sampler, SAMPLERS)
-        if min(self.trials, self.prompts, self.judge, self.early, self.random_trials) < 1:
-            raise UserError("tune.trials, prompts, judge, early and random_trials must be 1 or more.")
+        counts = ("trials", "prompts", "judge", "finalists", "finals", "early", "random_trials")
+        if wrong := [name for name in counts if getattr(self, name) < 1]:
+            raise UserError(f"tune.{wrong[0]} must be 1 or more, got {getattr(self, wrong[0])}.")
         if self.hopeless <= 1:
             raise UserError(f"tune.hopeless must be more than 1, got {self.hopeless}.")
         if not self.space:
@@ -82,60 +89,6 @@ class Tune:
             import optuna  # noqa: F401
         except ImportError as error:
             raise UserError("stage=tune needs Optuna: pip install -e '.[tune]'.") from error
-
-
-def flatten(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested keys into dotted ones; a mapping with `low` is a range, a list holds choices."""
-    found: dict[str, Any] = {}
-    for key, value in space.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping) and "low" not in value:
-            found |= flatten(value, name)
-        else:
-            found[name] = value
-    return found
-
-
-def check_range(key: str, values: Any) -> None:
-    """Raise `UserError` if a setting's choices or range make no sense."""
-    if isinstance(values, (list, tuple)):
-        if len(values) < 2:
-            raise UserError(f"tune.space.{key} needs two choices or more, got {list(values)}.")
-        return
-    if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "step", "log"}:
-        raise UserError(f"tune.space.{key} must be a list of choices or a range with low and high (and step or log).")
-    low, high, step = values["low"], values["high"], values.get("step")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high, step or 1)):
-        raise UserError(f"tune.space.{key} is a range of numbers, got {dict(values)}; list choices that are none.")
-    if not low < high:
-        raise UserError(f"tune.space.{key} needs low < high, got {low} and {high}.")
-    if step is not None and not 0 < step <= high - low:
-        raise UserError(f"tune.space.{key} needs a step between 0 and {high - low}, got {step}.")
-    if values.get("log") and (low <= 0 or step is not None):
-        raise UserError(f"tune.space.{key} takes log=true for low > 0 and without step.")
-
-
-def suggest(trial: Trial, space: Mapping[str, Any]) -> list[str]:
-    """Let Optuna choose one value of every setting -> overrides of the command line."""
-    words = []
-    for key, values in flatten(space).items():
-        if isinstance(values, (list, tuple)):
-            value = trial.suggest_categorical(key, [_text(v) for v in values])
-        elif all(isinstance(values.get(end, 1), int) for end in ("low", "high", "step")):
-            more = {"step": values.get("step", 1), "log": values.get("log", False)}
-            value = _text(trial.suggest_int(key, values["low"], values["high"], **more))
-        else:
-            more = {"step": values.get("step"), "log": values.get("log", False)}
-            value = _text(trial.suggest_float(key, values["low"], values["high"], **more))
-        words.append(f"{key}={value}")
-    return words
-
-
-def _text(value: Any) -> str:
-    """Write a value as an override says it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value).replace(" ", "")
 
 
 @dataclass
@@ -155,13 +108,14 @@ class Search:
         self.metrics = {"speed": Speed(), **metrics}
         self.models = job.Models()
         total = len(instantiate(cfg.prompts).texts)
-        if tune.judge + tune.prompts > total:
+        if tune.judge + tune.finals + tune.prompts > total:
             raise UserError(
-                f"tune.judge={tune.judge} and tune.prompts={tune.prompts} together exceed the {total} captions of prompts="
-                f"{cfg.prompts.name}; take fewer."
+                f"tune.judge={tune.judge}, tune.finals={tune.finals} and tune.prompts={tune.prompts} together exceed the "
+                f"{total} captions of prompts={cfg.prompts.name}; take fewer."
             )
-        # the captions of the search, last of the list; `total` counts those behind the command's own skip
-        self.own = [f"prompts.skip={cfg.prompts.get('skip', 0) + total - tune.prompts}"]
+        # captions of the search, last of the list, and of the finals before them; `total` leaves out the command's own skip
+        last = cfg.prompts.get("skip", 0) + total - tune.prompts
+        self.own, self.other = [f"prompts.skip={last}"], [f"prompts.skip={last - tune.finals}"]
 
     def compose(self, *overrides: str, decoder: str | None = None) -> DictConfig:
         """Compose the command once more with further settings; with `decoder`, without those of the command's own one."""
@@ -244,13 +198,41 @@ class Search:
             done += 1
             say(f"trial {done}/{self.tune.trials}: {describe(study.trials[trial.number])}")
         write_trials(study, self.out)
-        champion = least(study)
-        if champion is None:
+        if least(study) is None:
             raise UserError(
                 f"none of {done} trials of stage=tune keeps tune.bound={self.tune.bound}; see {self.out / 'trials.csv'}."
             )
         show_front(study, self.tune)
-        return self.judge(champion)
+        return self.judge(self.final(study))
+
+    def final(self, study: Study) -> FrozenTrial:
+        """Let the best trials run once more on captions of their own, in turns, and return the winner.
+
+        In turns, so that a machine that is slow for a while is slow for all. Raises UserError if none keeps the bound.
+        """
+        trials = within(study)[: self.tune.finalists]
+        if len(trials) == 1:
+            return trials[0]
+        say(f"finals: the best {len(trials)} trials in turns, {self.tune.finals} other captions each")
+        cfgs = [self.compose(*trial.user_attrs["overrides"], *self.other) for trial in trials]
+        limits = sorted({max(1, self.tune.finals * part // TURNS) for part in range(1, TURNS + 1)})
+        runs = [[self.make(cfg, limit, {"speed": Speed()}) for cfg in cfgs] for limit in limits][-1]
+        found = {
+            trial.number: run.metrics[OBJECTIVES[self.tune.objective]] for trial, run in zip(trials, runs, strict=True)
+        }
+        for trial, cfg in zip(trials, cfgs, strict=True):
+            if not (trial.user_attrs["lossless"] and self.tune.trust_lossless):
+                reference = self.make(self.compose(*self.other, decoder="ar"), self.tune.finals, self.metrics)
+                if self.violation(self.outcome(self.make(cfg, self.tune.finals, self.metrics), reference)) > 0:
+                    del found[trial.number]
+        for trial in trials:
+            came = f"{found[trial.number]:.4g}" if trial.number in found else "beyond the bound"
+            say(f"  {describe(trial)}; finals: {came}")
+        if not found:
+            raise UserError(
+                f"no finalist keeps tune.bound={self.tune.bound} on other captions; raise tune.prompts or the bound."
+            )
+        return study.trials[min(found, key=found.__getitem__)]
 
     def _step(self, study: Study, trial: Trial) -> None:
         import optuna
@@ -332,8 +314,13 @@ def complete(study: Study) -> list[FrozenTrial]:
 
 def least(study: Study) -> FrozenTrial | None:
     """Return the trial of the least objective among those that keep the bound; None where there is none."""
-    fit = [trial for trial in complete(study) if trial.user_attrs["violation"] <= 0]
-    return min(fit, key=lambda trial: trial.values[0], default=None)
+    return next(iter(within(study)), None)
+
+
+def within(study: Study) -> list[FrozenTrial]:
+    """Return the trials that keep the bound, by objective; of equal settings the first."""
+    fit = {str(trial.params or trial.number): trial for trial in reversed(complete(study)) if trial.user_attrs["violation"] <= 0}
+    return sorted(fit.values(), key=lambda trial: (trial.values[0], trial.number))
 
 
 def pareto_front(study: Study) -> list[FrozenTrial]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -12,18 +14,19 @@ import pytest
 import yaml
 
 from sjd2.errors import UserError
+from sweeps import space as spaces
 from sweeps import tune
 from tests.cli import Cli
 
 SMALL = (
     *("stage=tune", "tune=scd", "decoder=scd", "tune.objective=passes", "tune.quality=nll", "tune.prompts=4"),
-    *("tune.judge=4", "tune.early=2", "tune.random_trials=2"),
+    *("tune.judge=4", "tune.early=2", "tune.random_trials=2", "tune.finals=4"),
 )
 
 
 def test_a_space_is_flat_and_its_ranges_are_checked() -> None:
     nested = {"decoder": {"window": {"low": 2, "high": 8}, "refiner": {"coupling": ["gumbel", "maximal"]}}}
-    assert tune.flatten(nested) == {
+    assert spaces.flatten(nested) == {
         "decoder.window": {"low": 2, "high": 8},
         "decoder.refiner.coupling": ["gumbel", "maximal"],
     }
@@ -80,10 +83,10 @@ def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
     study = tune.open_study(tmp_path, settings)
     study.tell(study.ask({"a": optuna.distributions.IntDistribution(0, 9)}), (1.0, 0.0))
     cut = study.ask()  # ... and killed here
-    chosen = tune.suggest(cut, settings.space)
+    chosen = spaces.suggest(cut, settings.space)
     again = tune.open_study(tmp_path, settings)
     assert [trial.state.name for trial in again.trials] == ["COMPLETE", "FAIL", "WAITING"]
-    assert tune.suggest(again.ask(), settings.space) == chosen
+    assert spaces.suggest(again.ask(), settings.space) == chosen
     with pytest.raises(UserError, match="other settings"):
         tune.open_study(tmp_path, tune.Tune(name="x", space={"a": {"low": 0, "high": 8}}))
     with pytest.raises(UserError, match="other settings"):  # another model, decoder, law or prompt list
@@ -128,14 +131,52 @@ def test_a_search_from_start_to_decoder(cli: Cli) -> None:
     assert cli.run("scd").config.decoder.window == decoder["window"]
 
 
+def test_the_finals_undo_a_lucky_trial_and_refuse_one_beyond_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 0 was lucky, trial 1 is lossy and worse than the bound on other captions, trial 3 is no finalist."""
+    settings = tune.Tune(name="t", space={"w": [0, 1, 2, 3]}, objective="passes", finalists=3, finals=8)
+    study = tune.open_study(tmp_path, settings)
+    for number, (value, lossless) in enumerate([(1.0, True), (1.1, False), (1.2, True), (1.3, True)]):
+        trial = optuna.trial.create_trial(
+            params={"w": str(number)}, distributions={"w": optuna.distributions.CategoricalDistribution(list("0123"))},
+            values=[value, 0.0], user_attrs={"violation": 0.0, "lossless": lossless, "overrides": [f"w={number}"]},
+        )  # fmt: skip
+        study.add_trial(trial)
+    made: list[tuple[str, int]] = []
+
+    def make(self: tune.Search, words: tuple[str, ...], limit: int, metrics: dict) -> SimpleNamespace:
+        made.append((words[0], limit))
+        kid = 9.0 if words[0] == "w=1" else 0.0
+        figures = {"forwards_mean": {"w=0": 1.5, "w=1": 1.0, "w=2": 1.2}.get(words[0], 2.0), "kid": kid}
+        return SimpleNamespace(
+            metrics=figures, config=SimpleNamespace(decoder=SimpleNamespace(lossless=words[0] != "w=1"))
+        )
+
+    monkeypatch.setattr(tune.Search, "make", make)
+    monkeypatch.setattr(
+        tune.Search, "compose", lambda self, *words, decoder=None: (decoder, *words) if decoder else words
+    )
+    search = tune.Search.__new__(tune.Search)
+    search.tune, search.metrics, search.other = settings, {}, ["prompts.skip=5"]
+    assert search.final(study).number == 2
+    turns = [name for name, _ in made[:6]]
+    assert turns == ["w=0", "w=1", "w=2"] * 2
+    assert max(limit for _, limit in made) == 8
+    assert "w=3" not in {name for name, _ in made}
+    search.tune = replace(settings, finalists=1)
+    assert search.final(study).number == 0
+
+
 def test_the_captions_of_search_and_judgement_are_disjoint(cli: Cli) -> None:
-    assert cli(*SMALL, "tune.trials=1") == 0
-    search, judged = set(), set()
+    assert cli(*SMALL, "tune.trials=4") == 0
+    found: dict[int, set[str]] = {}
     for path in (cli.runs_dir / "tune-scd" / "runs").glob("toy-*"):
         texts = {line["prompt"] for line in map(yaml.safe_load, (path / "samples.jsonl").read_text().splitlines())}
-        (search if yaml.safe_load((path / "config.yaml").read_text())["prompts"]["skip"] else judged).update(texts)
-    assert len(search) == len(judged) == 4
-    assert not search & judged
+        found.setdefault(yaml.safe_load((path / "config.yaml").read_text())["prompts"]["skip"], set()).update(texts)
+    assert sorted(found) == [0, 1992, 1996]  # judgement, finals, search
+    assert all(len(texts) == 4 for texts in found.values())
+    assert len(set().union(*found.values())) == 12
 
 
 def test_settings_that_do_not_fit_are_left_and_nothing_within_the_bound_is_said(cli: Cli) -> None:
