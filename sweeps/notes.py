@@ -24,6 +24,7 @@ INTERVALS = (
     "standard deviation over its subsets; a single FID has no interval."
 )
 FEW = 16  # images from which a bootstrap over prompts and a standard error mean something
+SHORT = 3  # rows up to which a note names them where all are meant
 ADAPTER = "† The run has a fine-tuned adapter; the AR run beside it is the same model without one."
 
 
@@ -136,7 +137,9 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
         )
     for reason, members in _by_reason(rows, lambda row: row.speedup_missing).items():
         why = reason if reason.startswith("no AR") else f"the nearest AR run differs in {reason}"
-        found.append(f"no speed-up for {_names(members)}: {why}.")
+        others = [row for row in rows if not row.run.is_ar]
+        who = f"any of the {len(others)} decoders" if len(members) == len(others) > SHORT else _names(members)
+        found.append(f"no speed-up for {who}: {why}.")
     if len(_torch(rows)) > 1:
         found.append("runs were made with different versions of torch.")
     return found

@@ -173,7 +173,7 @@ def _who(row: Row) -> str:
 def _label(entry: Published, run: Run) -> str:
     """Return the published name, with what tells our run from the paper's or from others that answer the row."""
     own = [] if run.label == run.decoder else [run.label]
-    if run.identity["decoder"].get("rule") == "exact":
+    if run.identity["decoder"].get("rule") == "exact" and run.decoder != "denoise":  # which tests no guess by any rule
         own.append("rule=exact")
     return f"{entry.method} ({', '.join(own)})" if own else entry.method
 

@@ -68,21 +68,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_sweep_killed_at_random_moments(cli: Cli, undisturbed: Callable, kills: int) -> None:
-    sweep = ("-m", "decoder=sjd", "decoder.window=4,6", "limit=10", "baseline=null")
+    limit = 4 * kills  # enough that most kills meet an unfinished sweep
+    sweep = ("-m", "decoder=sjd", "decoder.window=4,6", f"limit={limit}", "baseline=null")
     began = time.monotonic()
     expected = undisturbed(cli, *sweep)
-    moments, lasted = random.Random(kills), time.monotonic() - began + 1.0
+    moments, longest, cut = random.Random(kills), min(3.0, time.monotonic() - began + 1.0), 0
     for _ in range(kills):
         process = Forked(cli, *sweep, TOY_SECONDS_PER_BATCH="0.15")
-        began, moment = time.monotonic(), moments.uniform(0.2, 1) * lasted
+        began, moment = time.monotonic(), moments.uniform(0.1, 1) * longest
         while process.poll() is None and time.monotonic() < began + moment:
             time.sleep(0.002)
         process.send(signal.SIGKILL)
-        if process.wait() == 0:  # it was complete before
-            lasted = 0.9 * (time.monotonic() - began)
+        process.wait()
         assert process.code in (0, -signal.SIGKILL), process.output
-        for name, images in content(cli.runs_dir).items():
+        found = content(cli.runs_dir)
+        cut += sum(map(len, found.values())) < 2 * limit
+        for name, images in found.items():
             assert set(map(repr, images)) <= set(map(repr, expected[name]))  # what is there is right at any moment
+    assert cut >= kills // 2, "most kills came after the end"
     assert cli(*sweep) == 0
     assert content(cli.runs_dir) == expected
     table = (sorted((cli.runs_dir / "sweeps").iterdir())[-1] / "table.md").read_text()
