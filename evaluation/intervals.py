@@ -108,12 +108,16 @@ def paired(
 
 
 def _t_test(values: np.ndarray) -> float:
-    """Return the two-sided p-value of "the mean is zero"; 1 where all values are 0, 0 where all are another one."""
+    """Return the two-sided p-value of "the mean is zero"; 1 where all values are 0.
+
+    Never below 2^(1 - P), which is what P values of one sign are worth without the normal law: two prompts prove nothing.
+    """
     from scipy import stats
 
+    least = 2.0 ** (1 - len(values))
     if np.ptp(values) == 0:
-        return float(values[0] == 0)
-    return float(stats.ttest_1samp(values, 0).pvalue)
+        return 1.0 if values[0] == 0 else least
+    return max(least, float(stats.ttest_1samp(values, 0).pvalue))
 
 
 def paired_distance(

@@ -7,6 +7,7 @@ the images that both runs have. Two runs in every respect (`run_dir=A against=B`
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -252,7 +253,10 @@ def stage(cfg: DictConfig) -> Path:
     out = Path(cfg.runs_dir) / "tables"
     if cfg.run_dir is not None:
         first, second = RunFolder.open(cfg.run_dir).path, RunFolder.open(cfg.against).path
-        out = out / f"{first.name}-{second.name}"
+        pair = hashlib.sha256(f"{first.resolve()} {second.resolve()}".encode()).hexdigest()[
+            :6
+        ]  # one name, two machines
+        out = out / f"{first.resolve().name}-{second.resolve().name}-{pair}"
         show(compare_pair((first, second), out, settings))
         return out
     show(compare_folders(run_folders(cfg.runs_dir), out, settings))

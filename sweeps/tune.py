@@ -6,36 +6,44 @@ image is made twice. The captions that judge the outcome are never those of the 
 
 from __future__ import annotations
 
-import csv
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from evaluation import job, validate
 from evaluation.console import CONF, say, sentence
-from evaluation.intervals import paired
 from evaluation.provenance import hardware
-from evaluation.records import RunFolder, lock, write_atomically
+from evaluation.records import RunFolder, lock
 from evaluation.score import Metric
 from evaluation.speed import Speed
 from evaluation.tracking import NoTracker
 from sjd2.errors import UserError, choose
 from sjd2.instantiate import instantiate
 from sweeps.space import check_range, flatten, suggest
+from sweeps.study import (
+    OBJECTIVES,
+    QUALITIES,
+    complete,
+    describe,
+    least,
+    open_study,
+    show_front,
+    within,
+    write_decoder,
+    write_trials,
+)
+from sweeps.two import LATENCY
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-OBJECTIVES = {"latency": "latency_s_median", "passes": "forwards_mean"}
-QUALITIES = {"kid": "kid", "fid": "fid", "nll": "nll_per_token"}
-TURNS = 4  # of the finals
+TURNS = 4  # of the finals and the judgement
+COSTS = ("passes per image", LATENCY)
 SAMPLERS = ("tpe", "nsga2", "random")
 
 
@@ -169,10 +177,10 @@ class Search:
                 trial.set_user_attr("pruned", f"{soon:.4g} after {early} images, the best has {champion:.4g}")
                 raise optuna.TrialPruned
             run = self.make(cfg, self.tune.prompts, self.metrics)
+            found = self.outcome(run, self.reference)
         except (UserError, torch.OutOfMemoryError) as error:
             trial.set_user_attr("pruned", sentence(error))
             raise optuna.TrialPruned from error
-        found = self.outcome(run, self.reference)
         trial.set_user_attr("run", run.path.name)
         trial.set_user_attr("overrides", overrides)
         trial.set_user_attr("violation", self.violation(found))
@@ -206,33 +214,59 @@ class Search:
         return self.judge(self.final(study))
 
     def final(self, study: Study) -> FrozenTrial:
-        """Let the best trials run once more on captions of their own, in turns, and return the winner.
+        """Let the best trials run once more on captions of their own and return the winner.
 
-        In turns, so that a machine that is slow for a while is slow for all. Raises UserError if none keeps the bound.
+        If none of them keeps the bound there, the next best ones follow. Raises UserError if none at all does.
         """
-        trials = within(study)[: self.tune.finalists]
-        if len(trials) == 1:
+        trials, size = within(study), self.tune.finalists
+        if size == 1:
             return trials[0]
-        say(f"finals: the best {len(trials)} trials in turns, {self.tune.finals} other captions each")
-        cfgs = [self.compose(*trial.user_attrs["overrides"], *self.other) for trial in trials]
-        limits = sorted({max(1, self.tune.finals * part // TURNS) for part in range(1, TURNS + 1)})
-        runs = [[self.make(cfg, limit, {"speed": Speed()}) for cfg in cfgs] for limit in limits][-1]
-        found = {
-            trial.number: run.metrics[OBJECTIVES[self.tune.objective]] for trial, run in zip(trials, runs, strict=True)
-        }
-        for trial, cfg in zip(trials, cfgs, strict=True):
-            if not (trial.user_attrs["lossless"] and self.tune.trust_lossless):
-                reference = self.make(self.compose(*self.other, decoder="ar"), self.tune.finals, self.metrics)
-                if self.violation(self.outcome(self.make(cfg, self.tune.finals, self.metrics), reference)) > 0:
-                    del found[trial.number]
-        for trial in trials:
-            came = f"{found[trial.number]:.4g}" if trial.number in found else "beyond the bound"
-            say(f"  {describe(trial)}; finals: {came}")
-        if not found:
-            raise UserError(
-                f"no finalist keeps tune.bound={self.tune.bound} on other captions; raise tune.prompts or the bound."
-            )
-        return study.trials[min(found, key=found.__getitem__)]
+        # a longer search has finals of its own: old seconds and new ones do not compare
+        other = [*self.other, f"seed={self.cfg.seed + len(complete(study))}"]
+        for start in range(0, len(trials), size):
+            group = trials[start : start + size]
+            say(f"finals: {len(group)} trials in turns, {self.tune.finals} other captions each")
+            cfgs = [self.compose(*trial.user_attrs["overrides"], *other) for trial in group]
+            came = self.in_turns(cfgs, self.tune.finals)
+            values: dict[int, float] = {}
+            for trial, cfg, run in zip(group, cfgs, came, strict=True):
+                told = run if isinstance(run, str) else self._beyond(cfg, other)
+                if not told:
+                    values[trial.number] = run.metrics[OBJECTIVES[self.tune.objective]]
+                say(f"  {describe(trial)}; finals: {told or format(values[trial.number], '.4g')}")
+            if values:
+                return study.trials[min(values, key=values.__getitem__)]
+        raise UserError(
+            f"no trial keeps tune.bound={self.tune.bound} on other captions; more tune.finals make that surer."
+        )
+
+    def in_turns(self, cfgs: Sequence[DictConfig], images: int) -> list[RunFolder | str]:
+        """Make runs a part at a time, all by turns: a machine that is slow for a while is slow for all.
+
+        Returns the runs; for one that could not be made the reason.
+        """
+        runs: list[RunFolder | str] = [""] * len(cfgs)
+        for limit in sorted({max(1, images * part // TURNS) for part in range(1, TURNS + 1)}):
+            for place, cfg in enumerate(cfgs):
+                if isinstance(runs[place], str) and runs[place]:
+                    continue
+                try:
+                    runs[place] = self.make(cfg, limit, {"speed": Speed()})
+                except (UserError, torch.OutOfMemoryError) as error:
+                    runs[place] = sentence(error)
+        return runs
+
+    def _beyond(self, cfg: DictConfig, captions: Sequence[str]) -> str:
+        """Say that a run on these captions exceeds the bound, or why that is unknown; '' where it keeps it."""
+        if cfg.decoder.lossless and self.tune.trust_lossless:
+            return ""
+        try:
+            reference = self.make(self.compose(*captions, decoder="ar"), self.tune.finals, self.metrics)
+            scored = self.make(cfg, self.tune.finals, self.metrics)
+            over = self.violation(self.outcome(scored, reference))
+        except (UserError, torch.OutOfMemoryError) as error:
+            return sentence(error)
+        return f"beyond the bound by {over:.4g}" if over > 0 else ""
 
     def _step(self, study: Study, trial: Trial) -> None:
         import optuna
@@ -251,154 +285,48 @@ class Search:
         from sweeps.table import make_tables, show
 
         overrides = champion.user_attrs["overrides"]
-        best, default = self.compose(*overrides), self.compose()
-        cfgs = (self.compose(decoder="ar"), default, best)
+        best = self.compose(*overrides)
+        cfgs = [self.compose(decoder="ar"), self.compose(), best]
+        say(
+            f"judgement: AR, the decoder's own settings and the best in turns, {self.tune.judge} captions that no trial saw"
+        )
+        if lost := [run for run in self.in_turns(cfgs, self.tune.judge) if isinstance(run, str)]:
+            raise UserError(lost[0])
         runs = [self.make(cfg, self.tune.judge, self.metrics) for cfg in cfgs]
-        out = self.out / "judged"
-        show(make_tables(list(dict.fromkeys(run.path for run in runs)), out))
+        show(make_tables(list(dict.fromkeys(run.path for run in runs)), self.out / "judged"))
         file = write_decoder(best, overrides, self.out, self.tune)
-        say(verdict(runs[1], runs[2], self.tune))
+        for line in self.verdict(*runs):
+            say(line)
         say(f"best settings: {' '.join(overrides)}")
         say(f"as a decoder: python run.py --config-dir {self.out} decoder={file.stem}")
         return self.out
 
+    def verdict(self, reference: RunFolder, default: RunFolder, best: RunFolder) -> list[str]:
+        """Say how the best compares with the decoder's own settings and, in quality, with AR."""
+        from sweeps.compare import p_value, with_interval
+        from sweeps.runs import read_run
+        from sweeps.two import compare_two
 
-def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "") -> Study:
-    """Open the study in out/study.db, a cut one where it was: trials that a kill left unfinished are tried again.
-
-    runs: identities of AR's and the decoder's own run on the captions of the search: model, law, prompts and all.
-    machine: the hardware, on which a latency depends. Raises `UserError` if the study there searched something else.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    out.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{out / 'study.db'}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            storage=storage, study_name="tune", directions=["minimize", "minimize"], load_if_exists=True
+        key, tune, images = OBJECTIVES[self.tune.objective], self.tune, best.metrics["n_images"]
+        gap = best.metrics[QUALITIES[tune.quality]] - reference.metrics[QUALITIES[tune.quality]]
+        kept = "kept" if gap <= tune.bound else "not kept"
+        if best.config.decoder.lossless:
+            kept += "; the decoder is lossless, so what differs is noise"
+        quality = (
+            f"quality: {tune.quality} minus AR's {gap:+.4g} on {images} images, tune.bound={tune.bound} is {kept}."
         )
-        study.sampler = _sampler(tune, len(study.trials))
-    asked = {"space": flatten(tune.space), "fixed": list(tune.fixed), "runs": list(runs)}
-    if tune.objective == "latency":  # seconds of two machines do not compare
-        asked["machine"] = machine
-    asked |= {key: getattr(tune, key) for key in ("objective", "quality", "bound", "trust_lossless", "prompts")}
-    if study.user_attrs.get("asked", asked) != asked:
-        raise UserError(
-            f"{out} holds a search of other settings, or of latency on another machine; choose another tune.name, or "
-            "remove that folder."
-        )
-    study.set_user_attr("asked", asked)
-    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-    return study
-
-
-def _sampler(tune: Tune, done: int) -> Any:
-    import optuna
-
-    seed = done  # a search that goes on must not draw the same settings again
-    if tune.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=tune.random_trials, multivariate=True, group=True)
-    if tune.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=tune.random_trials)
-    return optuna.samplers.RandomSampler(seed=seed)
-
-
-def complete(study: Study) -> list[FrozenTrial]:
-    """Return the trials that ran to their end."""
-    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-
-
-def least(study: Study) -> FrozenTrial | None:
-    """Return the trial of the least objective among those that keep the bound; None where there is none."""
-    return next(iter(within(study)), None)
-
-
-def within(study: Study) -> list[FrozenTrial]:
-    """Return the trials that keep the bound, by objective; of equal settings the first."""
-    fit = {str(trial.params or trial.number): trial for trial in reversed(complete(study)) if trial.user_attrs["violation"] <= 0}
-    return sorted(fit.values(), key=lambda trial: (trial.values[0], trial.number))
-
-
-def pareto_front(study: Study) -> list[FrozenTrial]:
-    """Return the trials that no other beats in both objective and quality, by objective."""
-    kept: list[FrozenTrial] = []
-    for trial in sorted(complete(study), key=lambda trial: tuple(trial.values)):
-        if not kept or trial.values[1] < kept[-1].values[1]:
-            kept.append(trial)
-    return kept
-
-
-def describe(trial: FrozenTrial) -> str:
-    """Say in one line what a trial came to."""
-    words = " ".join(f"{key}={value}" for key, value in trial.params.items())
-    if trial.state.name != "COMPLETE":
-        return f"{words}: left ({trial.user_attrs.get('pruned', trial.state.name.lower())})"
-    bound = "" if trial.user_attrs["violation"] <= 0 else ", beyond the bound"
-    return f"{words}: {trial.values[0]:.4g}, quality {trial.values[1]:+.4g}{bound}"
-
-
-def show_front(study: Study, tune: Tune) -> None:
-    """Print the Pareto front."""
-    say(f"Pareto front ({OBJECTIVES[tune.objective]}; {tune.quality} minus AR's):")
-    for trial in pareto_front(study):
-        say(f"  {describe(trial)}")
-
-
-def write_trials(study: Study, out: Path) -> None:
-    """Write trials.csv, one line per trial, and pareto.png."""
-    from sweeps.plots import Point, pareto
-
-    asked = study.user_attrs["asked"]
-    keys = list(asked["space"])
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(
-        ["trial", "state", *keys, asked["objective"], f"{asked['quality']}_minus_ar", "within", "run", "why"]
-    )
-    for trial in study.trials:
-        whole = trial.state.name == "COMPLETE"
-        own = [*trial.values, trial.user_attrs["violation"] <= 0, trial.user_attrs["run"]] if whole else [""] * 4
-        values = [trial.params.get(key, "") for key in keys]
-        lines.writerow([trial.number, trial.state.name.lower(), *values, *own, trial.user_attrs.get("pruned", "")])
-    write_atomically(out / "trials.csv", text.getvalue().encode())
-    points = [Point(str(t.number), t.values[0], t.values[1], t.user_attrs["lossless"]) for t in complete(study)]
-    if points:
-        panel = {f"{asked['quality']} minus AR's": (points, True)}
-        pareto(panel, out / "pareto.png", caption=f"trials, {asked['objective']}")
-
-
-def write_decoder(cfg: DictConfig, overrides: list[str], out: Path, tune: Tune) -> Path:
-    """Write the settings found as a decoder that `--config-dir` makes a choice of decoder=."""
-    name = f"{cfg.decoder.name}-tuned"
-    file = out / "decoder" / f"{name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    head = (
-        f"# decoder={cfg.decoder.name} with the settings that stage=tune found: {' '.join(overrides)}\n"
-        f"#   python run.py --config-dir {out} decoder={name}\n"
-    )
-    write_atomically(file, (head + OmegaConf.to_yaml(cfg.decoder, resolve=True)).encode())
-    return file
-
-
-def verdict(default: RunFolder, best: RunFolder, tune: Tune) -> str:
-    """Say how the best compares with the decoder's own settings, on captions that no trial has seen."""
-    if default.path == best.path:
-        return "the best settings are the decoder's own."
-    key = OBJECTIVES[tune.objective]
-    ours, theirs = best.metrics[key], default.metrics[key]
-    gap = paired(_passes(default), _passes(best))
-    return (
-        f"judged on {tune.judge} other captions: {key} {ours:.4g} against {theirs:.4g} of the decoder's own settings "
-        f"({theirs / ours:.3f} times better); passes {gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], 95 %."
-    )
-
-
-def _passes(run: RunFolder) -> dict[tuple[int, int], float]:
-    return {(record["id"][0], record["id"][1]): float(record["forwards"]) for record in run.records()}
+        if default.path == best.path:
+            return ["the best settings are the decoder's own.", quality]
+        ours, theirs = best.metrics[key], default.metrics[key]
+        found = compare_two(read_run(default.path), read_run(best.path))
+        costs = [measure for measure in found.measures if measure.name in COSTS]
+        gaps = [f"{m.name} {with_interval(m.gap, m.digits)}, p {p_value(m.gap)}" for m in costs]
+        return [
+            f"judged on {images} other images: {key} {ours:.4g} against {theirs:.4g} of the decoder's own settings "
+            f"({theirs / ours:.3f} times better).",
+            f"best minus own settings (99 %, corrected for {found.tests} tests): {'; '.join(gaps)}.",
+            quality,
+        ]
 
 
 def stage(cfg: DictConfig) -> Path:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,26 @@ import numpy as np
 
 from evaluation.intervals import Difference, paired
 from evaluation.records import Id, write_atomically
+from evaluation.records import name as image_name
 from evaluation.score import read_scores
 from sjd2.errors import UserError
 from sweeps.compare import ALPHA, differs, p_value, with_interval
 from sweeps.distances import FeatureDistances
 from sweeps.formats import Table, markdown
 from sweeps.labels import flatten
+from sweeps.notes import FEW
 from sweeps.rows import nll_per_token
-from sweeps.runs import Run, groups, obstacles, read_run, table_machine
+from sweeps.runs import Run, groups, obstacles, read_run, same_but_adapter, same_model, table_machine
 
 UNSAID = ("launch", "run", "time", "ended", "peak_memory_gb")  # of a launch: what says nothing of where it ran
 EXAMPLES = 3  # values of one key that a cell shows
+TIMINGS = 10  # separate timings from which their difference is tested
+LATENCY = "latency, s"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many of the `images` of both have the very same tokens; `first`: (image, place) of the first other token."""
+    """How many of the `images` of both have the very same tokens; `first`: (image, place) of the first other one."""
 
     images: int
     equal: int
@@ -53,7 +57,8 @@ class Pair:
 
     runs: tuple[Run, Run]
     settings: dict[str, tuple[str, str]]
-    provenance: dict[str, tuple[str, str]]
+    provenance: dict[str, tuple[list[str], list[str]]]
+    tests: int = 0  # that the intervals and p-values are corrected for
     tokens: Tokens | None = None
     measures: list[Measure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -61,7 +66,7 @@ class Pair:
 
 def compare_two(first: Run, second: Run, metric: Mapping[str, Any] | None = None) -> Pair:
     """Compare two runs; metric: settings of a FeatureDistance, tried before those in the runs' folders."""
-    found = Pair((first, second), _settings(first, second), _unequal(*(_where(run) for run in (first, second))))
+    found = Pair((first, second), _settings(first, second), _unequal(_where(first), _where(second), []))
     common = sorted(first.images.keys() & second.images.keys())
     if first.identity["prompts"]["digest"] != second.identity["prompts"]["digest"]:
         found.skipped.append("images: the prompts differ")
@@ -79,11 +84,11 @@ def compare_two(first: Run, second: Run, metric: Mapping[str, Any] | None = None
 def _settings(first: Run, second: Run) -> dict[str, tuple[str, str]]:
     """Return the settings that decide tokens in which the runs differ; weights by digest, not by path."""
     sides = ({key: value for key, value in run.identity.items() if key != "id"} for run in (first, second))
-    return _unequal(*({key: str(value) for key, value in flatten(side).items()} for side in sides))
+    return _unequal(*({key: str(value) for key, value in flatten(side).items()} for side in sides), "")
 
 
-def _where(run: Run) -> dict[str, str]:
-    """Return what the launches of a run ran on, several values of one key joined."""
+def _where(run: Run) -> dict[str, list[str]]:
+    """Return what the launches of a run ran on: each key's values, in the order of the launches."""
     values: dict[str, dict[str, None]] = {}
     for launch in run.launches.values():
         said = {key: value for key, value in launch.items() if key not in UNSAID}
@@ -91,16 +96,13 @@ def _where(run: Run) -> dict[str, str]:
             said["command"] = " ".join(map(str, said["command"]))
         for key, value in flatten(said).items():
             values.setdefault(key, {})[str(value)] = None
-    joined = {}
-    for key, found in values.items():
-        shown, more = list(found)[:EXAMPLES], max(0, len(found) - EXAMPLES)
-        joined[key] = "; ".join(shown) + (f"; and {more} more" if more else "")
-    return joined
+    return {key: list(found) for key, found in values.items()}
 
 
-def _unequal(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _unequal(first: Mapping[str, Any], second: Mapping[str, Any], nothing: Any) -> dict[str, tuple[Any, Any]]:
     keys = sorted(first.keys() | second.keys())
-    return {key: (first.get(key, ""), second.get(key, "")) for key in keys if first.get(key) != second.get(key)}
+    pairs = {key: (first.get(key, nothing), second.get(key, nothing)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _canvas(run: Run) -> tuple[Any, ...]:
@@ -113,7 +115,10 @@ def _tokens(first: Run, second: Run, common: set[Id]) -> Tokens:
     other = sorted(key for key in common if len({side[key]["tokens_sha256"] for side in records}) > 1)
     if not other:
         return Tokens(len(common), len(common), None)
-    ours, theirs = (run.folder.tokens(side[other[0]]) for run, side in zip((first, second), records, strict=True))
+    try:
+        ours, theirs = (run.folder.tokens(side[other[0]]) for run, side in zip((first, second), records, strict=True))
+    except OSError:  # a folder copied without its tokens: the digests have told already
+        return Tokens(len(common), len(common) - len(other), None)
     least = min(len(ours), len(theirs))
     places = np.flatnonzero(ours[:least] != theirs[:least])
     return Tokens(len(common), len(common) - len(other), (other[0], int(places[0]) if places.size else least))
@@ -127,16 +132,15 @@ def _values(found: Pair) -> Iterator[tuple[str, int, list[dict[Id, float]]]]:
     runs = found.runs
     yield "passes per image", 2, [{k: float(i.forwards) for k, i in run.images.items()} for run in runs]
     yield "step compression", 3, [{k: i.tokens / i.forwards for k, i in run.images.items()} for run in runs]
-    machine = table_machine(runs)
-    if reasons := obstacles(*runs, machine):
-        found.skipped.append(f"latency: not the same {', '.join(reasons)}")
-    else:
-        yield "latency, s", 4, [{k: i.latency for k, i in run.timed(machine).items()} for run in runs]
+    if timings := _latencies(found):
+        yield LATENCY, 4, timings
     likely = [{k: nll for k, i in run.images.items() if (nll := nll_per_token(i)) is not None} for run in runs]
-    if runs[0].law == runs[1].law:
+    if runs[0].law != runs[1].law:
+        found.skipped.append("NLL per token: it is taken under each run's own law")
+    elif same_model(*runs) or same_but_adapter(*runs) or same_but_adapter(*reversed(runs)):
         yield "NLL per token", 4, likely
     else:
-        found.skipped.append("NLL per token: it is taken under each run's own law")
+        found.skipped.append("NLL per token: the model weights differ")
     scores = [read_scores(run.folder) for run in runs]
     names = [{name for row in side.values() for name in row} for side in scores]
     for name in sorted(names[0] | names[1]):
@@ -145,6 +149,27 @@ def _values(found: Pair) -> Iterator[tuple[str, int, list[dict[Id, float]]]]:
             found.skipped.append(f"{name}: not measured by the same protocol in both")
         else:
             yield name, 4, sides
+
+
+def _latencies(found: Pair) -> list[dict[Id, float]]:
+    """Return the seconds of every separate timing of both runs: images of one batch were timed together and count once.
+
+    Empty, with a reason in `skipped`, where the times do not compare.
+    """
+    machine = table_machine(found.runs)
+    if reasons := obstacles(*found.runs, machine):
+        found.skipped.append(f"latency: not the same {', '.join(reasons)}")
+        return []
+    a, b = (run.timed(machine) for run in found.runs)
+    common = sorted(a.keys() & b.keys())
+    batches = {(a[key].batch, b[key].batch): key for key in reversed(common)}  # named by their first image
+    if len({first for first, _ in batches}) < len(batches) or len({second for _, second in batches}) < len(batches):
+        found.skipped.append("latency: the images were not batched alike")
+        return []
+    if len({key[0] for key in batches.values()}) < TIMINGS:
+        found.skipped.append(f"latency: {len(batches)} separate timings in both are too few")
+        return []
+    return [{key: side[key].latency for key in batches.values()} for side in (a, b)]
 
 
 def _protocol(run: Run, name: str) -> str | None:
@@ -163,7 +188,8 @@ def _measure(found: Pair, metric: Mapping[str, Any] | None) -> None:
         else:
             values.append((name, digits, a, b, sorted(common)))
     distances = FeatureDistances(metric)
-    tests, level = len(values) + 2, 1 - ALPHA
+    tests, level = len(values) + 2, 1 - ALPHA  # those below and two distances, whether these can be made or not
+    found.tests = tests
     for name, digits, a, b, common in values:
         gap = paired(a, b, level=level, comparisons=tests, replicates=min(40_000, 2000 * tests))
         means = (float(np.mean([a[key] for key in common])), float(np.mean([b[key] for key in common])))
@@ -184,35 +210,49 @@ def verdict(found: Pair) -> list[str]:
     words, tokens = [], found.tokens
     if tokens is not None and tokens.equal == tokens.images:
         words.append(f"Tokens: equal in all {tokens.images} images of both.")
-    elif tokens is not None and tokens.first is not None:
-        (prompt, repeat), place = tokens.first
-        words.append(
-            f"Tokens: different in {tokens.images - tokens.equal} of {tokens.images} images of both, first in image "
-            f"{prompt:05d}_{repeat} at token {place}."
-        )
+    elif tokens is not None:
+        first = f", first in image {image_name(tokens.first[0])} at token {tokens.first[1]}" if tokens.first else ""
+        words.append(f"Tokens: different in {tokens.images - tokens.equal} of {tokens.images} images of both{first}.")
     if found.measures:
         other = [measure.name for measure in found.measures if differs(measure.gap)]
         listed = f"different: {', '.join(other)}" if other else "no difference found, which is no proof of equality"
-        words.append(f"Measures: {listed} ({100 * ALPHA:g} %, corrected for {len(found.measures)} tests).")
+        words.append(f"Measures: {listed} ({100 * ALPHA:g} %, corrected for {found.tests} tests).")
+        if max(measure.gap.prompts for measure in found.measures) < FEW:
+            words.append(f"Warning: with fewer than {FEW} images, intervals and p-values are not to be trusted.")
+    if any(measure.name == LATENCY for measure in found.measures):
+        words.append(
+            "A difference in latency also holds what the machine did between runs that were made one after the other."
+        )
     return words
 
 
 def tables(found: Pair) -> list[Table]:
     """Return the tables of two runs: measures, settings, and what they ran on."""
-    names = [run.path.name for run in found.runs]
     made = []
     if found.measures:
-        header = ["B minus A", "A", "B", f"difference ({100 * (1 - ALPHA / len(found.measures)):.4g} %)", "p", "N"]
+        header = ["B minus A", "A", "B", f"difference ({100 * (1 - ALPHA / found.tests):.4g} %)", "p", "N"]
         made.append(Table("Measures", [*header], [_cells(measure) for measure in found.measures]))
+    ran = {key: (_some(a), _some(b)) for key, (a, b) in found.provenance.items()}
     for heading, words, rows in (
         ("Settings that differ", "Settings are equal", found.settings),
-        ("Provenance that differs", "Provenance is equal", found.provenance),
+        ("Provenance that differs", "Provenance is equal", ran),
     ):
         title = heading if rows else words
         made.append(Table(title, ["", "A", "B"], [[key, *pair] for key, pair in rows.items()]))
-    made[0].notes = [f"A is {names[0]}, B is {names[1]}.", *verdict(found), *made[0].notes]
+    made[0].notes = ["A is {}, B is {}.".format(*paths(found)), *verdict(found), *made[0].notes]
     made[-1].notes += [f"Not compared: {reason.rstrip('.')}." for reason in found.skipped]
     return made
+
+
+def paths(found: Pair) -> list[str]:
+    """Name both run folders: by their last part, or where that is the same by the whole path."""
+    whole = [run.path.resolve() for run in found.runs]
+    return [str(path) if whole[0].name == whole[1].name else path.name for path in whole]
+
+
+def _some(values: Sequence[str]) -> str:
+    more = f"; and {len(values) - EXAMPLES} more" if len(values) > EXAMPLES else ""
+    return "; ".join(values[:EXAMPLES]) + more
 
 
 def _cells(measure: Measure) -> list[str]:
@@ -230,11 +270,9 @@ def as_json(found: Pair) -> dict[str, Any]:
         | ({} if m.values[0] is None else {"a": m.values[0], "b": m.values[1]})
         for m in found.measures
     ]
-    return (
-        {"a": str(found.runs[0].path), "b": str(found.runs[1].path)}
-        | ({"tokens": asdict(tokens)} if tokens else {})
-        | {"measures": measures, "settings": found.settings, "provenance": found.provenance, "skipped": found.skipped}
-    )
+    about = {"a": str(found.runs[0].path), "b": str(found.runs[1].path), "tests": found.tests, "measures": measures}
+    about |= {"settings": found.settings, "provenance": found.provenance, "skipped": found.skipped}
+    return about | ({"tokens": asdict(tokens)} if tokens else {})
 
 
 def compare_pair(paths: tuple[Path, Path], out: Path, metric: Mapping[str, Any] | None = None) -> str:

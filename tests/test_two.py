@@ -71,9 +71,9 @@ def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, A
         run.launch({"hardware": f"machine {k}", "threads": 1, "packages": {"torch": f"2.{k}", "numpy": "2.0"}})
     text, found = compared(tmp_path, first, second)
     rows = measures(found)
-    tests = len(found["measures"])
+    tests = found["tests"]
     assert found["settings"] == {"decoder.window": ["8", "16"]}
-    assert found["provenance"]["packages.torch"] == ["2.0", "2.1"]
+    assert found["provenance"]["packages.torch"] == [["2.0"], ["2.1"]]
     assert "packages.numpy" not in found["provenance"]
     assert rows["passes per image"]["mean"] == -4
     assert (rows["passes per image"]["a"], rows["passes per image"]["b"]) == (8.5, 4.5)
@@ -115,7 +115,10 @@ def test_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     first, second = make(tmp_path, "sjd", seed=2), make(tmp_path, "ar", seed=3)
     cfg = OmegaConf.create({"runs_dir": str(runs), "run_dir": str(runs / first), "against": str(runs / second)})
     cfg.evaluation = {"metrics": {}}
-    assert stage(cfg) == runs / "tables" / f"{first}-{second}"
+    out = stage(cfg)
+    assert out.parent == runs / "tables"
+    assert out.name.startswith(f"{first}-{second}-")
+    assert (out / "two.md").is_file()
     assert "passes per image" in capsys.readouterr().out
     for lonely in ({"run_dir": None}, {"against": None}):
         with pytest.raises(UserError, match="takes two runs"):
@@ -127,3 +130,83 @@ def test_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_against_belongs_to_compare(cli: Cli) -> None:
     assert cli("against=somewhere") == 1
     assert "needs stage=compare" in cli.err
+
+
+def timed(tmp_path: Path, decoder: str, seed: int, batch: int, scatter: float) -> str:
+    """Make a run whose batches took 0.8 s in the mean, all images of one batch the same."""
+    found = make(tmp_path, decoder, seed=seed)
+    run, lines = RunFolder(tmp_path / "runs" / found), []
+    for record in run.records():
+        group = record["id"][0] // batch
+        seconds = 0.8 + scatter * np.random.default_rng([seed, group]).normal()
+        record |= {"batch": group, "seconds": record["seconds"] | {"prefill": 0.0, "decode": seconds}}
+        lines.append(json.dumps(record) + "\n")
+    (run.path / "samples.jsonl").write_text("".join(lines))
+    return found
+
+
+def test_images_of_one_batch_are_one_timing(tmp_path: Path) -> None:
+    """Taken for independent, 24 images of 12 batches would find a difference in half of such pairs."""
+    differ = 0
+    for trial in range(20):
+        first, second = timed(tmp_path, "sjd", 100 + trial, 2, 0.1), timed(tmp_path, "scd", 200 + trial, 2, 0.1)
+        _, found = compared(tmp_path, first, second)
+        row = measures(found)["latency, s"]
+        assert row["prompts"] == N // 2
+        differ += row["differs"]
+    assert differ <= 1
+    slow = timed(tmp_path, "sjd2", 300, 3, 0.1)
+    _, found = compared(tmp_path, first, slow)
+    assert "latency: the images were not batched alike" in found["skipped"]
+    few = timed(tmp_path, "jacobi", 301, 3, 0.1)
+    _, found = compared(tmp_path, few, slow)
+    assert "latency: 8 separate timings in both are too few" in found["skipped"]
+
+
+def test_the_tests_that_could_not_be_made_count(tmp_path: Path) -> None:
+    """The level printed is the one that was used, with features and without."""
+    text, found = compared(tmp_path, make(tmp_path, "sjd", seed=2), make(tmp_path, "scd", seed=3))
+    assert len(found["measures"]) == found["tests"] - 2
+    assert f"({100 * (1 - 0.01 / found['tests']):.4g} %)" in text
+    assert f"corrected for {found['tests']} tests" in text
+
+
+def test_the_likelihood_is_of_one_model(tmp_path: Path) -> None:
+    base = make(tmp_path, "sjd", seed=2)
+    _, found = compared(tmp_path, base, make(tmp_path, "sjd2", seed=3, digest="tuned", adapter="lora"))
+    assert "NLL per token" in measures(found)
+    _, found = compared(tmp_path, base, make(tmp_path, "scd", seed=4, digest="retrained"))
+    assert "NLL per token: the model weights differ" in found["skipped"]
+
+
+def test_provenance_is_compared_whole(tmp_path: Path) -> None:
+    first = make(tmp_path, "sjd", seed=2)
+    shutil.copytree(tmp_path / "runs" / first, tmp_path / "elsewhere" / first)
+    folders = (tmp_path / "runs" / first, tmp_path / "elsewhere" / first)
+    for folder, last in zip(folders, "AB", strict=True):
+        for commit in ("x", "y", "z", last):
+            RunFolder(folder).launch({"git": commit})
+    text = compare_pair(folders, tmp_path / "out")
+    assert "Provenance that differs" in text
+    assert "x; y; z; and 1 more" in text
+    assert f"A is {folders[0]}, B is {folders[1]}." in text  # the same name on both machines
+
+
+def test_a_lost_token_file_costs_its_place_only(tmp_path: Path) -> None:
+    first, second = make(tmp_path, "sjd", seed=2), make(tmp_path, "scd", seed=3)
+    run = RunFolder(tmp_path / "runs" / second)
+    records = run.records()
+    records[3]["tokens_sha256"] = "other"
+    (run.path / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run.path / "tokens" / "00003_0.npy").unlink()
+    text, found = compared(tmp_path, first, second)
+    assert found["tokens"]["first"] is None
+    assert f"Tokens: different in 1 of {N} images of both." in text
+
+
+def test_two_prompts_prove_nothing(tmp_path: Path) -> None:
+    text, found = compared(
+        tmp_path, make(tmp_path, "sjd", seed=2, ids=range(2)), make(tmp_path, "scd", seed=3, ids=range(2), forwards=4)
+    )
+    assert not measures(found)["passes per image"]["differs"]
+    assert "Warning: with fewer than 16 images" in text
