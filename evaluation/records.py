@@ -35,6 +35,7 @@ except ImportError:  # Windows has no fcntl: there the lock falls back on the pr
     fcntl = None
 
 Id = tuple[int, int]  # (prompt index, repeat)
+NEEDED = {"id", "prompt", "launch", "batch", "tokens", "forwards", "accepted", "seconds", "image", "tokens_sha256"}
 PATH_KEYS = ("weights", "adapter")  # settings that name files: the files' digest counts, not where they lie
 
 
@@ -94,14 +95,17 @@ class RunFolder:
     # ---- samples
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per image, sorted by id; a line that a kill cut short is left out."""
+        """Return one record per image, sorted by id; a line that a kill cut short, or without a record's keys, is left out."""
         found: dict[Id, dict[str, Any]] = {}
         self.damaged = 0
         for path in sorted(self.path.glob("samples*.jsonl")):
             lines, damaged = read_lines(path)
             self.damaged += damaged
             for record in lines:
-                found.setdefault((record["id"][0], record["id"][1]), record)
+                if record.keys() >= NEEDED:
+                    found.setdefault((record["id"][0], record["id"][1]), record)
+                else:
+                    self.damaged += 1
         return [found[key] for key in sorted(found)]
 
     def missing(self, ids: Iterable[Id]) -> list[Id]:

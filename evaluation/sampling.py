@@ -197,6 +197,7 @@ def _refilled(
     Every row is busy until the prompts run out, so images per second are batch_rows / mean latency (Little's law).
     """
     taken: dict[int, float] = {}
+    places = {key: place for place, key in enumerate(job.ids)}  # a batch of its own each, also among ranks
     rows = min(job.batch_size, len(missing))
 
     def requests() -> Iterator[tuple[str, int]]:
@@ -213,7 +214,7 @@ def _refilled(
         key, ended = missing[index], _Clock(model.device).began
         seconds = {"encode": 0.0, "prefill": 0.0, "decode": ended - taken.pop(index)}  # the row's own, prompt included
         images, losses, seconds["image"] = _finish(job, model, _encode(model, [job.prompts[key[0]]]), [sampled])
-        head = {"batch": index, "batch_rows": rows, "launch": launch, "seed": sample_seed(job.seed, *key)}
+        head = {"batch": places[key], "batch_rows": rows, "launch": launch, "seed": sample_seed(job.seed, *key)}
         yield [_record(job, key, sampled, images[0], seconds, head | {"nll": losses[0]})]
         waited = time.perf_counter() - ended
         for other in taken:  # pixels and likelihood of this image are no part of the others' decoding

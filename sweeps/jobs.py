@@ -158,6 +158,10 @@ def _job(folder: Path, planned: list[str] | None) -> dict[str, Any]:
         return {"status": "failed", "reason": reason, "run_dir": None, **named}
     if status["status"] == "running":
         status |= {"reason": _fate(status)}
+    elif status["status"] == "stopped" and status.get("slurm") is not None:  # Slurm may have put it back into its queue
+        told = slurm.outcome(status["slurm"])
+        if told is not None and told.running:
+            status |= {"status": "running", "reason": f"{RUNNING} ({told.state.lower()})."}
     return status
 
 

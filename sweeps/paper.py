@@ -166,8 +166,10 @@ def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, st
 
 
 def _who(row: Row) -> str:
-    """Return what our value is of: model, prompts and number of images."""
-    return f"{row.run.config['model']['name']}, {(row.run.config.get('prompts') or {}).get('name')}, N={row.n}"
+    """Return what our values are of: model, adapter, prompts and number of images (of the scores, if another one)."""
+    model = row.run.config["model"]["name"] + (" with adapter" if row.run.adapter is not None else "")
+    scored = f", scores of {row.scored}" if row.scored not in (0, row.n) else ""
+    return f"{model}, {(row.run.config.get('prompts') or {}).get('name')}, N={row.n}{scored}"
 
 
 def _label(entry: Published, run: Run) -> str:
@@ -192,5 +194,7 @@ def _ours(row: Row, name: str) -> float | None:
         "latency_s_median": row.latency_s,
         "speedup": row.speedup,
     }
+    if name == "peak_memory_gb" and row.latency_s is None:  # of another machine than the table's
+        return None
     value = costs[name] if name in costs else row.metrics.get(name)
     return None if value is None else float(value)

@@ -38,7 +38,7 @@ def content(runs_dir: Path) -> dict[str, list[tuple]]:
     for path in run_folders(runs_dir):
         run = RunFolder(path)
         lines = [line for file in path.glob("samples*.jsonl") for line in records.read_lines(file)[0]]
-        ids = [tuple(line["id"]) for line in lines]
+        ids = [tuple(line["id"]) for line in lines if line.keys() >= records.NEEDED]
         assert len(ids) == len(set(ids)), f"doubled in {path.name}"
         found[path.name] = [
             (tuple(line["id"]), line["seed"], line["tokens_sha256"], run.tokens(line).tolist(), image.tolist())
@@ -232,11 +232,14 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "no text": lambda data: data + b"\xff\xfe\x00{\n",
     "twice": lambda data: data + data.splitlines(keepends=True)[-1],
     "in the middle": lambda data: data.replace(b'"seed"', b'"se\x00', 1),
+    "without its keys": lambda data: data + b'{"id": [9, 0]}\n{"launch": 7}\n',
     "gone": lambda data: b"",
 }
 
 
-@pytest.mark.parametrize("damage", ["zeros", "gone", *(pytest.param(n, marks=pytest.mark.slow) for n in DAMAGE)])
+@pytest.mark.parametrize(
+    "damage", ["zeros", "without its keys", "gone", *(pytest.param(n, marks=pytest.mark.slow) for n in DAMAGE)]
+)
 def test_damaged_records(cli: Cli, undisturbed: Callable, damage: str) -> None:
     expected = undisturbed(cli, *JOB)
     assert cli(*JOB[:1], "limit=8", *JOB[2:]) == 0
@@ -254,12 +257,12 @@ def test_damaged_records(cli: Cli, undisturbed: Callable, damage: str) -> None:
     assert content(cli.runs_dir) == expected
 
 
-@pytest.mark.parametrize("damage", [name for name in DAMAGE if name != "twice"])
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in ("twice", "without its keys")])
 def test_damaged_provenance_lends_no_launch_to_another(tmp_path: Path, damage: str) -> None:
     run = RunFolder(tmp_path)
     for number in range(3):
         assert run.launch({"seed": 0, "command": "run.py " * 10}) == number
-        run.append({"id": [number, 0], "launch": number})
+        run.append(dict.fromkeys(records.NEEDED, 0) | {"id": [number, 0], "launch": number})
     file = tmp_path / "provenance.jsonl"
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
     assert run.launch({"seed": 0}) == 3

@@ -312,6 +312,12 @@ def test_reasons_from_slurm(
     (tmp_path / "3" / "status.json").write_text(json.dumps(told))
     (found,) = jobs.statuses(tmp_path)
     assert found["reason"].startswith(reason)
+    # one that a signal stopped runs on if Slurm has it again, and else keeps its own words
+    (tmp_path / "3" / "status.json").write_text(json.dumps(told | {"status": "stopped", "reason": "was stopped."}))
+    (found,) = jobs.statuses(tmp_path)
+    again = "is still running" in reason
+    assert found["status"] == ("running" if again else "stopped")
+    assert found["reason"].startswith(reason if again else "was stopped.")
 
 
 def test_the_queue_is_asked_and_forgotten_jobs_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_rows_are_answered_by_model_prompts_method_and_tuning(tmp_path: Path) ->
 def test_tuned_and_untuned_rows_are_told_apart(tmp_path: Path) -> None:
     tuned = lumina(tmp_path / "runs", "ar", adapter="tuned", prompts="geneval")
     found = {r["method"]: r for r in cells("Table 2", [tuned], tmp_path / "out") if r["model"].startswith("Lumina")}
-    assert found["AR (SJD2-tuned weights)"]["ours"] == "lumina, geneval, N=3"
+    assert found["AR (SJD2-tuned weights)"]["ours"] == "lumina with adapter, geneval, N=3"
     assert found["AR (not tuned)"]["ours"] == ""
     assert found["AR (not tuned)"]["GenEval, published"] == "0.48"
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from evaluation import records
 from evaluation.prompts import Prompts, read_prompts
-from evaluation.records import RunFolder, by_content, identity, lock, run_folders
+from evaluation.records import NEEDED, RunFolder, by_content, identity, lock, run_folders
 from sjd2.errors import UserError
 
 PARTS = {
@@ -29,7 +29,8 @@ PARTS = {
 
 
 def record(prompt: int, repeat: int = 0) -> dict:
-    return {"id": [prompt, repeat], "prompt": "ä", "tokens": 3, "image": f"images/{prompt:05d}_{repeat}.png"}
+    own = {"id": [prompt, repeat], "prompt": "ä", "tokens": 3, "image": f"images/{prompt:05d}_{repeat}.png"}
+    return dict.fromkeys(NEEDED, 0) | own
 
 
 def make(run: RunFolder, *prompts: int) -> None:
