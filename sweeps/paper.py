@@ -139,15 +139,21 @@ def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand
         "ours",
         "source",
     ]
-    cells = [
-        line for entry in published for line in _lines(entry, [r for r in mine if _fits(entry, r, stand_in)], shown)
-    ]
+    found = [(entry, [row for row in mine if _fits(entry, row, stand_in)]) for entry in published]
+    cells = [line for entry, fit in found for line in _lines(entry, fit, shown)]
     own = f"ours: {stand_in}, which is not the paper's model" if stand_in else "ours: the same models"
     note = (
         "Blank: not printed in the paper, or not run here. Ours is measured on the machine and prompts of its run; the "
         "paper's latency, memory and FID are those of its own hardware and code."
     )
-    return Table(f"SJD2 paper, {name} ({own})", header, cells, [note])
+    own_models = [row for row in mine if stand_in or row.run.config["model"]["name"] in MODELS.values()]
+    lonely = [row for row in own_models if not any(row in fit for _, fit in found)]
+    other = f"No published row is that of {', '.join(map(_run, lonely))}: another method, model, size, prompt list or tuning."
+    return Table(f"SJD2 paper, {name} ({own})", header, cells, [note, *([other] if lonely else [])])
+
+
+def _run(row: Row) -> str:
+    return f"{row.run.label} ({_who(row)})"
 
 
 def _fits(entry: Published, row: Row, stand_in: str | None) -> bool:

@@ -62,6 +62,13 @@ def test_rows_are_answered_by_model_prompts_method_and_tuning(tmp_path: Path) ->
         assert found[key]["passes, ours"] == found[key]["ours"] == ""  # nobody has run it: blank, not guessed
 
 
+def test_runs_that_answer_no_row_are_named(tmp_path: Path) -> None:
+    runs = [read_run(lumina(tmp_path / "runs", "ar")), read_run(lumina(tmp_path / "runs", "sjd", prompts="parti"))]
+    text = paper.make_paper_table("Table 1", runs, tmp_path / "out")
+    assert "No published row is that of sjd (lumina, parti, N=3): another method" in text
+    assert "is that of" not in paper.make_paper_table("Table 1", runs[:1], tmp_path / "out")
+
+
 def test_tuned_and_untuned_rows_are_told_apart(tmp_path: Path) -> None:
     tuned = lumina(tmp_path / "runs", "ar", adapter="tuned", prompts="geneval")
     found = {r["method"]: r for r in cells("Table 2", [tuned], tmp_path / "out") if r["model"].startswith("Lumina")}
