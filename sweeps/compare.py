@@ -20,14 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation.intervals import Difference, paired
 from evaluation.records import RunFolder, run_folders, write_atomically
 from sjd2.errors import UserError
+from sweeps.differences import ALPHA, differs, p_value, with_interval
 from sweeps.distances import FeatureDistances, fid_settings
 from sweeps.formats import Table, markdown, show
 from sweeps.notes import ADAPTER
 from sweeps.rows import nll_per_token
 from sweeps.runs import Run, common_prompts, groups, quality_reference, read_runs, same_model
 from sweeps.table import title
-
-ALPHA = 0.01  # of the test against AR, for all decoders of a table together
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,6 @@ class Comparison:
     def corrected_level(self) -> float:
         """The level of one interval against AR, 1 - 0.01 / m for m decoders."""
         return 1 - ALPHA / max(1, len(self.against_ar))
-
-
-def differs(difference: Difference) -> bool:
-    """Say whether the corrected p-value of a difference to AR is below 1 %."""
-    return difference.p < ALPHA
 
 
 def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Comparison:
@@ -179,16 +173,6 @@ def _n(difference: Difference | None, prompts: int) -> str:
     if difference is None or difference.images == difference.prompts:
         return str(difference.prompts if difference else prompts)
     return f"{difference.prompts} ({difference.images} images)"
-
-
-def with_interval(gap: Difference, digits: int) -> str:
-    """Write a difference with its interval."""
-    return f"{gap.mean:+.{digits}f} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
-
-
-def p_value(gap: Difference) -> str:
-    """Write a p-value."""
-    return "<0.001" if gap.p < 0.001 else f"{gap.p:.3f}"
 
 
 def _tested(gap: Difference | None, digits: int) -> list[str]:

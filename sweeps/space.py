@@ -1,14 +1,72 @@
-"""What a search may choose: ranges and choices of settings, from which Optuna takes one value each."""
+"""What stage=tune searches and by which measure: ranges and choices of settings, from which Optuna takes one value each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sjd2.errors import UserError
+from sjd2.errors import UserError, choose
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
+
+
+OBJECTIVES = {"latency": "latency_s_median", "passes": "forwards_mean"}
+QUALITIES = {"kid": "kid", "fid": "fid", "nll": "nll_per_token"}
+SAMPLERS = ("tpe", "nsga2", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """What to search and by which measure.
+
+    space: key of the command line -> list of choices, or {low, high, step, log} of a number. trials: of the whole search.
+    prompts: captions per trial, from the end of the list; judge: captions that judge the outcome, from its start.
+    finalists: the best trials that run once more, in turns, on `finals` other captions, since the best of many noisy
+    figures is mostly a lucky one (1: the best trial is taken as it is).
+    early: captions after which a trial that is `hopeless` times worse than the best is cut. objective: latency (median
+    seconds of an image) or passes. quality: kid, fid or nll, which may exceed AR's by `bound`; trust_lossless: a decoder
+    that is lossless by proof is not refused for its noise.
+    """
+
+    name: str
+    space: dict[str, Any]
+    trials: int = 40
+    prompts: int = 32
+    judge: int = 128
+    finalists: int = 4
+    finals: int = 64
+    early: int = 8
+    hopeless: float = 1.5
+    objective: str = "latency"
+    quality: str = "kid"
+    bound: float = 0.02
+    trust_lossless: bool = True
+    sampler: str = "tpe"
+    random_trials: int = 10
+    fixed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        choose("tune.objective", self.objective, OBJECTIVES)
+        choose("tune.quality", self.quality, QUALITIES)
+        choose("tune.sampler", self.sampler, SAMPLERS)
+        counts = ("trials", "prompts", "judge", "finalists", "finals", "early", "random_trials")
+        if wrong := [name for name in counts if getattr(self, name) < 1]:
+            raise UserError(f"tune.{wrong[0]} must be 1 or more, got {getattr(self, wrong[0])}.")
+        if self.hopeless <= 1:
+            raise UserError(f"tune.hopeless must be more than 1, got {self.hopeless}.")
+        if not self.space:
+            raise UserError("tune.space is empty; name settings to search, e.g. tune.space.decoder.window=[16,32].")
+        for key, values in flatten(self.space).items():
+            check_range(key, values)
+
+    def check(self) -> None:
+        """Raise `UserError` if Optuna is not installed."""
+        try:
+            import optuna  # noqa: F401
+        except ImportError as error:
+            raise UserError("stage=tune needs Optuna: pip install -e '.[tune]'.") from error
 
 
 def flatten(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,16 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation.console import say
 from evaluation.records import write_atomically
 from sjd2.errors import UserError
-from sweeps.space import flatten
+from sweeps.space import OBJECTIVES, Tune, flatten
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from sweeps.tune import Tune
 
-OBJECTIVES = {"latency": "latency_s_median", "passes": "forwards_mean"}
-QUALITIES = {"kid": "kid", "fid": "fid", "nll": "nll_per_token"}
 TRIES = 3  # starts of a trial after which it is what ends the process
 
 

@@ -7,9 +7,9 @@ image is made twice. The captions that judge the outcome are never those of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
@@ -21,12 +21,10 @@ from evaluation.records import RunFolder, lock
 from evaluation.score import Metric
 from evaluation.speed import Speed
 from evaluation.tracking import NoTracker
-from sjd2.errors import UserError, choose
+from sjd2.errors import UserError
 from sjd2.instantiate import instantiate
-from sweeps.space import check_range, flatten, suggest
+from sweeps.space import OBJECTIVES, QUALITIES, Tune, suggest
 from sweeps.study import (
-    OBJECTIVES,
-    QUALITIES,
     complete,
     describe,
     least,
@@ -44,59 +42,6 @@ if TYPE_CHECKING:
 
 TURNS = 4  # of the finals and the judgement
 COSTS = ("passes per image", LATENCY)
-SAMPLERS = ("tpe", "nsga2", "random")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tune:
-    """What to search and by which measure.
-
-    space: key of the command line -> list of choices, or {low, high, step, log} of a number. trials: of the whole search.
-    prompts: captions per trial, from the end of the list; judge: captions that judge the outcome, from its start.
-    finalists: the best trials that run once more, in turns, on `finals` other captions, since the best of many noisy
-    figures is mostly a lucky one (1: the best trial is taken as it is).
-    early: captions after which a trial that is `hopeless` times worse than the best is cut. objective: latency (median
-    seconds of an image) or passes. quality: kid, fid or nll, which may exceed AR's by `bound`; trust_lossless: a decoder
-    that is lossless by proof is not refused for its noise.
-    """
-
-    name: str
-    space: dict[str, Any]
-    trials: int = 40
-    prompts: int = 32
-    judge: int = 128
-    finalists: int = 4
-    finals: int = 64
-    early: int = 8
-    hopeless: float = 1.5
-    objective: str = "latency"
-    quality: str = "kid"
-    bound: float = 0.02
-    trust_lossless: bool = True
-    sampler: str = "tpe"
-    random_trials: int = 10
-    fixed: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        choose("tune.objective", self.objective, OBJECTIVES)
-        choose("tune.quality", self.quality, QUALITIES)
-        choose("tune.sampler", self.sampler, SAMPLERS)
-        counts = ("trials", "prompts", "judge", "finalists", "finals", "early", "random_trials")
-        if wrong := [name for name in counts if getattr(self, name) < 1]:
-            raise UserError(f"tune.{wrong[0]} must be 1 or more, got {getattr(self, wrong[0])}.")
-        if self.hopeless <= 1:
-            raise UserError(f"tune.hopeless must be more than 1, got {self.hopeless}.")
-        if not self.space:
-            raise UserError("tune.space is empty; name settings to search, e.g. tune.space.decoder.window=[16,32].")
-        for key, values in flatten(self.space).items():
-            check_range(key, values)
-
-    def check(self) -> None:
-        """Raise `UserError` if Optuna is not installed."""
-        try:
-            import optuna  # noqa: F401
-        except ImportError as error:
-            raise UserError("stage=tune needs Optuna: pip install -e '.[tune]'.") from error
 
 
 @dataclass
@@ -303,7 +248,7 @@ class Search:
 
     def verdict(self, reference: RunFolder, default: RunFolder, best: RunFolder) -> list[str]:
         """Say how the best compares with the decoder's own settings and, in quality, with AR."""
-        from sweeps.compare import p_value, with_interval
+        from sweeps.differences import p_value, with_interval
         from sweeps.runs import read_run
         from sweeps.two import compare_two
 

@@ -18,7 +18,7 @@ from evaluation.records import Id, write_atomically
 from evaluation.records import name as image_name
 from evaluation.score import read_scores
 from sjd2.errors import UserError
-from sweeps.compare import ALPHA, differs, p_value, with_interval
+from sweeps.differences import ALPHA, differs, p_value, with_interval
 from sweeps.distances import FeatureDistances
 from sweeps.formats import Table, markdown
 from sweeps.labels import flatten

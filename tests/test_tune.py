@@ -43,7 +43,7 @@ def test_a_space_is_flat_and_its_ranges_are_checked() -> None:
         ({"decoder.window": {"low": 1, "high": 8, "step": 0}}, "a step between"),
     ):
         with pytest.raises(UserError, match=words):
-            tune.Tune(name="x", space=space)
+            spaces.Tune(name="x", space=space)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_space_is_flat_and_its_ranges_are_checked() -> None:
 )
 def test_settings_are_checked(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        tune.Tune(name="x", space={"a": [1, 2]}, **settings)
+        spaces.Tune(name="x", space={"a": [1, 2]}, **settings)
 
 
 def study_of(points: list[tuple[float, float, float]]) -> optuna.Study:
@@ -80,7 +80,7 @@ def test_the_best_is_the_fastest_within_the_bound_and_the_front_is_brute_force()
 
 
 def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
-    settings = tune.Tune(name="x", space={"a": {"low": 0, "high": 9}})
+    settings = spaces.Tune(name="x", space={"a": {"low": 0, "high": 9}})
     study = studies.open_study(tmp_path, settings)
     study.tell(study.ask({"a": optuna.distributions.IntDistribution(0, 9)}), (1.0, 0.0))
     cut = study.ask()  # ... and killed here
@@ -89,14 +89,14 @@ def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
     assert [trial.state.name for trial in again.trials] == ["COMPLETE", "FAIL", "WAITING"]
     assert spaces.suggest(again.ask(), settings.space) == chosen
     with pytest.raises(UserError, match="other settings"):
-        studies.open_study(tmp_path, tune.Tune(name="x", space={"a": {"low": 0, "high": 8}}))
+        studies.open_study(tmp_path, spaces.Tune(name="x", space={"a": {"low": 0, "high": 8}}))
     with pytest.raises(UserError, match="other settings"):  # another model, decoder, law or prompt list
         studies.open_study(tmp_path, settings, ("other run",))
 
 
 @pytest.mark.parametrize(("objective", "moves"), [("passes", True), ("latency", False)])
 def test_seconds_of_two_machines_do_not_mix(tmp_path: Path, objective: str, moves: bool) -> None:
-    settings = tune.Tune(name="t", space={"decoder": {"window": [8, 16]}}, objective=objective)
+    settings = spaces.Tune(name="t", space={"decoder": {"window": [8, 16]}}, objective=objective)
     studies.open_study(tmp_path, settings, ("run",), "a GPU")
     if moves:
         studies.open_study(tmp_path, settings, ("run",), "another GPU")
@@ -136,7 +136,7 @@ def test_a_search_from_start_to_decoder(cli: Cli) -> None:
 class Finals(tune.Search):
     """A search whose runs are made up: `came` holds (passes, KID) of each setting on the captions of the finals."""
 
-    def __init__(self, settings: tune.Tune, came: dict[str, tuple[float, float] | Exception], lossless: str) -> None:
+    def __init__(self, settings: spaces.Tune, came: dict[str, tuple[float, float] | Exception], lossless: str) -> None:
         self.tune, self.came, self.lossless = settings, came, lossless
         self.metrics, self.other, self.cfg = {}, ["prompts.skip=5"], SimpleNamespace(seed=0)
         self.made: list[tuple[str, int]] = []
@@ -155,7 +155,9 @@ class Finals(tune.Search):
 
 def finals(folder: Path, came: dict[str, Any], lossless: str, **settings: Any) -> Finals:
     """Make finals whose trials a, b, ... came in this order, all within the bound."""
-    asked = tune.Tune(name="t", space={"w": list("abcd")}, objective="passes", finals=8, **{"finalists": 3, **settings})
+    asked = spaces.Tune(
+        name="t", space={"w": list("abcd")}, objective="passes", finals=8, **{"finalists": 3, **settings}
+    )
     search = Finals(asked, came, lossless)
     search.study = studies.open_study(folder, asked)
     kinds = optuna.distributions.CategoricalDistribution(list("abcd"))
@@ -194,7 +196,7 @@ def test_finals_that_none_survives_go_on_with_the_next_trials(tmp_path: Path) ->
 
 
 def test_a_trial_that_keeps_ending_the_process_is_left(tmp_path: Path) -> None:
-    settings = tune.Tune(name="t", space={"w": [1, 2]})
+    settings = spaces.Tune(name="t", space={"w": [1, 2]})
     for _ in range(studies.TRIES):
         study = studies.open_study(tmp_path, settings)
         trial = study.ask()
