@@ -160,6 +160,9 @@ def _latencies(found: Pair) -> list[dict[Id, float]]:
     if reasons := obstacles(*found.runs, machine):
         found.skipped.append(f"latency: not the same {', '.join(reasons)}")
         return []
+    if any(run.setting("refill") and run.setting("batch_size") != 1 for run in found.runs):
+        found.skipped.append("latency: rows of a refilled batch share their passes, so no timing is separate")
+        return []
     a, b = (run.timed(machine) for run in found.runs)
     common = sorted(a.keys() & b.keys())
     batches = {(a[key].batch, b[key].batch): key for key in reversed(common)}  # named by their first image

@@ -64,11 +64,12 @@ def make(
     metric: dict[str, Any] | None = None,
     digest: str = "base",
     adapter: str | None = None,
+    refilled: int | None = None,
     **parts: Any,
 ) -> str:
     """Write a run with noise of its own around shared difficulties of the prompts; returns the folder's name.
 
-    shift: nats per token added, and a quarter of the shift of the features; forwards: passes of an image, one more at
+    refilled: batch size of a run with refill. shift: nats per token added, and a quarter of the shift of the features; forwards: passes of an image, one more at
     odd prompts.
     """
     rng = np.random.default_rng(seed)
@@ -81,6 +82,7 @@ def make(
     model = SPEC | {"adapter": adapter}
     identity = {"id": f"{seed:010d}", "digest": digest, "model": model, "law": {"temperature": 1.0, "sampler": "cdf"}}
     identity |= {"decoder": {"name": decoder, "lossless": True} | parts, "prompts": {"digest": "p", "repeats": 1}}
+    identity |= {"batch_size": refilled, "refill": True} if refilled else {}
     config = {"model": model, "prompts": {"name": "shapes"}, "identity": identity}
     if metric:
         config["evaluation"] = {"metrics": {"fid": metric}}

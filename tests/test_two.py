@@ -158,6 +158,9 @@ def test_images_of_one_batch_are_one_timing(tmp_path: Path) -> None:
     slow = timed(tmp_path, "sjd2", 300, 3, 0.1)
     _, found = compared(tmp_path, first, slow)
     assert "latency: the images were not batched alike" in found["skipped"]
+    shared = [make(tmp_path, name, seed=400, refilled=8) for name in ("sjd", "scd")]
+    _, found = compared(tmp_path, *shared)
+    assert "latency: rows of a refilled batch share their passes, so no timing is separate" in found["skipped"]
     few = timed(tmp_path, "jacobi", 301, 3, 0.1)
     _, found = compared(tmp_path, few, slow)
     assert "latency: 8 separate timings in both are too few" in found["skipped"]
