@@ -69,8 +69,8 @@ def make(
 ) -> str:
     """Write a run with noise of its own around shared difficulties of the prompts; returns the folder's name.
 
-    refilled: batch size of a run with refill. shift: nats per token added, and a quarter of the shift of the features; forwards: passes of an image, one more at
-    odd prompts.
+    shift: nats per token added, and a quarter of the shift of the features; forwards: passes of an image, one more at
+    odd prompts. refilled: batch size of a run with refill.
     """
     rng = np.random.default_rng(seed)
     prompts = np.random.default_rng(7).normal(30, 5, 200)[list(ids)]
