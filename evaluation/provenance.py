@@ -34,6 +34,28 @@ def start_entry(device: torch.device, **more: Any) -> dict[str, Any]:
     }
 
 
+class CpuShare:
+    """The share of the time its threads wanted that this process got on a CPU: below 1 something else had the cores."""
+
+    def __init__(self) -> None:
+        self.ran, self.waited = _scheduled()
+
+    def entry(self, device: torch.device) -> dict[str, float]:
+        """Return cpu_share since the start, for the provenance; nothing on a GPU, or where Linux does not tell."""
+        ran, waited = (now - then for now, then in zip(_scheduled(), (self.ran, self.waited), strict=True))
+        return {"cpu_share": round(ran / (ran + waited), 3)} if device.type == "cpu" and ran > 0 <= waited else {}
+
+
+def _scheduled() -> tuple[int, int]:
+    """Return the nanoseconds that this process' threads have run, and waited for a core (proc(5): schedstat)."""
+    ran = waited = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError):  # a thread may end meanwhile
+            numbers = file.read_text().split()
+            ran, waited = ran + int(numbers[0]), waited + int(numbers[1])
+    return ran, waited
+
+
 def end_entry(device: torch.device) -> dict[str, Any]:
     """Return what a launch knows at its end: peak_memory_gb since `start_entry`, in 1e9 bytes.
 

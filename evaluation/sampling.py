@@ -17,7 +17,7 @@ import torch
 from evaluation.console import Progress, say
 from evaluation.distributed import ALONE, Ranks
 from evaluation.flops import gflops_per_token
-from evaluation.provenance import end_entry, start_entry
+from evaluation.provenance import CpuShare, end_entry, start_entry
 from evaluation.records import Id, RunFolder
 from evaluation.stopping import Dropped, Stopping, listening
 from evaluation.tracking import Tracker
@@ -114,6 +114,7 @@ def _share(job: Job, missing: list[Id], ranks: Ranks) -> list[Id]:
 def _make(job: Job, model: ImageModel, share: list[Id], launch: int, tracker: Tracker, ranks: Ranks) -> float | None:
     """Make the images of this rank and write their records batch by batch; returns the peak memory in GB."""
     warm_up(job, model)
+    share_of_cpu = CpuShare()
     total, done = (len(share), 0) if ranks.world > 1 else (len(job.wanted), len(job.wanted) - len(share))
     title = job.run.path.name + (f" (rank 0 of {ranks.world})" if ranks.world > 1 else "")
     end: dict[str, Any] = {}
@@ -132,7 +133,7 @@ def _make(job: Job, model: ImageModel, share: list[Id], launch: int, tracker: Tr
                 say(f"stopped by {stop.name}: {done} of {total} images are there, the same command goes on.")
                 stop.leave()
     finally:
-        end = end_entry(model.device)
+        end = end_entry(model.device) | share_of_cpu.entry(model.device)
         if ranks.main:
             job.run.close_launch(launch, end)
     return end.get("peak_memory_gb")

@@ -54,7 +54,7 @@ def markdown(table: Table, level: int = 2) -> str:
     lines = [f"{'#' * level} {table.title}", ""] if table.title else []
     width = len(table.header)
     rows = [list(row) for row in table.rows]
-    rows += [[label, f"failed: {reason}", *[""] * (width - 2)] for label, reason in table.failed]
+    rows += [[label, failure(reason), *[""] * (width - 2)] for label, reason in table.failed]
     lines += [_pipe(table.header), "|" + "|".join([" :--- "] + [" ---: "] * (width - 1)) + "|"]
     lines += [_pipe(row) for row in rows]
     for note in table.notes:
@@ -62,6 +62,11 @@ def markdown(table: Table, level: int = 2) -> str:
     for caption, name in table.pictures:
         lines += ["", f"![{caption}]({name})"]
     return "\n".join(lines) + "\n"
+
+
+def failure(reason: str) -> str:
+    """Say that a job failed and why; one that has not run, or was stopped, has not failed."""
+    return reason if reason.startswith(("has not started", "was stopped", "is still running")) else f"failed: {reason}"
 
 
 def _pipe(cells: Sequence[str]) -> str:
@@ -94,7 +99,7 @@ def latex(table: Table) -> str:
     lines += [" & ".join(map(escape, row)) + r" \\" for row in table.rows]
     for label, reason in table.failed:
         lines.append(
-            rf"{escape(label)} & \multicolumn{{{width - 1}}}{{p{{0.7\linewidth}}}}{{failed: {escape(reason)}}} \\"
+            rf"{escape(label)} & \multicolumn{{{width - 1}}}{{p{{0.7\linewidth}}}}{{{escape(failure(reason))}}} \\"
         )
     lines += [r"\bottomrule", r"\end{tabular}"]
     lines += [rf"\par\smallskip\footnotesize {escape(note)}" for note in table.notes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,12 @@ UNNAMED = ("_target_", "name", "lossless", "breaks", *PARTS)
 CONF = ROOT / "conf" / "decoder"
 
 
-def set_labels(runs: Sequence[Run]) -> None:
-    """Give each run of a table its label; two runs never share one."""
+def set_labels(runs: Sequence[Run], named: Collection[str] = ()) -> None:
+    """Give each run of a table its label; two runs never share one. named: decoder settings that are always in it."""
     shared = [key for key in RUN_WIDE if len({_run_wide(r)[key] for r in runs}) > 1]
     for run in runs:
         rivals = [other for other in runs if other.decoder == run.decoder]
-        words = [*_parts(run, rivals), *_settings(run, rivals)]
+        words = [*_parts(run, rivals), *_settings(run, rivals, () if run.is_ar else named)]
         words += [f"{key}={_short(_run_wide(run)[key])}" for key in shared]
         if run.identity["decoder"].get("rule") == "paper" and "rule=paper" not in words:
             words.append("rule=paper")
@@ -36,6 +36,12 @@ def set_labels(runs: Sequence[Run]) -> None:
     for run in runs:
         if counts[run.label] > 1:
             run.label += f" {run.identity['id'][:4]}"
+
+
+def swept(jobs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the decoder settings in which jobs of a multirun differ, from their status.json."""
+    words = (str(text).lstrip("+").partition("=")[0] for job in jobs for text in job.get("overrides") or ())
+    return {word.removeprefix("decoder.") for word in words if word.startswith("decoder.")}
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -67,13 +73,13 @@ def _parts(run: Run, rivals: Sequence[Run]) -> list[str]:
     return words
 
 
-def _settings(run: Run, rivals: Sequence[Run]) -> list[str]:
+def _settings(run: Run, rivals: Sequence[Run], named: Collection[str]) -> list[str]:
     """Return the settings in which runs of one decoder differ; those of a part count among runs with that part only."""
     mine, words = _own(run), []
     for key in mine:
         part = key.partition(".")[0]
         alike = [o for o in rivals if part not in PARTS or _option(o, part) == _option(run, part)]
-        if len({_own(other).get(key) for other in alike}) > 1:
+        if key in named or len({_own(other).get(key) for other in alike}) > 1:
             words.append(f"{key}={_short(mine[key])}")
     return words
 

@@ -24,6 +24,8 @@ INTERVALS = (
     "standard deviation over its subsets; a single FID has no interval."
 )
 FEW = 16  # images from which a bootstrap over prompts and a standard error mean something
+TIMINGS = 4  # separate timings below which a speed-up is a hint
+STARVED = 0.8  # of the CPU time that a run wanted, below which its seconds say little
 SHORT = 3  # rows up to which a note names them where all are meant
 ADAPTER = "† The run has a fine-tuned adapter; the AR run beside it is the same model without one."
 
@@ -135,6 +137,13 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
         found.append(
             f"times of {_names(partly)} are of {counts} images: the others were made elsewhere or under trace=."
         )
+    for share, members in _by_reason(rows, _starved).items():
+        found.append(
+            f"times of {_names(members)} are too long: other work had the CPU, they got {share} of their time."
+        )
+    if few := [row for row in rows if row.speedup is not None and not row.run.is_ar and row.timings < TIMINGS]:
+        counts = _listed(few, lambda row: row.timings)
+        found.append(f"speed-ups of {_names(few)} rest on {counts} timings each: no more than a hint.")
     for reason, members in _by_reason(rows, lambda row: row.speedup_missing).items():
         why = reason if reason.startswith("no AR") else f"the nearest AR run differs in {reason}"
         others = [row for row in rows if not row.run.is_ar]
@@ -143,6 +152,12 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
     if len(_torch(rows)) > 1:
         found.append("runs were made with different versions of torch.")
     return found
+
+
+def _starved(row: Row) -> str:
+    """Return the least share of the CPU time it wanted that a launch behind the times got, '' where it had enough."""
+    shares = [launch["cpu_share"] for launch in row.run.launches.values() if "cpu_share" in launch]
+    return f"{100 * min(shares):.0f} %" if shares and row.timed and min(shares) < STARVED else ""
 
 
 def _by_reason(rows: Sequence[Row], reason: Callable[[Row], str]) -> dict[str, list[Row]]:

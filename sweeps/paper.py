@@ -140,11 +140,11 @@ def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand
         "source",
     ]
     found = [(entry, [row for row in mine if _fits(entry, row, stand_in)]) for entry in published]
-    cells = [line for entry, fit in found for line in _lines(entry, fit, shown)]
+    cells = [line for entry, fit in found for line in _lines(entry, fit, shown, stand_in is not None)]
     own = f"ours: {stand_in}, which is not the paper's model" if stand_in else "ours: the same models"
     note = (
         "Blank: not printed in the paper, or not run here. Ours is measured on the machine and prompts of its run; the "
-        "paper's latency, memory and FID are those of its own hardware and code."
+        "paper's latency and memory are of its hardware, its FID and CLIP score of its code, networks and reference images."
     )
     own_models = [row for row in mine if stand_in or row.run.config["model"]["name"] in MODELS.values()]
     lonely = [row for row in own_models if not any(row in fit for _, fit in found)]
@@ -160,20 +160,26 @@ def _fits(entry: Published, row: Row, stand_in: str | None) -> bool:
     return wanted(entry).fits(row.run, stand_in=stand_in is not None)
 
 
-def _lines(entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, str, str, str]]) -> list[list[str]]:
+def _lines(
+    entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, str, str, str]], stand_in: bool
+) -> list[list[str]]:
     """Return one line per run that answers the published row; one with blanks where none does."""
     lines = []
     for row in found or [None]:
         values = [cell for metric in shown for cell in _pair(entry, row, metric)]
         label = entry.method if row is None else _label(entry, row.run)
         source = f"{entry.arxiv}, {entry.table}" + (f", {entry.hardware}" if entry.hardware else "")
-        lines.append([label, entry.model, entry.dataset, *values, "" if row is None else _who(row), source])
+        lines.append([label, entry.model, entry.dataset, *values, "" if row is None else _who(row, stand_in), source])
     return lines
 
 
-def _who(row: Row) -> str:
-    """Return what our values are of: model, adapter, prompts and number of images (of the scores, if another one)."""
-    model = row.run.config["model"]["name"] + (" with adapter" if row.run.adapter is not None else "")
+def _who(row: Row, stand_in: bool = False) -> str:
+    """Return what our values are of: model, adapter, prompts and number of images (of the scores, if another one).
+
+    On a model that is none of the paper's only the method counts, so its adapter is not named.
+    """
+    tuned = row.run.adapter is not None and not stand_in
+    model = row.run.config["model"]["name"] + (" with adapter" if tuned else "")
     scored = f", scores of {row.scored}" if row.scored not in (0, row.n) else ""
     return f"{model}, {(row.run.config.get('prompts') or {}).get('name')}, N={row.n}{scored}"
 

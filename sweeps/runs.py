@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,13 +184,16 @@ def _family(path: Path) -> str:
     return repr((sorted(model.items(), key=str), settings))
 
 
-def groups(runs: Iterable[Run]) -> list[list[Run]]:
-    """Split runs into tables: one model, one prompt list, one law each; labelled, AR first, lossless before lossy."""
+def groups(runs: Iterable[Run], named: Collection[str] = ()) -> list[list[Run]]:
+    """Split runs into tables: one model, one prompt list, one law each; labelled, AR first, lossless before lossy.
+
+    named: decoder settings that labels always show, e.g. those that jobs without a run had too.
+    """
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         found.setdefault(run.group, []).append(run)
     for members in found.values():
-        set_labels(members)
+        set_labels(members, named)
         members.sort(key=lambda run: (not run.is_ar, not run.lossless, run.decoder, _natural(run.label)))
     return list(found.values())
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 OBJECTIVES = {"latency": "latency_s_median", "passes": "forwards_mean"}
+UNITS = {"latency": "s an image", "passes": "passes an image"}
 QUALITIES = {"kid": "kid", "fid": "fid", "nll": "nll_per_token"}
 SAMPLERS = ("tpe", "nsga2", "random")
 

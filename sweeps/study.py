@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation.console import say
 from evaluation.records import write_atomically
 from sjd2.errors import UserError
-from sweeps.space import OBJECTIVES, Tune, flatten
+from sweeps.space import UNITS, Tune, flatten
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -101,13 +101,15 @@ def pareto_front(study: Study) -> list[FrozenTrial]:
     return kept
 
 
-def describe(trial: FrozenTrial) -> str:
+def describe(trial: FrozenTrial, tune: Tune) -> str:
     """Say in one line what a trial came to."""
     words = " ".join(f"{key}={value}" for key, value in trial.params.items())
     if trial.state.name != "COMPLETE":
         return f"{words}: left ({_why(trial)})"
     bound = "" if trial.user_attrs["violation"] <= 0 else ", beyond the bound"
-    return f"{words}: {trial.values[0]:.4g}, quality {trial.values[1]:+.4g}{bound}"
+    if not bound and trial.user_attrs.get("over"):
+        bound = ", beyond the bound, kept because lossless"
+    return f"{words}: {trial.values[0]:.4g} {UNITS[tune.objective]}, {tune.quality} {trial.values[1]:+.4g}{bound}"
 
 
 def _why(trial: FrozenTrial) -> str:
@@ -118,9 +120,9 @@ def _why(trial: FrozenTrial) -> str:
 
 def show_front(study: Study, tune: Tune) -> None:
     """Print the Pareto front."""
-    say(f"Pareto front ({OBJECTIVES[tune.objective]}; {tune.quality} minus AR's):")
+    say(f"Pareto front ({tune.objective}; {tune.quality} minus AR's):")
     for trial in pareto_front(study):
-        say(f"  {describe(trial)}")
+        say(f"  {describe(trial, tune)}")
 
 
 def write_trials(study: Study, out: Path) -> None:

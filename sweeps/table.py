@@ -18,6 +18,7 @@ from evaluation.console import say
 from evaluation.records import write_atomically
 from sjd2.errors import UserError
 from sweeps.formats import Table, latex, markdown, show
+from sweeps.labels import swept
 from sweeps.notes import agreed, has_forced_tokens, notes
 from sweeps.paper import make_paper_table
 from sweeps.published import Published, select
@@ -267,7 +268,7 @@ def make_tables(
         raise UserError("no run folder here holds an image; make a run with: python run.py")
     out.mkdir(parents=True, exist_ok=True)
     tables, lines = [], []
-    members = groups(runs)
+    members = groups(runs, swept(failed))
     for index, group in enumerate(members):
         machine = table_machine(group)
         rows = make_rows(group, machine)
@@ -275,7 +276,7 @@ def make_tables(
         drawn = draw(rows, out, suffix="" if index == 0 else f"-{index + 1}", title=table.title)
         table.pictures, table.notes = drawn.pictures, table.notes + drawn.notes
         beside = published_table(group) if published else None
-        if published and beside is None:
+        if published and beside is None and paper is None:
             table.notes.append("sweeps/published.csv has no figures of this model with these decoders.")
         tables += [part for part in (table, difference_table(rows), beside) if part is not None]
         lines += [csv_row(row, machine) for row in rows]

@@ -23,7 +23,7 @@ from evaluation.speed import Speed
 from evaluation.tracking import NoTracker
 from sjd2.errors import UserError
 from sjd2.instantiate import instantiate
-from sweeps.space import OBJECTIVES, QUALITIES, Tune, suggest
+from sweeps.space import OBJECTIVES, QUALITIES, UNITS, Tune, suggest
 from sweeps.study import (
     complete,
     describe,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 TURNS = 4  # of the finals and the judgement
-COSTS = ("passes per image", LATENCY)
+COSTS = {"passes": "passes per image", "latency": LATENCY}  # as two runs are compared
 
 
 @dataclass
@@ -129,6 +129,7 @@ class Search:
         trial.set_user_attr("run", run.path.name)
         trial.set_user_attr("overrides", overrides)
         trial.set_user_attr("violation", self.violation(found))
+        trial.set_user_attr("over", found.quality > self.tune.bound)
         trial.set_constraint("quality", self.violation(found))
         trial.set_user_attr("lossless", found.lossless)
         return found.objective, found.quality
@@ -149,7 +150,7 @@ class Search:
             trial = study.ask()
             self._step(study, trial)
             done += 1
-            say(f"trial {done}/{self.tune.trials}: {describe(study.trials[trial.number])}")
+            say(f"trial {done}/{self.tune.trials}: {describe(study.trials[trial.number], self.tune)}")
         write_trials(study, self.out)
         if least(study) is None:
             raise UserError(
@@ -178,7 +179,7 @@ class Search:
                 told = run if isinstance(run, str) else self._beyond(cfg, other)
                 if not told:
                     values[trial.number] = run.metrics[OBJECTIVES[self.tune.objective]]
-                say(f"  {describe(trial)}; finals: {told or format(values[trial.number], '.4g')}")
+                say(f"  {describe(trial, self.tune)}; finals: {told or format(values[trial.number], '.4g')}")
             if values:
                 return study.trials[min(values, key=values.__getitem__)]
         raise UserError(
@@ -248,7 +249,7 @@ class Search:
 
     def verdict(self, reference: RunFolder, default: RunFolder, best: RunFolder) -> list[str]:
         """Say how the best compares with the decoder's own settings and, in quality, with AR."""
-        from sweeps.differences import p_value, with_interval
+        from sweeps.differences import differs, p_value, with_interval
         from sweeps.runs import read_run
         from sweeps.two import compare_two
 
@@ -262,14 +263,23 @@ class Search:
         )
         if default.path == best.path:
             return ["the best settings are the decoder's own.", quality]
-        ours, theirs = best.metrics[key], default.metrics[key]
+        ours, theirs, unit = best.metrics[key], default.metrics[key], UNITS[tune.objective]
         found = compare_two(read_run(default.path), read_run(best.path))
-        costs = [measure for measure in found.measures if measure.name in COSTS]
-        gaps = [f"{m.name} {with_interval(m.gap, m.digits)}, p {p_value(m.gap)}" for m in costs]
+        costs = {
+            measure.name: measure for measure in found.measures if measure.name in COSTS.values() and measure.tested
+        }
+        gaps = [f"{m.name} {with_interval(m.gap, m.digits)}, p {p_value(m.gap)}" for m in costs.values()]
+        asked = costs.get(COSTS[tune.objective])
+        test = f"the best minus them, 99 %, corrected for {found.tests} tests: {'; '.join(gaps)}"
+        if asked is None:
+            proof = "Not tested: the images are too few, or share their passes"
+        elif differs(asked.gap):
+            proof = f"Shown ({test})"
+        else:
+            proof = f"No difference shown ({test})"
         return [
-            f"judged on {images} other images: {key} {ours:.4g} against {theirs:.4g} of the decoder's own settings "
-            f"({theirs / ours:.3f} times better).",
-            f"best minus own settings (99 %, corrected for {found.tests} tests): {'; '.join(gaps)}.",
+            f"judged on {images} other images: {ours:.4g} {unit} against {theirs:.4g} of the decoder's own settings "
+            f"({theirs / ours:.3f} times better). {proof}.",
             quality,
         ]
 

@@ -28,7 +28,6 @@ from sweeps.runs import Run, groups, obstacles, read_run, same_but_adapter, same
 
 UNSAID = ("launch", "run", "time", "ended", "peak_memory_gb")  # of a launch: what says nothing of where it ran
 EXAMPLES = 3  # values of one key that a cell shows
-TIMINGS = 10  # separate timings from which their difference is tested
 LATENCY = "latency, s"
 
 
@@ -49,6 +48,11 @@ class Measure:
     values: tuple[float | None, float | None]  # a distance between sets of images has none on a part of them
     gap: Difference
     digits: int
+
+    @property
+    def tested(self) -> bool:
+        """Say whether there are enough prompts for an interval and a p-value."""
+        return self.gap.prompts >= FEW
 
 
 @dataclass
@@ -169,9 +173,6 @@ def _latencies(found: Pair) -> list[dict[Id, float]]:
     if len({first for first, _ in batches}) < len(batches) or len({second for _, second in batches}) < len(batches):
         found.skipped.append("latency: the images were not batched alike")
         return []
-    if len({key[0] for key in batches.values()}) < TIMINGS:
-        found.skipped.append(f"latency: {len(batches)} separate timings in both are too few")
-        return []
     return [{key: side[key].latency for key in batches.values()} for side in (a, b)]
 
 
@@ -216,15 +217,18 @@ def verdict(found: Pair) -> list[str]:
     elif tokens is not None:
         first = f", first in image {image_name(tokens.first[0])} at token {tokens.first[1]}" if tokens.first else ""
         words.append(f"Tokens: different in {tokens.images - tokens.equal} of {tokens.images} images of both{first}.")
-    if found.measures:
-        other = [measure.name for measure in found.measures if differs(measure.gap)]
-        listed = f"different: {', '.join(other)}" if other else "no difference found, which is no proof of equality"
-        words.append(f"Measures: {listed} ({100 * ALPHA:g} %, corrected for {found.tests} tests).")
-        if max(measure.gap.prompts for measure in found.measures) < FEW:
-            words.append(f"Warning: with fewer than {FEW} images, intervals and p-values are not to be trusted.")
-    if any(measure.name == LATENCY for measure in found.measures):
+    tested = [measure for measure in found.measures if measure.tested]
+    if tested:
+        other = [measure.name for measure in tested if differs(measure.gap)]
+        named = f"different: {', '.join(other)}" if other else "no difference found, which is no proof of equality"
         words.append(
-            "A difference in latency also holds what the machine did between runs that were made one after the other."
+            f"Measures: {named} ({100 * ALPHA:g} % for {found.tests} tests together, those that could not be made included)."
+        )
+    elif found.measures:
+        words.append(f"Measures: not tested, for which {FEW} prompts in both are needed.")
+    if any(measure.name == LATENCY for measure in tested):
+        words.append(
+            "A difference in latency also holds how the machine changed between runs made one after the other."
         )
     return words
 
@@ -236,13 +240,14 @@ def tables(found: Pair) -> list[Table]:
         header = ["B minus A", "A", "B", f"difference ({100 * (1 - ALPHA / found.tests):.4g} %)", "p", "N"]
         made.append(Table("Measures", [*header], [_cells(measure) for measure in found.measures]))
     ran = {key: (_some(a), _some(b)) for key, (a, b) in found.provenance.items()}
-    for heading, words, rows in (
-        ("Settings that differ", "Settings are equal", found.settings),
-        ("Provenance that differs", "Provenance is equal", ran),
-    ):
-        title = heading if rows else words
-        made.append(Table(title, ["", "A", "B"], [[key, *pair] for key, pair in rows.items()]))
-    made[0].notes = ["A is {}, B is {}.".format(*paths(found)), *verdict(found), *made[0].notes]
+    equal = []
+    for name, rows in (("Settings", found.settings), ("Provenance", ran)):
+        if rows:
+            made.append(Table(f"{name}: what differs", ["", "A", "B"], [[key, *pair] for key, pair in rows.items()]))
+        else:
+            equal.append(f"{name}: equal.")
+    made = made or [Table("", ["no measure, no setting and no provenance to compare"], [])]
+    made[0].notes = ["A is {}, B is {}.".format(*paths(found)), *verdict(found), *equal]
     made[-1].notes += [f"Not compared: {reason.rstrip('.')}." for reason in found.skipped]
     return made
 
@@ -259,23 +264,29 @@ def _some(values: Sequence[str]) -> str:
 
 
 def _cells(measure: Measure) -> list[str]:
-    sides = ["" if value is None else f"{value:.{measure.digits}f}" for value in measure.values]
-    mark = "**" if differs(measure.gap) else ""
-    return [measure.name, *sides, f"{mark}{with_interval(measure.gap, measure.digits)}{mark}", p_value(measure.gap),
-            str(measure.gap.prompts)]  # fmt: skip
+    gap, digits = measure.gap, measure.digits
+    sides = ["" if value is None else f"{value:.{digits}f}" for value in measure.values]
+    if not measure.tested:
+        return [measure.name, *sides, f"{gap.mean:+.{digits}f}", "", str(gap.prompts)]
+    mark = "**" if differs(gap) else ""
+    return [measure.name, *sides, f"{mark}{with_interval(gap, digits)}{mark}", p_value(gap), str(gap.prompts)]
 
 
 def as_json(found: Pair) -> dict[str, Any]:
     """Return every number under its own name, unrounded; what does not exist is absent."""
-    tokens = found.tokens
-    measures = [
-        {"name": m.name, **asdict(m.gap), "differs": differs(m.gap)}
-        | ({} if m.values[0] is None else {"a": m.values[0], "b": m.values[1]})
-        for m in found.measures
-    ]
-    about = {"a": str(found.runs[0].path), "b": str(found.runs[1].path), "tests": found.tests, "measures": measures}
+    about = {"a": str(found.runs[0].path), "b": str(found.runs[1].path), "tests": found.tests}
+    about |= {"measures": [_numbers(measure) for measure in found.measures]}
     about |= {"settings": found.settings, "provenance": found.provenance, "skipped": found.skipped}
-    return about | ({"tokens": asdict(tokens)} if tokens else {})
+    return about | ({"tokens": asdict(found.tokens)} if found.tokens else {})
+
+
+def _numbers(measure: Measure) -> dict[str, Any]:
+    known: dict[str, Any] = {"name": measure.name, **asdict(measure.gap)}
+    if measure.tested:
+        known["differs"] = differs(measure.gap)
+    else:
+        known = {key: value for key, value in known.items() if key not in ("low", "high", "p", "level")}
+    return known | ({} if measure.values[0] is None else dict(zip("ab", measure.values, strict=True)))
 
 
 def compare_pair(paths: tuple[Path, Path], out: Path, metric: Mapping[str, Any] | None = None) -> str:

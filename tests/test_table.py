@@ -142,7 +142,9 @@ def test_every_number_of_two_runs(tmp_path: Path) -> None:
     assert "FID" not in "".join(shown)  # no run has one
     assert f"Times: {CPU}, torch 2.15.0, float32" in text
     assert "Counts include forced" in text
-    assert text.count("Warning") == text.count("Warning: all rows: with fewer than 16 images") == 1
+    assert text.count("Warning: all rows: with fewer than 16 images") == 1
+    assert text.count("Warning: speed-ups of sjd rest on 2 timings each") == 1
+    assert text.count("Warning") == 2
 
 
 def test_standard_error_counts_repeats_of_a_prompt_once() -> None:
@@ -308,6 +310,26 @@ def test_what_does_not_compare_stands_in_two_tables(tmp_path: Path, change: dict
     assert text.count("| decoder |") == 2
     assert all(row["speedup"] == "" for row in rows if row["decoder"] == "sjd")
     assert "no speed-up for sjd: no AR run is there." in text
+
+
+def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+    quiet, busy = ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd", n=8)
+    for path, share in ((quiet, 0.99), (busy, 0.52)):
+        RunFolder(path).close_launch(0, {"cpu_share": share})
+    text, _ = table(tmp_path, quiet, busy)
+    assert "Warning: times of sjd are too long: other work had the CPU, they got 52 % of their time." in text
+    assert "rest on" not in text  # four timings
+
+
+def test_a_sweep_that_was_cut_names_what_it_sweeps(tmp_path: Path) -> None:
+    jobs = [
+        {"status": "failed", "reason": "window must be 1 or more.", "overrides": ["decoder=sjd", "decoder.window=-1"]},
+        {"status": "failed", "reason": "has not started: it waits.", "overrides": ["decoder=sjd", "decoder.window=16"]},
+    ]
+    text = make_tables([make(tmp_path / "runs", "sjd")], tmp_path / "out", jobs)
+    assert "| sjd window=9 | yes |" in text
+    assert "| sjd window=-1 | failed: window must be 1 or more. |" in text
+    assert "| sjd window=16 | has not started: it waits. |" in text
 
 
 # ---- labels

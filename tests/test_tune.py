@@ -205,7 +205,7 @@ def test_a_trial_that_keeps_ending_the_process_is_left(tmp_path: Path) -> None:
     study = studies.open_study(tmp_path, settings)
     assert [trial.params for trial in study.trials] == [params] * studies.TRIES
     assert [trial.state.name for trial in study.trials] == ["FAIL"] * (studies.TRIES - 1) + ["PRUNED"]
-    assert f"the process ended {studies.TRIES} times in it" in studies.describe(study.trials[-1])
+    assert f"the process ended {studies.TRIES} times in it" in studies.describe(study.trials[-1], settings)
     assert not [trial for trial in study.trials if trial.state.name == "WAITING"]
 
 

@@ -41,8 +41,8 @@ def test_a_copy_is_equal_in_everything(tmp_path: Path, metric: dict[str, Any]) -
     assert {"KID (six numbers)", "FID (six numbers)", "NLL per token"} <= measures(found).keys()
     assert found["settings"] == found["provenance"] == {}
     assert f"Tokens: equal in all {N} images of both." in text
-    assert "Settings are equal" in text
-    assert "Provenance is equal" in text
+    assert "Settings: equal." in text
+    assert "Provenance: equal." in text
 
 
 def test_one_other_token_is_found(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, A
     assert rows["alignment"]["mean"] == pytest.approx(-0.25)
     for name in ("passes per image", "NLL per token", "alignment", "KID (six numbers)", "FID (six numbers)"):
         assert rows[name]["differs"], name
-    assert f"corrected for {tests} tests" in text
+    assert f"(1 % for {tests} tests together" in text
     assert f"({100 * (1 - 0.01 / tests):.4g} %)" in text
 
 
@@ -132,38 +132,41 @@ def test_against_belongs_to_compare(cli: Cli) -> None:
     assert "needs stage=compare" in cli.err
 
 
-def timed(tmp_path: Path, decoder: str, seed: int, batch: int, scatter: float) -> str:
-    """Make a run whose batches took 0.8 s in the mean, all images of one batch the same."""
-    found = make(tmp_path, decoder, seed=seed)
+def timed(tmp_path: Path, decoder: str, seed: int, batch: int, seconds: float = 0.8) -> str:
+    """Make a run of 48 images whose batches took `seconds` ± 0.1 s, all images of one batch the same."""
+    found = make(tmp_path, decoder, seed=seed, ids=range(48))
     run, lines = RunFolder(tmp_path / "runs" / found), []
     for record in run.records():
         group = record["id"][0] // batch
-        seconds = 0.8 + scatter * np.random.default_rng([seed, group]).normal()
-        record |= {"batch": group, "seconds": record["seconds"] | {"prefill": 0.0, "decode": seconds}}
+        took = seconds + 0.1 * np.random.default_rng([seed, group]).normal()
+        record |= {"batch": group, "seconds": record["seconds"] | {"prefill": 0.0, "decode": took}}
         lines.append(json.dumps(record) + "\n")
     (run.path / "samples.jsonl").write_text("".join(lines))
     return found
 
 
 def test_images_of_one_batch_are_one_timing(tmp_path: Path) -> None:
-    """Taken for independent, 24 images of 12 batches would find a difference in half of such pairs."""
+    """Taken for independent, 48 images of 16 batches would find differences where there are none."""
     differ = 0
     for trial in range(20):
-        first, second = timed(tmp_path, "sjd", 100 + trial, 2, 0.1), timed(tmp_path, "scd", 200 + trial, 2, 0.1)
+        first, second = timed(tmp_path, "sjd", 100 + trial, 3), timed(tmp_path, "scd", 200 + trial, 3)
         _, found = compared(tmp_path, first, second)
         row = measures(found)["latency, s"]
-        assert row["prompts"] == N // 2
+        assert row["prompts"] == 16
         differ += row["differs"]
     assert differ <= 1
-    slow = timed(tmp_path, "sjd2", 300, 3, 0.1)
-    _, found = compared(tmp_path, first, slow)
+    slow = timed(tmp_path, "sjd2", 300, 3, 1.2)
+    text, found = compared(tmp_path, first, slow)
+    assert measures(found)["latency, s"]["differs"]
+    assert "how the machine changed" in text
+    _, found = compared(tmp_path, timed(tmp_path, "sjd2", 301, 2), slow)
     assert "latency: the images were not batched alike" in found["skipped"]
     shared = [make(tmp_path, name, seed=400, refilled=8) for name in ("sjd", "scd")]
     _, found = compared(tmp_path, *shared)
     assert "latency: rows of a refilled batch share their passes, so no timing is separate" in found["skipped"]
-    few = timed(tmp_path, "jacobi", 301, 3, 0.1)
-    _, found = compared(tmp_path, few, slow)
-    assert "latency: 8 separate timings in both are too few" in found["skipped"]
+    _, found = compared(tmp_path, timed(tmp_path, "sjd2", 302, 4), timed(tmp_path, "scd", 303, 4, 1.2))
+    assert measures(found)["latency, s"]["prompts"] == 12  # too few to test: no p-value
+    assert "differs" not in measures(found)["latency, s"]
 
 
 def test_the_tests_that_could_not_be_made_count(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_the_tests_that_could_not_be_made_count(tmp_path: Path) -> None:
     text, found = compared(tmp_path, make(tmp_path, "sjd", seed=2), make(tmp_path, "scd", seed=3))
     assert len(found["measures"]) == found["tests"] - 2
     assert f"({100 * (1 - 0.01 / found['tests']):.4g} %)" in text
-    assert f"corrected for {found['tests']} tests" in text
+    assert f"for {found['tests']} tests together" in text
 
 
 def test_the_likelihood_is_of_one_model(tmp_path: Path) -> None:
@@ -190,7 +193,7 @@ def test_provenance_is_compared_whole(tmp_path: Path) -> None:
         for commit in ("x", "y", "z", last):
             RunFolder(folder).launch({"git": commit})
     text = compare_pair(folders, tmp_path / "out")
-    assert "Provenance that differs" in text
+    assert "Provenance: what differs" in text
     assert "x; y; z; and 1 more" in text
     assert f"A is {folders[0]}, B is {folders[1]}." in text  # the same name on both machines
 
@@ -211,5 +214,8 @@ def test_two_prompts_prove_nothing(tmp_path: Path) -> None:
     text, found = compared(
         tmp_path, make(tmp_path, "sjd", seed=2, ids=range(2)), make(tmp_path, "scd", seed=3, ids=range(2), forwards=4)
     )
-    assert not measures(found)["passes per image"]["differs"]
-    assert "Warning: with fewer than 16 images" in text
+    row = measures(found)["passes per image"]
+    assert row["mean"] == -4
+    assert not {"low", "high", "p", "differs"} & row.keys()
+    assert "Measures: not tested, for which 16 prompts in both are needed." in text
+    assert "| passes per image | 8.50 | 4.50 | -4.00 |  | 2 |" in text

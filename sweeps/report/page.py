@@ -22,7 +22,9 @@ from omegaconf import DictConfig
 from evaluation.console import say
 from evaluation.records import write_atomically
 from sjd2.errors import UserError
+from sweeps.formats import failure
 from sweeps.jobs import is_sweep, statuses
+from sweeps.labels import swept
 from sweeps.notes import notes
 from sweeps.paper import paper_tables
 from sweeps.pictures import GRID_ROWS, LIKELIHOOD, accepted_counts, quality_panels, same_seeds, waiting_maps
@@ -95,7 +97,7 @@ def make_report(
     jobs = [failed_row(job) for job in failed] + unreadable
     if not runs and not jobs:
         raise UserError("no run folder here holds an image; make a run with: python run.py")
-    members = groups(runs)
+    members = groups(runs, swept(failed))
     sections = [make_section(group, jobs if len(members) == 1 else []) for group in members]
     papers = [] if paper is None else [(table.title, plain_grid(table)) for table in paper_tables(paper, runs)]
     out.mkdir(parents=True, exist_ok=True)
@@ -272,6 +274,7 @@ def render(
     environment.filters["picture"] = lambda image: picture(image, side)
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["bold"] = _bold
+    environment.filters["failure"] = failure
     files = {
         name: Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
         for name in ("page.css", "race.js", "table.js")
