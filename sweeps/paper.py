@@ -38,7 +38,12 @@ METRICS = (
     ("memory_gb", "memory GB", "peak_memory_gb", ".1f"),
     ("gflops_per_token", "GFLOP/token", "gflops_per_token", ".3g"),
 )
+COUNTERPART = ("", "all attributes right", "alignment_all", ".2f")  # the embedded model's: no paper has it
 METHODS = {name: name.lower() for name in ("AR", "Jacobi", "SJD", "EAGLE", "LANTERN", "ZipAR", "SJD2")}
+BLANK = (
+    "Blank: not printed in the paper, or not run here. Ours is measured on the machine and prompts of its run; the paper's "
+    "latency and memory are of its hardware, its FID and CLIP score of its code, networks and reference images."
+)
 DENOISING_ONLY = "SJD2 denoising only"
 MODELS = {"lumina-mgpt (768 px)": "lumina", "emu3": "emu3", "janus-pro-1b": "janus"}
 SIZES = {"lumina": ("768", "768x768"), "emu3": ("720", "720x720"), "janus": ("384",)}  # that the paper draws
@@ -135,21 +140,25 @@ def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand
     mine = [row for row in rows if stand_in is None or row.run.config["model"]["name"] == stand_in]
     shown = [metric for metric in METRICS if any(getattr(row, metric[0]) is not None for row in published)]
     header = ["method", "model", "prompts"]
-    header += [f"{title}, {whose}" for _, title, _, _ in shown for whose in ("published", "ours")] + [
-        "ours",
-        "source",
-    ]
+    notes = [BLANK]
+    if stand_in and any(theirs.startswith("geneval") for theirs, *_ in shown):
+        shown.append(COUNTERPART)
+        notes.append(
+            "GenEval's detector knows no such pictures. All attributes right, the share of images that show everything the "
+            "caption names, is the embedded model's own answer to its question."
+        )
+    for theirs, title, _, _ in shown:
+        header += [f"{title}, published"] * bool(theirs) + [f"{title}, ours"]
+    header += ["ours", "source"]
     found = [(entry, [row for row in mine if _fits(entry, row, stand_in)]) for entry in published]
     cells = [line for entry, fit in found for line in _lines(entry, fit, shown, stand_in is not None)]
     own = f"ours: {stand_in}, which is not the paper's model" if stand_in else "ours: the same models"
-    note = (
-        "Blank: not printed in the paper, or not run here. Ours is measured on the machine and prompts of its run; the "
-        "paper's latency and memory are of its hardware, its FID and CLIP score of its code, networks and reference images."
-    )
     own_models = [row for row in mine if stand_in or row.run.config["model"]["name"] in MODELS.values()]
     lonely = [row for row in own_models if not any(row in fit for _, fit in found)]
-    other = f"No published row is that of {', '.join(map(_run, lonely))}: another method, model, size, prompt list or tuning."
-    return Table(f"SJD2 paper, {name} ({own})", header, cells, [note, *([other] if lonely else [])])
+    if lonely:
+        who = ", ".join(map(_run, lonely))
+        notes.append(f"No published row is that of {who}: another method, model, size, prompt list or tuning.")
+    return Table(f"SJD2 paper, {name} ({own})", header, cells, notes)
 
 
 def _run(row: Row) -> str:
@@ -192,10 +201,12 @@ def _label(entry: Published, run: Run) -> str:
     return f"{entry.method} ({', '.join(own)})" if own else entry.method
 
 
-def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, str]) -> tuple[str, str]:
+def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, str]) -> list[str]:
+    """Return the published value and ours as text; ours alone of what no paper has."""
     theirs, _, ours, form = metric
-    value, mine = getattr(entry, theirs), None if row is None else _ours(row, ours)
-    return "" if value is None else f"{value:g}", "" if mine is None else f"{mine:{form}}"
+    value, mine = getattr(entry, theirs) if theirs else None, None if row is None else _ours(row, ours)
+    cells = ["" if value is None else f"{value:g}", "" if mine is None else f"{mine:{form}}"]
+    return cells if theirs else cells[1:]
 
 
 def _ours(row: Row, name: str) -> float | None:

@@ -85,6 +85,15 @@ def test_the_embedded_model_stands_in_for_the_papers_and_says_so(tmp_path: Path)
     assert all(not r["passes, ours"] for r in rows if r["method"] != "AR")
 
 
+def test_geneval_has_a_counterpart_on_the_embedded_model(tmp_path: Path) -> None:
+    runs = [make(tmp_path / "runs", "ar", metrics={"alignment_all": 0.75}, model={"adapter": "w"})]
+    rows = {r["method"]: r for r in cells("Table 2", runs, tmp_path / "out")}
+    assert rows["AR (SJD2-tuned weights)"]["all attributes right, ours"] == "0.75"
+    assert rows["AR (not tuned)"]["all attributes right, ours"] == ""  # the run has an adapter
+    assert all(row["GenEval, ours"] == "" for row in rows.values())
+    assert "all attributes right, ours" not in cells("Table 2", [lumina(tmp_path / "runs", "ar")], tmp_path / "2")[0]
+
+
 def test_operations_are_those_of_the_weights_and_of_attention() -> None:
     model = sjd2.load("tiny", adapter=None)
     weights = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if "norm" not in name)
