@@ -6,6 +6,7 @@ image is made twice. The captions that judge the outcome are never those of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +193,9 @@ class Search:
         Returns the runs; for one that could not be made the reason.
         """
         runs: list[RunFolder | str] = [""] * len(cfgs)
-        for limit in sorted({max(1, images * part // TURNS) for part in range(1, TURNS + 1)}):
+        batch = self.cfg.batch_size  # whole ones: half a batch costs as much
+        parts = (math.ceil(images * part / TURNS / batch) * batch for part in range(1, TURNS + 1))
+        for limit in sorted({min(images, part) for part in parts}):
             for place, cfg in enumerate(cfgs):
                 if isinstance(runs[place], str) and runs[place]:
                     continue
@@ -274,7 +277,7 @@ class Search:
         if asked is None:
             proof = "Not tested: the images are too few, or share their passes"
         elif differs(asked.gap):
-            proof = f"Shown ({test})"
+            proof = f"The difference is shown ({test})"
         else:
             proof = f"No difference shown ({test})"
         return [

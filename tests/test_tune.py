@@ -138,7 +138,7 @@ class Finals(tune.Search):
 
     def __init__(self, settings: spaces.Tune, came: dict[str, tuple[float, float] | Exception], lossless: str) -> None:
         self.tune, self.came, self.lossless = settings, came, lossless
-        self.metrics, self.other, self.cfg = {}, ["prompts.skip=5"], SimpleNamespace(seed=0)
+        self.metrics, self.other, self.cfg = {}, ["prompts.skip=5"], SimpleNamespace(seed=0, batch_size=3)
         self.made: list[tuple[str, int]] = []
 
     def compose(self, *words: str, decoder: str | None = None) -> SimpleNamespace:
@@ -176,7 +176,7 @@ def test_the_finals_undo_a_lucky_trial_and_refuse_one_beyond_the_bound(tmp_path:
     search = finals(tmp_path / "1", {"a": (1.5, 0), "b": (1.0, 9.0), "c": (1.2, 0), "d": (0.1, 0)}, lossless="acd")
     assert search.final(search.study).params == {"w": "c"}
     assert [name for name, _ in search.made[:6]] == list("abcabc")  # in turns
-    assert max(limit for _, limit in search.made) == 8
+    assert [limit for name, limit in search.made if name == "a"] == [3, 6, 8]  # whole batches
     assert "d" not in {name for name, _ in search.made}
     alone = finals(tmp_path / "2", {}, lossless="abcd", finalists=1)
     assert alone.final(alone.study).params == {"w": "a"}
