@@ -26,7 +26,7 @@ RECORD_VALUES: dict[str, Callable[[dict], float]] = {
     "step_compression": lambda record: record["tokens"] / record["forwards"],
     "nll": lambda record: record["nll"],
 }
-SCORE_VALUES = ("clip", "alignment", "alignment_all")
+SCORE_VALUES = ("clip", "alignment", "alignment_all", "geneval", "hpsv2", "image_reward")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Difference:
 
 
 def image_values(run: RunFolder, name: str) -> dict[Id, float]:
-    """Return one value per image: forwards, step_compression, nll (of the records), clip, alignment, alignment_all.
+    """Return one value per image: forwards, step_compression, nll (of the records), or a score (SCORE_VALUES).
 
     Images without the value are left out. Raises UserError for an unknown name.
     """

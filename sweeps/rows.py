@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation.records import Id
+from evaluation.score import read_scores
 from sweeps.runs import Image, Machine, Run, baseline, quality_reference, same_model
 
 if TYPE_CHECKING:
     from evaluation.intervals import Difference
 
-SCORES = {"clip": "clip_score", "alignment": "alignment", "alignment_all": "alignment_all"}  # per image -> metrics.json
+# of single images -> of the run; geneval_correct is the share of images, GenEval's own total the mean over its tasks
+SCORES = {
+    "clip": "clip_score",
+    "alignment": "alignment",
+    "alignment_all": "alignment_all",
+    "geneval": "geneval_correct",
+}
+SCORES |= {name: name for name in ("hpsv2", "image_reward")}
 
 
 @dataclass
@@ -135,13 +143,10 @@ def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) 
     row.other_adapter = row.other_adapter or not same_model(row.run, reference)
     theirs = {key: nll for key, image in reference.images.items() if (nll := nll_per_token(image)) is not None}
     row.nll_difference = _paired(theirs, likely)
-    if not any(name in row.metrics and name in reference.metrics for name in SCORES.values()):
-        return
-    from evaluation.intervals import image_values
-
+    pair = [read_scores(run.folder) for run in (reference, row.run)]
     for name in SCORES:
-        pair = image_values(reference.folder, name), image_values(row.run.folder, name)
-        if (difference := _paired(*pair)) is not None:
+        values = [{key: float(scores[name]) for key, scores in side.items() if name in scores} for side in pair]
+        if (difference := _paired(*values)) is not None:
             row.differences[name] = difference
 
 

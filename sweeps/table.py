@@ -164,7 +164,18 @@ def published_table(runs: Sequence[Run]) -> Table | None:
     """Return the published figures of this model and these decoders; None where there are none."""
     model = str(runs[0].config["model"]["name"])
     found = select(model, {run.decoder for run in runs})
-    header = ["published", "model", "prompts", "passes", "step compression", "latency s", "speed-up", "FID", "CLIP"]
+    header = [
+        "published",
+        "model",
+        "prompts",
+        "passes",
+        "step compression",
+        "latency s",
+        "speed-up",
+        "FID",
+        "CLIP",
+        "GenEval",
+    ]
     header += ["hardware", "source"]
     note = (
         "Other hardware, FID libraries, captions and prompt sets than ours, and partly than each other: context, not "
@@ -181,7 +192,8 @@ def _published_row(row: Published) -> list[str]:
     source = f"{row.arxiv or row.paper}, {row.table}" + ("" if row.confidence == "paper" else f" ({row.confidence})")
     speed = f"{row.latency_speedup:g}×" if row.latency_speedup is not None else ""
     costs = [text(row.steps), text(row.step_compression), text(row.latency_s), speed]
-    return [row.method, row.model, row.dataset, *costs, text(row.fid), text(row.clip_score), row.hardware, source]
+    scores = [text(row.fid), text(row.clip_score), text(row.geneval_overall)]
+    return [row.method, row.model, row.dataset, *costs, *scores, row.hardware, source]
 
 
 def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:

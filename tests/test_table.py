@@ -312,6 +312,17 @@ def test_what_does_not_compare_stands_in_two_tables(tmp_path: Path, change: dict
     assert "no speed-up for sjd: no AR run is there." in text
 
 
+def test_verdicts_and_rewards_of_single_images_are_paired(tmp_path: Path) -> None:
+    paths = [ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd")]
+    for path, right in zip(paths, (1.0, 0.0), strict=True):
+        values = {(i, 0): right if i == 0 else 1.0 for i in range(4)}
+        keep_scores(RunFolder(path), {"geneval": values, "hpsv2": {key: 20 + value for key, value in values.items()}})
+    text, rows = table(tmp_path, *paths)
+    assert "| images in both | geneval_correct | hpsv2 |" in text
+    row = next(row for row in rows if row["label"] == "sjd")
+    assert float(row["geneval_correct_difference"]) == float(row["hpsv2_difference"]) == -0.25
+
+
 def test_a_busy_machine_is_told(tmp_path: Path) -> None:
     quiet, busy = ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd", n=8)
     for path, share in ((quiet, 0.99), (busy, 0.52)):
