@@ -201,7 +201,7 @@ def test_the_table_has_the_numbers_of_the_csv_and_sorts(page: Browser, folder: P
     ]
     assert page.run("table.tBodies[1].innerText").split() == [
         "scd",
-        "failed",
+        "failed:",
         "the",
         "device",
         "is",
