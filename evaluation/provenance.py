@@ -43,7 +43,9 @@ class CpuShare:
     def entry(self, device: torch.device) -> dict[str, float]:
         """Return cpu_share since the start, for the provenance; nothing on a GPU, or where Linux does not tell."""
         ran, waited = (now - then for now, then in zip(_scheduled(), (self.ran, self.waited), strict=True))
-        return {"cpu_share": round(ran / (ran + waited), 3)} if device.type == "cpu" and ran > 0 <= waited else {}
+        if device.type != "cpu" or ran <= 0 or waited < 0:  # a thread that ended took its time with it
+            return {}
+        return {"cpu_share": round(ran / (ran + waited), 3)}
 
 
 def _scheduled() -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baselines.jacobi import Jacobi
-from sjd2.adapters import Adapter, AdapterSettings
+from sjd2.adapters import AdapterSettings
 from sjd2.cache import RowCache
 from sjd2.decoding import Decoder, generate, stream
 from sjd2.denoising.drafter import Denoise
@@ -21,7 +21,7 @@ from sjd2.noise import Noise, Purpose
 from sjd2.refine import Coupled, Resample
 from sjd2.sampling import Sampling, draw
 from sjd2.verify import Exact
-from tests.toy import Toy
+from tests.toy import Toy, adapted_toy
 
 GRID = TokenGrid(4, 6, 12, prefix=(20, 21), row_end=22, suffix=(23,))  # N = 31, 24 free
 PROMPTS = ["one", "two words", "three short words", "four", "five is more"]
@@ -30,12 +30,7 @@ LAW = Sampling(guidance_scale=2.0, top_k=7)
 
 @pytest.fixture(scope="module")
 def model() -> Toy:
-    toy = Toy(GRID, dtype=torch.float64, width=16)
-    toy.adapter = Adapter(AdapterSettings(rank=2), toy)
-    for parameter in toy.adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    toy.adapter.requires_grad_(False)
-    return toy
+    return adapted_toy(GRID)
 
 
 AR = Decoder(name="ar", window=1, lossless=True)

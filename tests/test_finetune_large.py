@@ -777,8 +777,7 @@ def test_recipes_reach_their_model_and_the_command_line_wins(path: Path) -> None
     name, model = path.stem.rsplit("-", 1)
     head = [line for line in path.read_text().splitlines()[:8] if line.startswith("#")]
     assert any(f"finetune={name} model={model}" in line for line in head)
-    if model not in MODELS:
-        pytest.skip(f"no conf/model/{model}.yaml")
+    assert model in MODELS
     words = ("finetune.machine.micro_batch=3", "finetune.machine.checkpoint_s=7")
     cfg = settings("stage=finetune", f"finetune={name}", f"model={model}", *words)
     check_node(cfg.finetune)

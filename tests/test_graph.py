@@ -9,7 +9,6 @@ import torch
 
 from baselines.jacobi import Jacobi
 from baselines.zipar import ZipAR
-from sjd2.adapters import Adapter, AdapterSettings
 from sjd2.decoding import Decoder, generate, stream
 from sjd2.denoising.drafter import Denoise
 from sjd2.graph import Graphs, Replayed
@@ -19,7 +18,7 @@ from tests import tape
 from tests.test_engine import AR, GRID, LAW, PROMPTS, sjd, sjd2
 from tests.test_syncs import MANY, as_on_a_gpu
 from tests.test_trees import nets
-from tests.toy import Toy
+from tests.toy import Toy, adapted_toy
 
 __all__ = ["nets"]
 
@@ -39,12 +38,7 @@ DECODERS |= {"sjd2": lambda n: sjd2(9, steps=2, levels="slot", clean=3), "sjd2 p
 
 @pytest.fixture(scope="module")
 def model() -> Toy:
-    toy = Toy(GRID, dtype=torch.float64, width=16)
-    toy.adapter = Adapter(AdapterSettings(rank=2), toy)
-    for parameter in toy.adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    toy.adapter.requires_grad_(False)
-    return toy
+    return adapted_toy(GRID)
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evaluation import sampling
 from evaluation.pictures import waiting
+from evaluation.provenance import CpuShare
 from evaluation.records import RunFolder, run_folders
 from sjd2.decoding import generate
 from tests.cli import Cli
@@ -290,3 +293,26 @@ def test_finetune_writes_its_folder_and_refuses_other_settings(cli: Cli) -> None
     cli.runs_dir = cli.runs_dir.with_name("with-model")
     assert cli(*command, "finetune.needs_model=true") == 0
     assert (cli.runs_dir / "finetune-count" / "final" / "seed").read_text() == "5 True"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="this Linux counts no waiting for a core")
+def test_a_core_that_is_shared_is_noticed() -> None:
+    """Two others on one core leave this process a third of it."""
+    allowed = os.sched_getaffinity(0)
+    core = {min(allowed)}
+    spin = "import time\nend = time.time() + 20\nwhile time.time() < end: pass"
+    os.sched_setaffinity(0, core)  # the children inherit it
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    try:
+        time.sleep(1.0)  # until they have started
+        share = CpuShare()
+        end = time.monotonic() + 2.0
+        while time.monotonic() < end:
+            pass
+        assert 0.0 < share.entry(torch.device("cpu"))["cpu_share"] < 0.7
+        assert share.entry(torch.device("cuda")) == {}
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+        os.sched_setaffinity(0, allowed)

@@ -62,6 +62,13 @@ def test_rows_are_answered_by_model_prompts_method_and_tuning(tmp_path: Path) ->
         assert found[key]["passes, ours"] == found[key]["ours"] == ""  # nobody has run it: blank, not guessed
 
 
+def test_janus_of_7b_does_not_answer_the_rows_of_1b(tmp_path: Path) -> None:
+    for size, answered in (("1B", True), ("7B", False)):
+        path = make(tmp_path / size, "ar", model={"name": "janus", "weights": f"deepseek-community/Janus-Pro-{size}"})
+        rows = [row for row in cells("Table 5", [path], tmp_path / "out") if row["method"] == "AR"]
+        assert [bool(row["passes, ours"]) for row in rows] == [answered]
+
+
 def test_runs_that_answer_no_row_are_named(tmp_path: Path) -> None:
     runs = [read_run(lumina(tmp_path / "runs", "ar")), read_run(lumina(tmp_path / "runs", "sjd", prompts="parti"))]
     text = paper.make_paper_table("Table 1", runs, tmp_path / "out")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import ChameleonConfig, ChameleonModel
 
+from sjd2.adapters import Adapter, AdapterSettings
 from sjd2.layout import TokenGrid
 from sjd2.models.base import Backbone, Condition
 from sjd2.sampling import Sampling
@@ -86,3 +87,13 @@ def chi_square_z(counts: Tensor, probs: Tensor) -> float:
         observed, expected = observed[:-1], expected[:-1]
     freedom = len(expected) - 1
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+def adapted_toy(grid: TokenGrid) -> Toy:
+    """Return a toy in float64 whose adapter does something."""
+    toy = Toy(grid, dtype=torch.float64, width=16)
+    toy.adapter = Adapter(AdapterSettings(rank=2), toy)
+    for parameter in toy.adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    toy.adapter.requires_grad_(False)
+    return toy
