@@ -16,21 +16,23 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-import sjd2.instantiate  # noqa: F401  registers the resolvers of the yaml files
-from evaluation.console import guarded, say, show_logs
+import sjd2.config  # noqa: F401  registers the resolvers of the yaml files
+from harness.console import guarded, say, show_logs
 
 
 def sample(cfg: DictConfig) -> Path:
     """Make a run and its AR baseline, score both and print their table; returns the run folder."""
-    from evaluation import distributed, job, validate
-    from evaluation.tracking import NoTracker
-    from sweeps.table import make_tables, show
+    from harness import job
+    from harness import ranks as parallel
+    from harness.plan import build_metrics, build_tracker, make_plan
+    from harness.tracking import NoTracker
+    from sweeps.tables.table import make_tables, show
 
-    ranks = distributed.join()
-    metrics, plan = validate.metrics(cfg), validate.plan(cfg, ranks)
-    tracker = validate.tracker(cfg) if ranks.main else NoTracker()
+    ranks = parallel.join()
+    metrics, plan = build_metrics(cfg), make_plan(cfg, ranks)
+    tracker = build_tracker(cfg) if ranks.main else NoTracker()
     base = job.baseline_settings(cfg) if cfg.baseline and plan.decoder.name != cfg.baseline else None
-    base_plan = validate.plan(base, ranks) if base is not None else None
+    base_plan = make_plan(base, ranks) if base is not None else None
     models, failed = job.Models(), True
     try:
         single = job.sweep_name() is None
@@ -49,9 +51,10 @@ def sample(cfg: DictConfig) -> Path:
 
 def score(cfg: DictConfig) -> Path:
     """Score a run folder that is there; needs no generator model."""
-    from evaluation import job, validate
+    from harness import job
+    from harness.plan import build_metrics, build_tracker, scored_run
 
-    run, metrics, tracker = validate.scored_run(cfg), validate.metrics(cfg), validate.tracker(cfg)
+    run, metrics, tracker = scored_run(cfg), build_metrics(cfg), build_tracker(cfg)
     failed = True
     try:
         with run.lock():
@@ -68,7 +71,7 @@ def score(cfg: DictConfig) -> Path:
 
 def finetune(cfg: DictConfig) -> Path:
     """Train one recipe; a killed training goes on from its checkpoint."""
-    from evaluation.training import train
+    from harness.finetune import train
 
     out = train(cfg)
     say(f"result: {out / 'final'}")
@@ -82,13 +85,13 @@ def elsewhere(module: str, name: str = "stage") -> Callable[[DictConfig], Path]:
 
 def dispatch(cfg: DictConfig) -> Path:
     """Validate what every stage shares, then call the stage."""
-    from evaluation.distributed import takes_part
-    from evaluation.settings import check_settings
+    from harness.ranks import takes_part
+    from harness.settings import check_settings
 
     check_settings(cfg)  # before the next import, which brings torch in
     if not takes_part(cfg.stage):
         return Path(cfg.runs_dir)
-    from evaluation.validate import set_threads
+    from harness.plan import set_threads
 
     show_logs()
     set_threads(cfg)
@@ -97,10 +100,12 @@ def dispatch(cfg: DictConfig) -> Path:
 
 STAGES = {
     **{stage.__name__: stage for stage in (sample, score, finetune)},
-    "table": elsewhere("sweeps.callback"),  # all run folders, one and its baseline, or a multirun's: tables and plots
-    "compare": elsewhere("sweeps.compare"),  # all runs pairwise: with AR in law, with each other in passes
+    "table": elsewhere(
+        "sweeps.multirun.callback"
+    ),  # all run folders, one and its baseline, or a multirun's: tables and plots
+    "compare": elsewhere("sweeps.compare.group"),  # all runs pairwise: with AR in law, with each other in passes
     "bench": elsewhere("benchmarks.bench", "run"),  # speed of passes and of whole runs
-    "tune": elsewhere("sweeps.tune"),  # a decoder's settings for least latency under a bound on quality
+    "tune": elsewhere("sweeps.tune.search"),  # a decoder's settings for least latency under a bound on quality
     "report": elsewhere("sweeps.report.page"),  # one self-contained page: table, plots, images, a race of the traces
 }
 
@@ -109,7 +114,7 @@ STAGES = {
 def main(cfg: DictConfig) -> None:
     """Run one command, or one job of a multirun."""
     if HydraConfig.get().mode.name == "MULTIRUN":
-        from sweeps.jobs import run_job
+        from sweeps.multirun.jobs import run_job
 
         run_job(dispatch, cfg)
     elif code := guarded(lambda: dispatch(cfg)):
@@ -121,7 +126,7 @@ def launch() -> None:
     try:
         main()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        callback = sys.modules.get("sweeps.callback")
+        callback = sys.modules.get("sweeps.multirun.callback")
         if callback is None or not callback.close(error):
             raise
 
@@ -136,7 +141,7 @@ def cli() -> int:
     paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     code = guarded(launch)
-    callback = sys.modules.get("sweeps.callback")
+    callback = sys.modules.get("sweeps.multirun.callback")
     return code or int(callback is not None and callback.Tables.failed > 0)
 
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sjd2.decoding.verify import residual
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
-from sjd2.verify import residual
 
 
 @dataclass(kw_only=True)

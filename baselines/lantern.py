@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sjd2.decoding.verify import TINY_MASS
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
-from sjd2.verify import TINY_MASS
 
 BLOCK = 512  # codes whose distances to all others are in memory at once
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sjd2.decoding.interfaces import Draft, Drafter, State
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
-from sjd2.parts import Draft, Drafter, State
 
 
 @dataclass(kw_only=True)

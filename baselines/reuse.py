@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sjd2.decoding.interfaces import Draft, State
+from sjd2.decoding.noise import Purpose
+from sjd2.decoding.sampling import draw_tokens
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
-from sjd2.noise import Purpose
-from sjd2.parts import Draft, State
-from sjd2.sampling import draw_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sjd2.cache import RowCache, additive
+from sjd2.decoding.noise import Noise, Purpose
+from sjd2.decoding.sampling import Sampling, draw_tokens
+from sjd2.decoding.verify import Exact
+from sjd2.decoding.window import Sample
 from sjd2.errors import UserError
-from sjd2.loop import Sample
 from sjd2.models.base import Condition, ImageModel
-from sjd2.noise import Noise, Purpose
-from sjd2.sampling import Sampling, draw_tokens
-from sjd2.verify import Exact
+from sjd2.models.kv_cache import RowCache, additive
 
 
 @dataclass(frozen=True, kw_only=True)

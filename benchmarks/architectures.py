@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sjd2.layout import TokenGrid
 from sjd2.models.base import Backbone, Condition
 from sjd2.models.chameleon import Chameleon
 from sjd2.models.emu3 import Emu3
 from sjd2.models.emu3 import Pixels as Emu3Pixels
 from sjd2.models.janus import Janus
 from sjd2.models.janus import Pixels as JanusPixels
+from sjd2.models.layout import TokenGrid
 from sjd2.models.llamagen import PLACES, GridRotary, LlamaGen
 
 FIRST_CODE = {"chameleon": 4, "emu3": 151854}  # the model's id of code 0

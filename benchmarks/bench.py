@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from baselines.jacobi import Jacobi
 from benchmarks.files import result_file
-from evaluation import validate
-from evaluation.console import say
-from evaluation.provenance import start_entry
-from sjd2.decoding import Decoder, generate, stream
+from harness.console import say
+from harness.plan import make_plan
+from harness.provenance import start_entry
+from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.jacobi import Jacobi
+from sjd2.decoding.noise import sample_seed
+from sjd2.decoding.refine import Coupled
+from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.verify import Exact
+from sjd2.decoding.window import Decoding
 from sjd2.errors import UserError
-from sjd2.loop import Decoding
 from sjd2.models.base import ImageModel
-from sjd2.noise import sample_seed
-from sjd2.refine import Coupled
-from sjd2.sampling import Sampling
-from sjd2.verify import Exact
 
 BATCHES = (1, 8, 32)
 SLOTS = (1, 8, 16, 32, 64)
@@ -147,7 +147,7 @@ def throughput(
 
 def run(cfg: DictConfig) -> Path:
     """Run all three measurements on the model and the decoder of the command and return the JSON file they go to."""
-    plan = validate.plan(cfg)
+    plan = make_plan(cfg)
     prompts = plan.prompts.texts[: max(IMAGES, cfg.limit or 0)]
     if len(prompts) < max(BATCHES):
         raise UserError(f"stage=bench needs at least {max(BATCHES)} prompts, the list has {len(prompts)}.")

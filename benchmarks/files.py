@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sjd2.paths import ROOT
+from sjd2.files import ROOT
 
 
 def result_file(hardware: str, *words: str) -> Path:

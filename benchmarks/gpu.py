@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.architectures import ARCHITECTURES, Architecture, entry_bytes, weight_bytes
 from benchmarks.files import result_file
-from benchmarks.parts import Bench, Row, reason
 from benchmarks.roofline import Peaks, peaks
+from benchmarks.sections import Bench, Row, reason
 from benchmarks.timing import Budget, synchronize
-from evaluation.provenance import start_entry
+from harness.provenance import start_entry
 from sjd2.errors import UserError, choose
 
 BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small

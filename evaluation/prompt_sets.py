@@ -13,7 +13,7 @@ from typing import Any
 
 from evaluation.prompts import Facts, Prompts, parse, read_entries, read_text
 from sjd2.errors import UserError, choose
-from sjd2.paths import find
+from sjd2.files import find
 
 CAPTIONS = ("first", "longest", "sjd")
 ORDERS = ("id", "annotations")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import sjd2
-from evaluation.records import RunFolder, read_lines, write_atomically
+from evaluation.run_folder import RunFolder
+from sjd2.config import instantiate
 from sjd2.errors import UserError
-from sjd2.instantiate import instantiate
+from sjd2.files import read_lines, write_atomically
 
 COLUMNS = ("prompt", "caption", "text", "Prompt")  # names of the prompt's column, tried in this order
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")

@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from evaluation.records import Id, RunFolder, read_lines, write_atomically
+from evaluation.run_folder import Id, RunFolder
+from sjd2.files import read_lines, write_atomically
 
 SCORES_FILE = "scores.jsonl"
 NOTE = ".scored"  # the settings that metrics.json was made with, so that a finished run is not scored again

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sjd2.face import Images, decoder, generate, load
+    from sjd2.api import Images, decoder, generate, load
 
 __all__ = ["Images", "decoder", "generate", "load"]
 
@@ -19,7 +19,7 @@ __all__ = ["Images", "decoder", "generate", "load"]
 def __getattr__(name: str) -> Any:
     # torch comes in with the first use, so that commands which only read settings stay quick
     if name in __all__:
-        from sjd2 import face
+        from sjd2 import api
 
-        return getattr(face, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'sjd2' has no attribute '{name}'")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sjd2.paths import ROOT
+from sjd2.files import ROOT
 
 if TYPE_CHECKING:
     from sweeps.runs import Run
@@ -100,13 +100,16 @@ def _option(run: Run, part: str) -> str:
     """Return the name of a part's yaml, e.g. exact; a class of no yaml by its own name; empty where there is no part."""
     node = run.identity["decoder"].get(part)
     target = node.get("_target_") if isinstance(node, dict) else None
-    return "" if target is None else _options(part).get(target, target.rpartition(".")[2])
+    return "" if target is None else _options(part).get(target, target)
 
 
 @cache
 def _options(part: str) -> dict[str, str]:
-    """Return target -> yaml of one part."""
-    return {yaml.safe_load(file.read_text())["_target_"]: file.stem for file in sorted((CONF / part).glob("*.yaml"))}
+    """Return class name -> yaml of one part."""
+    return {
+        yaml.safe_load(file.read_text())["_target_"].rpartition(".")[2]: file.stem
+        for file in sorted((CONF / part).glob("*.yaml"))
+    }
 
 
 @cache

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from evaluation.records import Id, RunFolder, name, run_folders
-from evaluation.speed import seconds_per_image
+from evaluation.metrics.speed import seconds_per_image
+from evaluation.run_folder import Id, RunFolder, name, run_folders
 from sjd2.errors import UserError
 from sweeps.labels import flatten, set_labels, tail
 
@@ -115,11 +115,11 @@ def read_run(path: Path) -> Run:
     launches = {entry["launch"]: entry for entry in folder.provenance()}
     traces = {file.stem for file in (folder.path / "traces").glob("*.json")}
     images = {}
-    refill = bool(config["identity"].get("refill"))
+    refill = bool(folder.identity.get("refill"))
     for record in folder.records():
         launch, traced = launches.get(record["launch"], {}), name(record["id"]) in traces
         images[(record["id"][0], record["id"][1])] = _image(record, launch, traced=traced, refill=refill)
-    return Run(folder, config, config["identity"], folder.metrics, launches, images)
+    return Run(folder, config, folder.identity, folder.metrics, launches, images)
 
 
 def _image(record: dict[str, Any], launch: dict[str, Any], *, traced: bool, refill: bool) -> Image:
@@ -167,18 +167,13 @@ def _holds_images(path: Path) -> bool:
     return (path / "config.yaml").is_file() and any(path.glob("samples*.jsonl"))
 
 
-def _identity(path: Path) -> dict[str, Any]:
-    config = RunFolder(path).config
-    return OmegaConf.to_container(config.identity) if "identity" in config else {}
-
-
 def _decoder(path: Path) -> str | None:
-    return _identity(path).get("decoder", {}).get("name")
+    return RunFolder(path).identity.get("decoder", {}).get("name")
 
 
 def _family(path: Path) -> str:
     """Return what a run and its baseline share, as text."""
-    identity = _identity(path)
+    identity = RunFolder(path).identity
     model = {key: value for key, value in identity.get("model", {}).items() if key != "adapter"}
     settings = [identity.get(key) for key in ("law", "prompts", "batch_size", "refill", "dtype", "seed")]
     return repr((sorted(model.items(), key=str), settings))

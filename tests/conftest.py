@@ -11,7 +11,7 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "HYDRA_FULL_ERROR", "SJD2_TRACE"):
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull  # an account of whoever runs the tests must not be used
 
-from tests.cli import cli  # noqa: E402
+from tests.helpers.cli import cli  # noqa: E402
 
 __all__ = ["cli"]
 

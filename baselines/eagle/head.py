@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from sjd2.cache import RowCache
+from sjd2.checkpoints import read_part
 from sjd2.errors import UserError, choose
 from sjd2.models.base import Backbone
-from sjd2.settings import read_part
+from sjd2.models.kv_cache import RowCache
 
 SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sjd2.decoding.sampling import Sampling
 from sjd2.errors import UserError
+from sjd2.finetune.data.generated import Generated
 from sjd2.finetune.front_pairs import Pairs, join, law_of, make_pairs
-from sjd2.finetune.generated import Generated
-from sjd2.finetune.loop import step_rng, train, warmup_decay
+from sjd2.finetune.trainer import step_rng, train, warmup_decay
 from sjd2.front.corrector import Corrector, FrontSettings, embedding_width
 from sjd2.models.base import Backbone
-from sjd2.sampling import Sampling
 
 CHUNK = 16  # images that are run through the model together
 

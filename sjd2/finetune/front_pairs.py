@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sjd2.decoding.sampling import Sampling, draw
+from sjd2.decoding.verify import residual
 from sjd2.finetune.windows import causal_mask, window_mask
 from sjd2.models.base import Backbone
-from sjd2.sampling import Sampling, draw
-from sjd2.verify import residual
 
 
 class Images:

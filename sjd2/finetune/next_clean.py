@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sjd2.adapters import Adapter, AdapterSettings
+from sjd2.decoding.sampling import draw
+from sjd2.denoising.embedding_space import EmbeddingSpace, sinusoid
 from sjd2.denoising.schedule import Schedule, alpha_sigma
-from sjd2.denoising.space import EmbeddingSpace, sinusoid
 from sjd2.errors import UserError, choose
 from sjd2.finetune import distributed
 from sjd2.finetune.distributed import Machine, shares
 from sjd2.finetune.draws import Draws
-from sjd2.finetune.loop import Piece, step_rng, train, warmup_decay
 from sjd2.finetune.objective import Objective, is_sharded, recompute, widen
+from sjd2.finetune.trainer import Piece, step_rng, train, warmup_decay
 from sjd2.finetune.windows import Past, Segments, causal_mask, draw_segments, window_mask
+from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import Backbone, ModelSpec
-from sjd2.sampling import draw
 
 AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
 

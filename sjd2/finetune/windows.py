@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sjd2.cache import RowCache, additive
+from sjd2.models.kv_cache import RowCache, additive
 
 
 @dataclass

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sjd2.checkpoints import read_part
 from sjd2.errors import UserError
 from sjd2.models.base import Backbone
-from sjd2.settings import read_part
 
 SETTINGS, WEIGHTS = "front.json", "front.safetensors"
 

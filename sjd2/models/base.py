@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from sjd2.cache import RowCache, additive
-from sjd2.layout import TokenGrid
+from sjd2.files import digest
+from sjd2.models.kv_cache import RowCache, additive
+from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, check_loading, check_part, locate, locate_part, reach
-from sjd2.paths import digest
 
 if TYPE_CHECKING:
-    from sjd2.adapters import Adapter
+    from sjd2.models.adapter import Adapter
 
 
 @dataclass
@@ -95,7 +95,7 @@ class ModelSpec:
 
     def check(self) -> None:
         """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
-        from sjd2.adapters import read_settings
+        from sjd2.models.adapter import read_settings
 
         check_loading(self.quantisation, self.device_map)
         _ = self.layout
@@ -110,7 +110,7 @@ class ModelSpec:
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> Backbone:
         """Load all weights: dtype is a torch dtype's name. Raises `UserError` if a file does not fit."""
-        from sjd2.adapters import Adapter
+        from sjd2.models.adapter import Adapter
 
         self.check()
         model = self.build(torch.device(device), getattr(torch, dtype))

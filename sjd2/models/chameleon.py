@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sjd2.errors import UserError
-from sjd2.layout import TokenGrid
+from sjd2.files import find
 from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, locate, pretrained, stored_shape
-from sjd2.paths import find
 
 BOS = "<s>"  # id 0; the configs of Chameleon, Anole and Lumina-mGPT say 1, which is <pad>
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sjd2.errors import UserError, choose
-from sjd2.layout import TokenGrid
 from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, fit, locate, pretrained, read_config, tokenizer
 
 if TYPE_CHECKING:

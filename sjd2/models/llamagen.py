@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sjd2.errors import UserError
-from sjd2.layout import TokenGrid
+from sjd2.files import find
 from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, assembled, fit, locate, read_tensors
-from sjd2.paths import find
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

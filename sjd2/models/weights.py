@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sjd2.errors import UserError, choose
-from sjd2.paths import find
+from sjd2.files import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sweeps.report.charts import lines
-from sweeps.rows import Row
+from sweeps.tables.rows import Row
 
 MEASURES = (  # title, value of a row
     ("step compression", lambda row: row.compression),

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sweeps.formats import Table
-from sweeps.published import Published, select
-from sweeps.rows import Row
 from sweeps.runs import Machine
-from sweeps.table import columns, csv_row
+from sweeps.tables.formats import Table
+from sweeps.tables.published import Published, select
+from sweeps.tables.rows import Row
+from sweeps.tables.table import columns, csv_row
 
 BARS = ("step_compression", "speedup")  # columns whose cells hold a bar as long as their number
 PRINTED = {  # column -> field of published.csv

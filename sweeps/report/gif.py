@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from evaluation.records import Id, write_atomically
+from evaluation.run_folder import Id
+from sjd2.files import write_atomically
 from sweeps.report.race import Heat, Lane, Race, in_a_row
 
 LIMIT = 1_500_000  # bytes

@@ -19,16 +19,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from omegaconf import DictConfig
 
-from evaluation.console import say
-from evaluation.records import write_atomically
+from harness.console import say
 from sjd2.errors import UserError
-from sweeps.formats import failure
-from sweeps.jobs import is_sweep, statuses
+from sjd2.files import write_atomically
 from sweeps.labels import swept
-from sweeps.notes import notes
-from sweeps.paper import paper_tables
-from sweeps.pictures import GRID_ROWS, LIKELIHOOD, accepted_counts, quality_panels, same_seeds, waiting_maps
-from sweeps.plots import COLUMNS_MAX, front
+from sweeps.multirun.jobs import is_sweep, statuses
 from sweeps.report.ablation import Ablation, make_ablations
 from sweeps.report.cells import Grid, main_grid, plain_grid
 from sweeps.report.charts import COLOURS, Dot, lines, scatter
@@ -36,9 +31,14 @@ from sweeps.report.encode import drawing, picture
 from sweeps.report.gif import pace, write_gif
 from sweeps.report.race import LANES, Race, as_json, in_a_row, make_race
 from sweeps.report.trajectories import Trajectory, make_trajectories
-from sweeps.rows import Row, make_rows
 from sweeps.runs import Machine, Run, chosen_folders, groups, read_runs, table_machine, with_baselines
-from sweeps.table import csv_row, difference_table, failed_row, published_table, title, to_csv
+from sweeps.tables.figures import GRID_ROWS, LIKELIHOOD, accepted_counts, quality_panels, same_seeds, waiting_maps
+from sweeps.tables.formats import failure
+from sweeps.tables.notes import notes
+from sweeps.tables.paper import paper_tables
+from sweeps.tables.plots import COLUMNS_MAX, front
+from sweeps.tables.rows import Row, make_rows
+from sweeps.tables.table import csv_row, difference_table, failed_row, published_table, title, to_csv
 
 LIMIT = 12_000_000  # bytes of the page
 SIDES = (320, 224, 160, 112)  # pixels of a picture; the first that keeps the page below LIMIT

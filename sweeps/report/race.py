@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from evaluation.records import Id
-from sweeps.pictures import guesses_ahead
+from evaluation.run_folder import Id
 from sweeps.report.encode import picture
 from sweeps.runs import Image, Run
+from sweeps.tables.figures import guesses_ahead
 
 if TYPE_CHECKING:
-    from sjd2.layout import TokenGrid
+    from sjd2.models.layout import TokenGrid
 
 LANES = 8  # decoders side by side: more would shrink the pictures to stamps
 PROMPTS = 6
@@ -91,7 +91,7 @@ def make_race(runs: Sequence[Run]) -> Race | None:
 
 def layout_of(run: Run) -> TokenGrid:
     """Return where on the picture the tokens of a run stand."""
-    from sjd2.instantiate import instantiate
+    from sjd2.config import instantiate
 
     return instantiate(OmegaConf.create(run.config["model"])).layout
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.records import Id
+from evaluation.run_folder import Id
 from sweeps.report.encode import drawing
 from sweeps.runs import Run
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sjd2.files import find
 from sjd2.models.tiny import scenes
-from sjd2.models.tiny.ar import encode, token_batch
+from sjd2.models.tiny.train_ar import encode, token_batch
 from sjd2.models.vqgan import VQGAN
-from sjd2.paths import find
 
 PROMPTS = Path(__file__).parent / "captions.txt"
 

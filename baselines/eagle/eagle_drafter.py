@@ -1,0 +1,292 @@
+"""EAGLE drafting: a one-layer head guesses along a chain, a fixed tree (EAGLE-1) or one grown by confidence (EAGLE-2).
+
+All guesses are drawn anew in each pass; the head sees the true states of everything committed.
+# B samples, R model rows, S slots of a pass, T nodes the head steps on, F families (children of a parent), V codes, D width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baselines.eagle.head import SETTINGS, WEIGHTS, EagleHead, PairCache, read_settings
+from sjd2.decoding.interfaces import Draft, Drafter, Outcome, State
+from sjd2.decoding.noise import Purpose
+from sjd2.decoding.sampling import Sampling, draw_tokens
+from sjd2.decoding.shapes import Tree
+from sjd2.decoding.verify import take
+from sjd2.errors import UserError, choose
+from sjd2.models.base import Backbone
+from sjd2.models.weights import Source, check_part, locate_part
+
+
+@dataclass
+class Memory:
+    """The head's own batch: its cache, the state it predicts at each row's last token, and what was committed since.
+
+    ahead [R, D]; entered [R]: rows whose `ahead` comes from a prefill; tokens [B, L], states [R, L, D], count [B]: committed.
+    """
+
+    cache: PairCache
+    ahead: Tensor
+    entered: Tensor
+    tokens: Tensor | None = None
+    states: Tensor | None = None
+    count: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Eagle(Drafter):
+    """Draft with an EAGLE head (arXiv 2401.15077; dynamic trees arXiv 2406.16858).
+
+    weights: folder or hub id of a head (stage=finetune finetune=eagle). shape: chain; static: `tree` lists its nodes as paths
+    of child numbers, children drawn without replacement; dynamic: at each of `depth` depths the `top_k` best nodes by
+    cumulative probability are expanded and the best window - 1 candidates are kept. Static draws and dynamic (deterministic)
+    candidates are both exact; sampled candidates chosen by their scores and verified as draws from the law would not be.
+    """
+
+    weights: str | None = None
+    shape: str = "dynamic"
+    tree: tuple[tuple[int, ...], ...] = ()
+    depth: int = 5
+    top_k: int = 10
+
+    def __post_init__(self) -> None:
+        choose("decoder.drafter.shape", self.shape, ("chain", "static", "dynamic"))
+        self.tree = tuple(tuple(node) for node in self.tree)
+        if self.shape == "static":
+            self._parents()
+        if self.depth < 1 or self.top_k < 1:
+            raise UserError("decoder.drafter.depth and decoder.drafter.top_k must be 1 or more.")
+
+    def check(self, spec: object, window: int) -> None:
+        """Raise `UserError` if there is no head, or the window is not that of the tree."""
+        if self.weights is None:
+            raise UserError(
+                f"an EAGLE drafter needs a head: make one with stage=finetune finetune=eagle model={spec.name} and give its "
+                "folder as decoder.drafter.weights=, or use the training-free decoder=scd."
+            )
+        check_part(self._source(), read_settings)
+        if self.shape == "static" and window != len(self.tree) + 1:
+            raise UserError(
+                f"decoder.drafter.tree has {len(self.tree)} nodes, so decoder.window must be {len(self.tree) + 1}, "
+                f"got {window}."
+            )
+        if self.shape == "dynamic" and self.top_k > spec.layout.vocabulary:
+            raise UserError(f"decoder.drafter.top_k={self.top_k} exceeds the vocabulary of {spec.layout.vocabulary}.")
+        if self.shape == "dynamic" and window - 1 > self.top_k + (self.depth - 1) * self.top_k**2:
+            raise UserError(
+                f"decoder.drafter.depth={self.depth} and top_k={self.top_k} yield fewer candidates than decoder.window - 1 = "
+                f"{window - 1}; take a smaller window or more of either."
+            )
+
+    def _source(self) -> Source:
+        return Source(str(self.weights), "decoder.drafter.weights", files=(SETTINGS, WEIGHTS))
+
+    def carried(self, window: int) -> int:
+        return 1
+
+    def ahead(self, window: int) -> int:
+        static = max(map(len, self.tree), default=1)
+        return {"chain": window - 1, "static": static, "dynamic": self.depth}[self.shape]
+
+    def forwards(self, window: int) -> int:
+        """Return one that takes in what was committed, and one for each depth behind the first."""
+        return self.ahead(window)
+
+    def prepare(self, model: Backbone) -> None:
+        self.model, self.head = model, EagleHead.load(locate_part(self._source()), model)
+        self.shapes: dict[int, tuple[Tree, list[_Depth]]] = {}
+
+    def open(self, model: Backbone, rows: int, capacity: int, law: Sampling) -> Memory:
+        rows *= 2 if law.guided else 1
+        width = self.head.fc.out_features
+        ahead = torch.zeros(rows, width, dtype=model.dtype, device=model.device)
+        cache = self.head.cache(rows, capacity + self.top_k * self.depth)
+        return Memory(cache, ahead, torch.zeros(rows, dtype=torch.bool, device=model.device))
+
+    def reserve(self, memory: Memory, capacity: int) -> None:
+        memory.cache.reserve(capacity + self.top_k * self.depth)
+
+    def admit(
+        self, memory: Memory, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor
+    ) -> None:
+        """Run the head over new prompts; an unconditional prompt may be one for all rows."""
+        count, place = len(rows), rows + branch * (len(memory.ahead) // 2)
+        embeds, hidden, lengths = (x.expand(count, *x.shape[1:]).clone() for x in (embeds, hidden, lengths))
+        memory.ahead[place] = self.head.prefill(memory.cache, place, embeds, hidden, lengths, token)
+        memory.entered[place] = True
+        if memory.count is not None:
+            memory.count[rows] = 0
+
+    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
+        """Take in what was committed, then guess depth by depth."""
+        memory = state.memory
+        ahead = memory.ahead
+        memory.cache.bound = state.bound  # the head has as many pairs as the model has tokens
+        if memory.count is not None:
+            ahead = self.head.extend(memory.cache, memory.tokens, memory.states, memory.count)
+            ahead = torch.where(memory.entered[:, None], memory.ahead, ahead)
+        memory.ahead, memory.count, memory.entered = ahead, None, torch.zeros_like(memory.entered)
+        grow = self._dynamic if self.shape == "dynamic" else self._static
+        return grow(draft, ahead, state.window, state)
+
+    def observe(self, outcome: Outcome, state: State) -> None:
+        """Keep the true states of the accepted path, which the head reads before it guesses again."""
+        memory = state.memory
+        branches = len(outcome.hidden) // len(outcome.moved)
+        where = (state.committed - outcome.moved)[:, None] + torch.arange(
+            outcome.path.shape[1], device=outcome.path.device
+        )
+        memory.tokens = state.tokens.gather(1, where.clamp(max=state.tokens.shape[1] - 1))
+        memory.states = take(outcome.hidden, outcome.path.repeat(branches, 1))
+        memory.count = outcome.moved.clone()
+
+    # ---- fixed shapes
+
+    def _parents(self) -> list[int]:
+        """Return the parent slot of each slot of the static tree; raises `UserError` if a node has none."""
+        if () in self.tree or len(set(self.tree)) < len(self.tree):
+            raise UserError(
+                "decoder.drafter.tree has an empty or a repeated node; each node is one path, e.g. [[0],[1],[0,0]]."
+            )
+        number = {(): 0} | {node: slot for slot, node in enumerate(sorted(self.tree, key=lambda n: (len(n), n)), 1)}
+        orphans = [
+            node
+            for node in self.tree
+            if node[:-1] not in number or (node[-1] and (*node[:-1], node[-1] - 1) not in number)
+        ]
+        if orphans or not self.tree:
+            raise UserError(
+                f"decoder.drafter.tree has a node without its parent or earlier sibling: {list(orphans[0])}."
+                if orphans
+                else "decoder.drafter.shape=static needs decoder.drafter.tree, e.g. [[0],[1],[0,0]]."
+            )
+        return [0] + [number[node[:-1]] for node in list(number)[1:]]
+
+    def _built(self, window: int) -> tuple[Tree, list[_Depth]]:
+        if window not in self.shapes:
+            parents = list(range(-1, window - 1)) if self.shape == "chain" else self._parents()
+            parents[0] = 0
+            tree = Tree.static(parents, chain=1, device=self.model.device)
+            self.shapes[window] = tree, _depths(parents, tree)
+        return self.shapes[window]
+
+    def _static(self, draft: Draft, ahead: Tensor, window: int, state: State) -> Draft:
+        """Draw children without replacement from the head's law at each parent and record the renormalised laws."""
+        tree, depths = self._built(window)
+        rows = len(draft.tokens)
+        tokens = draft.tokens.new_zeros(rows, window)
+        tokens[:, 0] = draft.tokens[:, 0]
+        probs = torch.zeros(
+            rows, window - 1, self.model.layout.vocabulary, dtype=state.noise.dtype, device=tokens.device
+        )
+        states = ahead[:, None]
+        for number, depth in enumerate(depths, 1):
+            law = state.sampling.law(self.model.logits(states)).to(probs)  # [B, F, V]
+            position = (state.cached + number)[:, None]
+            for rank, slots in enumerate(depth.children):
+                law = law[:, : len(slots)]  # families with most children stand first
+                place, sampler = position.expand(-1, len(slots)), state.sampling.sampler
+                drawn = draw_tokens(law, state.noise, place, Purpose.FRESH, state.iteration, sampler, rank)
+                forced = state.at(position)
+                tokens[:, slots], probs[:, slots - 1] = torch.where(forced < 0, drawn, forced), law
+                left = law.scatter(-1, drawn[..., None], 0.0)
+                mass = left.sum(-1, keepdim=True)
+                law = torch.where(mass > 0, left / mass, law)  # a law of one token has no second
+            if depth.inner is not None:
+                known = states[:, depth.home]
+                states = self.head.step(
+                    state.memory.cache, tokens[:, depth.inner], known, depth.level, depth.seen, depth.before
+                )
+        return Draft(tokens, probs, tree=tree)
+
+    # ---- shapes grown by confidence
+
+    def _dynamic(self, draft: Draft, ahead: Tensor, window: int, state: State) -> Draft:
+        """Grow the tree by cumulative probability: candidates are the top_k of each law, so they count as one-hot."""
+        rows, k, device = len(draft.tokens), self.top_k, draft.tokens.device
+        law = state.sampling.law(self.model.logits(ahead[:, None]))  # [B, 1, V]
+        best = law.log().topk(k)
+        tokens, scores = best.indices[:, 0], best.values[:, 0]  # all candidates so far [B, A]
+        parents = torch.full_like(tokens, -1)
+        chosen, states = torch.arange(k, device=device).expand(rows, -1), ahead[:, None].expand(-1, k, -1)
+        seen = torch.eye(k, dtype=torch.bool, device=device).expand(rows, -1, -1)  # [B, k, stepped]
+        branches = len(ahead) // rows
+        for depth in range(1, self.depth):
+            level = torch.full((1, k), depth, device=device)
+            states = self.head.step(
+                state.memory.cache, tokens.gather(1, chosen), states, level, seen, (depth - 1) * k
+            )  # [R, k, D]
+            law = state.sampling.law(self.model.logits(states))
+            best = law.log().topk(k)  # [B, k, k]
+            grown = (scores.gather(1, chosen)[..., None] + best.values).flatten(1)
+            begin = tokens.shape[1]
+            tokens = torch.cat([tokens, best.indices.flatten(1)], 1)
+            scores = torch.cat([scores, grown], 1)
+            parents = torch.cat([parents, chosen.repeat_interleave(k, 1)], 1)
+            top = grown.topk(k).indices.sort(1).values
+            chosen, home = begin + top, torch.div(top, k, rounding_mode="floor")
+            states = take(states, home.repeat(branches, 1))
+            own = torch.eye(k, dtype=torch.bool, device=device).expand(rows, -1, -1)
+            seen = torch.cat([seen.gather(1, home[..., None].expand(-1, -1, seen.shape[2])), own], 2)
+        # a child never scores above its parent, and a stable sort keeps the parent first where they tie
+        kept = scores.sort(dim=1, descending=True, stable=True).indices[:, : window - 1].sort(1).values
+        number = torch.zeros(rows, tokens.shape[1] + 1, dtype=torch.long, device=device)
+        slots = torch.arange(1, window, device=device).expand(rows, -1)
+        number.scatter_(1, kept + 1, slots)  # candidate c is slot number[c + 1], the root is slot number[0] = 0
+        above = number.gather(1, parents.gather(1, kept) + 1)
+        tree = Tree.of(torch.nn.functional.pad(above, (1, 0)), ranks=k, deepest=self.depth)
+        tokens = torch.cat([draft.tokens[:, :1], tokens.gather(1, kept)], 1)
+        return Draft(state.force(tokens, tree), None, tree=tree)
+
+
+@dataclass(frozen=True)
+class _Depth:
+    """One depth of a static tree: families [F] ordered by their number of children, largest first.
+
+    children: per rank the slots; inner [T]: slots of this depth that have children of their own, home [T] the family of each
+    among this depth's laws, seen [1, T, before + T] and before for the head's mask, level [1, T] their depth.
+    """
+
+    children: tuple[Tensor, ...]
+    inner: Tensor | None
+    home: Tensor | None = None
+    seen: Tensor | None = None
+    level: Tensor | None = None
+    before: int = 0
+
+
+def _depths(parents: list[int], tree: Tree) -> list[_Depth]:
+    """Lay out the tree of these parents, which the host knows, on the device of `tree`."""
+    device, depth = tree.parents.device, [0] * len(parents)
+    children: dict[int, list[int]] = {}
+    for slot in range(1, len(parents)):
+        depth[slot] = depth[parents[slot]] + 1
+        children.setdefault(parents[slot], []).append(slot)
+    found, stepped, order = [], [], [0]  # order: parents of this depth's families
+    for level in range(1, max(depth) + 1):
+        ranks = [
+            torch.tensor([children[p][r] for p in order if len(children[p]) > r], device=device)
+            for r in range(len(children[order[0]]))
+        ]
+        inner = sorted((c for p in order for c in children[p] if c in children), key=lambda c: -len(children[c]))
+        if not inner:
+            found.append(_Depth(tuple(ranks), None))
+            break
+        nodes = torch.tensor([*stepped, *inner], device=device)
+        index = torch.tensor(inner, device=device)
+        found.append(
+            _Depth(
+                tuple(ranks),
+                index,
+                torch.tensor([order.index(parents[c]) for c in inner], device=device),
+                tree.seen[:, index][:, :, nodes],
+                torch.full((1, len(inner)), level, device=device),
+                len(stepped),
+            )
+        )
+        stepped, order = [*stepped, *inner], inner
+    return found

@@ -1,0 +1,143 @@
+"""Speed and likelihood of a run, computed from its records alone.
+
+Tokens per pass hold on any machine; seconds hold on one, so they come from the launches of one hardware only. A forced
+token (row end, header) counts as a token and, for AR, as a pass, as in the papers of the SJD family;
+`step_compression_free` leaves forced tokens out.
+
+# N image-phase tokens of one image
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from evaluation.run_folder import RunFolder
+from sjd2.config import instantiate
+from sjd2.errors import UserError
+
+PARTS = ("encode", "prefill", "decode", "image")
+Record = dict[str, Any]
+
+
+def step_compression(record: Record) -> float:
+    """Return tokens / target-model passes of one image, forced tokens included; AR has exactly 1."""
+    return record["tokens"] / record["forwards"]
+
+
+def step_compression_free(record: Record, free: np.ndarray) -> float:
+    """Return free tokens / passes that committed at least one free token, for one image.
+
+    free: [N] bool, the positions that the model really chooses. Passes that committed forced tokens alone leave the
+    denominator, as the forced tokens leave the numerator; so AR, whose every forced token is a pass of its own, has
+    exactly 1 again. A pass that commits a run of both counts as one pass for its free tokens.
+    """
+    ends = np.cumsum(record["accepted"])
+    before = np.concatenate([[0], np.cumsum(free)])  # free tokens before each position
+    per_pass = before[ends] - before[ends - record["accepted"]]
+    return float(per_pass.sum() / (per_pass > 0).sum())
+
+
+def free_positions(run: RunFolder) -> np.ndarray | None:
+    """Return which of the N positions the model really chooses, bool [N]; None if the run's settings do not tell."""
+    try:
+        return np.asarray(instantiate(run.config.model).layout.free)
+    except (UserError, AttributeError, FileNotFoundError):
+        return None
+
+
+def seconds_per_image(record: Record, *, refill: bool) -> float:
+    """Return the wall time that one image of a full batch costs.
+
+    A fixed batch shares all its parts. With refill a row's own time overlaps the other rows' (Little's law: divide by
+    the rows), while its pixels are made one image at a time.
+    """
+    parts, rows = record["seconds"], record["batch_rows"]
+    together = parts["encode"] + parts["prefill"] + parts["decode"]
+    return together / rows + parts["image"] / (1 if refill else rows)
+
+
+def accepted_histogram(records: Iterable[Record]) -> dict[str, int]:
+    """Count the passes by the tokens they committed: {"1": passes, "2": ...}; the prefill is one that committed 1."""
+    counts = Counter(tokens for record in records for tokens in record["accepted"])
+    return {str(tokens): counts[tokens] for tokens in sorted(counts)}
+
+
+def one_machine(records: Sequence[Record], launches: Sequence[dict[str, Any]]) -> tuple[list[Record], list[dict]]:
+    """Return the records and launches of the hardware and threads that made most images; the first of equals."""
+    kinds = {launch["launch"]: (launch.get("hardware"), launch.get("threads")) for launch in launches}
+    counts = Counter(kinds.get(record["launch"]) for record in records)
+    if not counts:
+        return [], []
+    kind = counts.most_common(1)[0][0]
+    chosen = [record for record in records if kinds.get(record["launch"]) == kind]
+    return chosen, [launch for launch in launches if kinds[launch["launch"]] == kind]
+
+
+class Speed:
+    """Passes, seconds, memory and negative log-likelihood; needs neither images nor a network."""
+
+    keys = (
+        *("forwards_mean", "draft_forwards_mean", "step_compression", "step_compression_free", "nll_per_token"),
+        *("accepted_per_forward_hist", "latency_s_median", "latency_s_p95", "images_per_s"),
+        *(f"seconds_{part}_mean" for part in PARTS),
+        *("peak_memory_gb", "hardware", "n_timed", "gflops_per_token"),
+    )
+    protocol = (
+        "step_compression: mean over images of tokens / target-model passes, the prefill counted as the pass of the "
+        "first token, forced tokens included; step_compression_free: free tokens / passes that committed one; "
+        "nll_per_token: under the target law (guidance, temperature, top-k, top-p), nats, forced tokens cost nothing; "
+        "latency: prefill + decode of an image's batch, device-synchronised after a warm-up, traced images left out; "
+        "images_per_s: all four parts; peak_memory_gb: of the GPU, or the process's resident set on a CPU (1e9 bytes); "
+        "gflops_per_token: counted over one image (runtime.flops), matrix products and attention, both guidance branches."
+    )
+
+    def check(self) -> None:
+        """Nothing can be missing."""
+
+    def score(self, run: RunFolder) -> dict[str, Any]:
+        """Compute all values; times are absent where every image was traced."""
+        records = run.records()
+        if not records:
+            return {}
+        return self._passes(run, records) | self._times(run, records)
+
+    def _passes(self, run: RunFolder, records: Sequence[Record]) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "forwards_mean": fmean(record["forwards"] for record in records),
+            "draft_forwards_mean": fmean(record["draft_forwards"] for record in records),
+            "step_compression": fmean(map(step_compression, records)),
+            "accepted_per_forward_hist": accepted_histogram(records),
+        }
+        if likely := [record["nll"] / record["tokens"] for record in records if "nll" in record]:
+            out["nll_per_token"] = fmean(likely)
+        free = free_positions(run)
+        if free is not None and all(record["tokens"] == len(free) for record in records):
+            out["step_compression_free"] = fmean(step_compression_free(record, free) for record in records)
+        if counts := [launch["gflops_per_token"] for launch in run.provenance() if "gflops_per_token" in launch]:
+            out["gflops_per_token"] = counts[-1]
+        return out
+
+    def _times(self, run: RunFolder, records: Sequence[Record]) -> dict[str, Any]:
+        untraced = [record for record in records if not run.traced(record)]
+        timed, launches = one_machine(untraced, run.provenance())
+        if not timed:
+            return {}
+        refill = bool(run.config.get("refill", False))
+        latency = [record["seconds"]["prefill"] + record["seconds"]["decode"] for record in timed]
+        out: dict[str, Any] = {
+            "n_timed": len(timed),
+            "latency_s_median": float(np.median(latency)),
+            "latency_s_p95": float(np.quantile(latency, 0.95)),
+            "images_per_s": 1 / fmean(seconds_per_image(record, refill=refill) for record in timed),
+        }
+        out |= {f"seconds_{part}_mean": fmean(record["seconds"][part] for record in timed) for part in PARTS}
+        if peaks := [launch["peak_memory_gb"] for launch in launches if "peak_memory_gb" in launch]:
+            out["peak_memory_gb"] = max(peaks)
+        if launches and launches[0].get("hardware"):
+            out["hardware"] = launches[0]["hardware"]
+        return out

@@ -1,0 +1,232 @@
+"""The run folder: what a run is (its identity), one line per image, and nothing lost or doubled when a run is killed.
+
+    config.yaml       the resolved settings, and `identity`: what decides the tokens
+    provenance.jsonl  per launch: git commit, package versions, hardware, dtype, weights, command; peak memory
+    samples*.jsonl    one line per image (one file per rank)
+    images/ tokens/   00012_0.png and .npy: prompt 12, repeat 0; traces/ with trace=N
+    metrics.json, grid.png, acceptance.png, wandb/
+
+An image and its tokens are on the disk before the line that names them, so a line never lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from evaluation.identity import canonical, current_targets, difference, same
+from sjd2.errors import UserError
+from sjd2.files import append_lines, read_json, read_lines, sync, write_atomically
+from sjd2.locks import join, lock
+
+Id = tuple[int, int]  # (prompt index, repeat)
+NEEDED = {"id", "prompt", "launch", "batch", "tokens", "forwards", "accepted", "seconds", "image", "tokens_sha256"}
+
+
+class RunFolder:
+    """One run on the disk: `<runs_dir>/<model>-<decoder>-<id>/`."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the folder; nothing is read or written yet."""
+        self.path = Path(path)
+        self.damaged = 0  # unreadable lines met by the last records()
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Return the folder of a run that exists; raises UserError where there is none."""
+        run = cls(path)
+        if not (run.path / "config.yaml").is_file():
+            raise UserError(
+                f"'{path}' is no run folder (no config.yaml in it); give the folder that a run printed last."
+            )
+        return run
+
+    # ---- what the run is
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """Return the resolved settings of the run's last launch, `identity` among them; classes that have moved are found."""
+        config = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        return OmegaConf.create(current_targets(config))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the run's tokens (evaluation/identity.py), {} where nothing says it."""
+        if not (self.path / "config.yaml").is_file():
+            return {}
+        return canonical(OmegaConf.to_container(self.config).get("identity") or {})
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Return metrics.json, or {} before the run was scored."""
+        return read_json(self.path / "metrics.json", {})
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """Return one entry per launch, what it reported at its end merged in, in the order of the launches."""
+        launches: dict[int, dict[str, Any]] = {}
+        for line in read_lines(self.path / "provenance.jsonl")[0]:
+            launches.setdefault(line["launch"], {}).update(line)
+        return [launches[number] for number in sorted(launches)]
+
+    def claim(self, settings: DictConfig, identity: dict[str, Any]) -> None:
+        """Make the folder and write config.yaml; raises UserError if the folder already holds another run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.__dict__.pop("config", None)  # another process may have claimed it since
+        if (self.path / "config.yaml").is_file() and not same(self.identity, identity):
+            raise UserError(
+                f"run folder {self.path} holds another run ({difference(self.identity, identity)}); "
+                "leave run_dir out, or give another runs_dir."
+            )
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(settings).encode())
+        self.__dict__.pop("config", None)
+
+    # ---- samples
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per image, sorted by id; a line that a kill cut short, or without a record's keys, is left out."""
+        found: dict[Id, dict[str, Any]] = {}
+        self.damaged = 0
+        for path in sorted(self.path.glob("samples*.jsonl")):
+            lines, damaged = read_lines(path)
+            self.damaged += damaged
+            for record in lines:
+                if record.keys() >= NEEDED:
+                    found.setdefault((record["id"][0], record["id"][1]), record)
+                else:
+                    self.damaged += 1
+        return [found[key] for key in sorted(found)]
+
+    def missing(self, ids: Iterable[Id]) -> list[Id]:
+        """Return those of `ids` that have no record yet, in their order."""
+        done = {tuple(record["id"]) for record in self.records()}
+        return [key for key in ids if tuple(key) not in done]
+
+    def images(self, ids: Iterable[Id] | None = None) -> Iterator[np.ndarray]:
+        """Yield the images, uint8 [H, W, 3] RGB, in the order of records() (or of `ids`)."""
+        records = self.records()
+        if ids is not None:
+            by_id = {tuple(record["id"]): record for record in records}
+            records = [by_id[tuple(key)] for key in ids]
+        for record in records:
+            try:
+                with Image.open(self.path / record["image"]) as image:
+                    yield np.asarray(image.convert("RGB"))
+            except OSError as error:
+                raise UserError(f"cannot read {self.path / record['image']} ({error.strerror or error}).") from error
+
+    def tokens(self, record: dict[str, Any]) -> np.ndarray:
+        """Return the local token ids of one record, int32 [N]."""
+        return np.load(self.path / "tokens" / f"{name(record['id'])}.npy")
+
+    def traced(self, record: dict[str, Any]) -> bool:
+        """Say whether this image was made under `trace=`: its times hold extra waits and count in no speed figure."""
+        return (self.path / "traces" / f"{name(record['id'])}.json").is_file()
+
+    def write_image(self, key: Id, image: np.ndarray, tokens: np.ndarray) -> dict[str, str]:
+        """Put image [H, W, 3] uint8 and tokens [N] on the disk; returns the record's `image` and `tokens_sha256`."""
+        self._folders()
+        tokens = np.ascontiguousarray(tokens, dtype="<i4")
+        picture, array = self.path / "images" / f"{name(key)}.png", self.path / "tokens" / f"{name(key)}.npy"
+        with picture.open("wb") as file:
+            Image.fromarray(image).save(file, format="PNG")
+            sync(file)
+        with array.open("wb") as file:
+            np.save(file, tokens)
+            sync(file)
+        return {
+            "image": picture.relative_to(self.path).as_posix(),
+            "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        }
+
+    def write_trace(
+        self, key: Id, trace: list[tuple[float, int]], details: dict[str, list[list[int]]] | None = None
+    ) -> None:
+        """Write one image's (seconds since the decoding began, tokens committed) per pass.
+
+        details: more lists with one entry per pass, e.g. `guesses`; they go to a file of their own in traces/details/.
+        """
+        folder = self.path / "traces"
+        for place, content in ((folder / "details", details), (folder, trace)):
+            if content:
+                place.mkdir(parents=True, exist_ok=True)
+                write_atomically(place / f"{name(key)}.json", json.dumps(content).encode())
+
+    def traces(self) -> list[Id]:
+        """Return the ids of the images made under `trace=`, sorted."""
+        found = [path.stem.split("_") for path in (self.path / "traces").glob("*_*.json")]
+        return sorted((int(prompt), int(repeat)) for prompt, repeat in found)
+
+    def trace(self, key: Id) -> tuple[list[tuple[float, int]], dict[str, list[list[int]]]]:
+        """Return one image's (seconds, tokens committed) per pass, and the details that were kept of the passes."""
+        folder = self.path / "traces"
+        passes = read_json(folder / f"{name(key)}.json", [])
+        return [(seconds, committed) for seconds, committed in passes], read_json(
+            folder / "details" / f"{name(key)}.json", {}
+        )
+
+    def append(self, *records: dict[str, Any], rank: int | None = None) -> None:
+        """Add records to samples.jsonl, or to the file of a rank, in one write that is on the disk when this returns."""
+        append_lines(self.path / ("samples.jsonl" if rank is None else f"samples-{rank}.jsonl"), records)
+
+    def launch(self, entry: dict[str, Any]) -> int:
+        """Add a launch to provenance.jsonl and return its number, 0 for the first."""
+        known = [
+            *self.provenance(),
+            *self.records(),
+        ]  # a lost line of either must not lend its number to another launch
+        number = 1 + max((line["launch"] for line in known if "launch" in line), default=-1)
+        append_lines(self.path / "provenance.jsonl", [{"launch": number, **entry}])
+        return number
+
+    def close_launch(self, number: int, entry: dict[str, Any]) -> None:
+        """Add what a launch knows at its end, e.g. peak memory."""
+        append_lines(self.path / "provenance.jsonl", [{"launch": number, **entry}])
+
+    def lock(self, *, wait: bool = False, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Keep every other process out of the folder; with `wait` queue behind the one that is in it.
+
+        shared: let those in that call `join`, the other ranks of this launch.
+        """
+        return lock(self.path / ".lock", wait=wait, shared=shared)
+
+    def join(self) -> contextlib.AbstractContextManager[None]:
+        """Enter a folder whose shared lock another rank of this launch holds; it is locked until all have left."""
+        return join(self.path / ".lock")
+
+    def _folders(self) -> None:
+        for folder in ("images", "tokens"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+
+
+def name(key: Id | list[int]) -> str:
+    """Return the file name of one image without its ending: (prompt index, repeat) -> '00012_0'."""
+    return f"{key[0]:05d}_{key[1]}"
+
+
+def run_folders(runs_dir: str | Path) -> list[Path]:
+    """Return the run folders below `runs_dir` that hold at least one image, sorted by name."""
+    folders = (path.parent for path in Path(runs_dir).glob("*/config.yaml"))
+    return sorted(folder for folder in folders if any(folder.glob("samples*.jsonl")))
+
+
+def run_folder(runs_dir: str | Path, stem: str, identity: dict[str, Any]) -> RunFolder:
+    """Return the folder of the run that `identity` describes: `<stem>-<id>`, or the one that an older release named otherwise."""
+    usual = Path(runs_dir) / f"{stem}-{identity['id']}"
+    if not usual.exists():
+        for config in sorted(Path(runs_dir).glob(f"{stem}-*/config.yaml")):
+            found = RunFolder(config.parent)
+            if same(found.identity, identity):
+                return found
+    return RunFolder(usual)

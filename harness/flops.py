@@ -1,0 +1,23 @@
+"""Count what a decoder computes: floating-point operations of one image per token, as table 4 of the SJD2 paper has them."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sjd2.decoding.generate import Decoder, generate
+from sjd2.decoding.noise import sample_seed
+from sjd2.decoding.sampling import Sampling
+from sjd2.models.base import ImageModel
+
+
+def gflops_per_token(model: ImageModel, decoder: Decoder, prompt: str, law: Sampling, seed: int) -> float:
+    """Decode one prompt under torch's counter and return GFLOP per image token, prefill and draft network included.
+
+    Matrix products and attention count, two operations per multiply-add, both guidance branches; sampling and pixels do not.
+    """
+    with torch.inference_mode():
+        condition = model.encode([prompt])
+    with FlopCounterMode(display=False) as counter:
+        generate(model, decoder, condition, [sample_seed(seed, 0, 0)], law=law)
+    return counter.get_total_flops() / model.layout.length / 1e9

@@ -1,0 +1,76 @@
+"""The pictures of one run: a grid of its images, and where on the grid its tokens waited.
+
+# N image-phase tokens
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from itertools import islice
+from math import ceil, sqrt
+
+import numpy as np
+from PIL import Image
+
+from evaluation.run_folder import RunFolder
+from sjd2.files import write_atomically
+from sjd2.models.layout import TokenGrid
+
+
+def image_grid(run: RunFolder, most: int) -> None:
+    """Write grid.png: the first `most` images of the run, row by row."""
+    images = list(islice(run.images(), most))
+    if not images:
+        return
+    height, width = images[0].shape[:2]
+    columns = ceil(sqrt(len(images)))
+    gap = 2
+    size = (columns * (width + gap) - gap, ceil(len(images) / columns) * (height + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image), (i % columns * (width + gap), i // columns * (height + gap)))
+    _write(run, "grid.png", sheet)
+
+
+def waiting(accepted: Sequence[int], window: int) -> np.ndarray:
+    """Return how many passes each position was a guess in the window before the pass that committed it: [N].
+
+    accepted: tokens committed at each pass, the prefill first, which guesses nothing. A later pass from n committed
+    tokens guesses positions n .. n + window - 2, so AR waits nowhere; for trees window - 1 is their depth.
+    """
+    waited = np.zeros(sum(accepted), dtype=np.int64)
+    committed = accepted[0]
+    for count in accepted[1:]:
+        waited[committed + count : committed + window - 1] += 1
+        committed += count
+    return waited
+
+
+def acceptance_map(run: RunFolder, layout: TokenGrid, window: int) -> None:
+    """Write acceptance.png: per grid position the passes it waited in the window, mean over the run's images."""
+    records = run.records()
+    if not records:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    mean = np.mean([waiting(record["accepted"], window) for record in records], axis=0)
+    free = np.asarray(layout.free)
+    figure, axes = pyplot.subplots(figsize=(4.8, 4), layout="constrained")
+    shown = axes.imshow(mean[free].reshape(layout.rows, layout.columns), cmap="viridis")
+    axes.set_title(f"passes a position waits in the window\nmean of {len(records)} images")
+    axes.set(xlabel="column", ylabel="row")
+    figure.colorbar(shown, ax=axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    write_atomically(run.path / "acceptance.png", buffer.getvalue())
+
+
+def _write(run: RunFolder, name: str, image: Image.Image) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_atomically(run.path / name, buffer.getvalue())

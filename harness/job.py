@@ -1,0 +1,218 @@
+"""One run from settings to metrics.json: lock, sample, score, mirror to the tracker; and its baseline."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from evaluation.run_folder import RunFolder
+from evaluation.score import NOTE, Metric, score
+from harness.console import GROUPS
+from harness.grids import acceptance_map, image_grid
+from harness.plan import Plan
+from harness.ranks import ALONE, Ranks
+from harness.sample import Job, sample
+from harness.tracking import About, NoTracker, Tracker
+from sjd2.decoding.cuda_graph import Graphs
+from sjd2.files import write_atomically
+from sjd2.models.base import ImageModel
+
+GRID = 64  # images at most in grid.png
+SHOWN = 32  # images shown one by one in the tracker
+OWN = re.compile(r"[+~]*(decoder|run_dir)([./=@]|$)")  # overrides that belong to one decoder's run, not to its baseline
+
+
+class Models:
+    """Load weights once for the runs of one command that share them."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, ...] | None = None
+        self._model: ImageModel | None = None
+
+    def load(self, plan: Plan) -> ImageModel:
+        """Return the model of `plan`, the one in memory if it is the same."""
+        key = (plan.spec.name, plan.identity["digest"], plan.device, plan.dtype)
+        if key != self._key:
+            self._model = None  # free the old weights first: two 7B models rarely fit
+            if plan.device.startswith("cuda:"):
+                torch.cuda.set_device(plan.device)  # what a library puts on "cuda" lands there too
+            self._model, self._key = plan.spec.load(plan.device, plan.dtype), key
+        return self._model
+
+
+def make_run(
+    cfg: DictConfig,
+    plan: Plan,
+    *,
+    metrics: Mapping[str, Metric],
+    tracker: Tracker,
+    models: Models,
+    wait: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Sample what the run folder lacks, score it, and return its metrics; the tracker's run stays open.
+
+    wait: queue behind a process that is making the same run. ranks: the processes that share the work; all but the first
+    return {} when their share is made. Raises UserError if the folder is in use or another run's.
+    """
+    settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    settings.identity = plan.identity
+    job = Job(
+        run=plan.run,
+        load=lambda: models.load(plan),
+        decoder=plan.decoder,
+        law=plan.law,
+        prompts=plan.prompts.texts,
+        ids=plan.prompts.ids(),
+        limit=cfg.limit,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        refill=cfg.refill,
+        trace=cfg.trace,
+        grace_s=cfg.runtime.grace_s,
+        flops=cfg.runtime.flops,
+        graphs=Graphs() if cfg.runtime.graph else None,
+        launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
+    )
+    with _inside(plan.run, ranks, wait=wait):
+        if ranks.main:
+            plan.run.claim(settings, plan.identity)
+            plan.prompts.keep(plan.run)
+            tracker.start(about(plan.run, "sample"))
+        made = sample(job, tracker, ranks)
+        if not ranks.main:
+            return {}
+        if made or not (plan.run.path / "acceptance.png").is_file():
+            image_grid(plan.run, GRID)
+            acceptance_map(plan.run, plan.spec.layout, plan.decoder.ahead + 1)
+        figures = measure(plan.run, metrics, settings.evaluation)
+    mirror(plan.run, figures, tracker)
+    return figures
+
+
+@contextlib.contextmanager
+def _inside(run: RunFolder, ranks: Ranks, *, wait: bool) -> Iterator[None]:
+    """Hold the run's lock: rank 0 takes it, the others join it."""
+    if ranks.main:
+        with run.lock(wait=wait, shared=ranks.world > 1):
+            ranks.broadcast(lambda: True)
+            yield
+    else:
+        ranks.broadcast(lambda: True)
+        with run.join():
+            yield
+
+
+def measure(
+    run: RunFolder, metrics: Mapping[str, Metric], settings: DictConfig, *, again: bool = False
+) -> dict[str, Any]:
+    """Score a run and write its metrics.json; one scored with these settings that has not grown keeps it, or `again`."""
+    note = run.path / NOTE
+    state = {"n_images": len(run.records()), "settings": OmegaConf.to_container(settings, resolve=True)}
+    with contextlib.suppress(OSError, ValueError):
+        known = not again and json.loads(note.read_text(encoding="utf-8")) == state
+        if known and run.metrics.get("n_images") == state["n_images"]:
+            return run.metrics
+    figures = score(run, metrics)  # removes the note: after a kill in between there is none
+    write_atomically(note, json.dumps(state).encode())
+    return figures
+
+
+def make_baseline(
+    cfg: DictConfig, plan: Plan, *, metrics: Mapping[str, Metric], models: Models, ranks: Ranks = ALONE
+) -> None:
+    """Make the AR run where runs_dir lacks it or part of it; another process that makes it is waited for."""
+
+    def lacking() -> bool:
+        with plan.run.lock(wait=True):
+            return bool(plan.run.missing(plan.prompts.ids(cfg.limit)) or not plan.run.metrics)
+
+    if ranks.broadcast(lacking):
+        make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=models, wait=True, ranks=ranks)
+
+
+def mirror(run: RunFolder, figures: Mapping[str, Any], tracker: Tracker) -> None:
+    """Show pictures, a table of samples, the histogram of accepted tokens and the final figures in the tracker."""
+    records = run.records()
+    step = len(records)
+    for name in ("grid", "acceptance"):
+        if (run.path / f"{name}.png").is_file():
+            tracker.images(step, name, [(run.path / f"{name}.png", run.path.name)])
+    tracker.images(step, "images", [(run.path / record["image"], record["prompt"]) for record in records[:SHOWN]])
+    columns = ("prompt", "seed", "tokens", "forwards", "step_compression", "nll_per_token")
+    rows = [
+        (
+            record["prompt"],
+            str(record["seed"]),
+            record["tokens"],
+            record["forwards"],
+            record["tokens"] / record["forwards"],
+            record["nll"] / record["tokens"] if "nll" in record else None,
+        )
+        for record in records
+    ]
+    tracker.table(step, "samples", columns, rows)
+    tracker.histogram(step, "accepted_per_forward", [n for record in records for n in record["accepted"]])
+    tracker.summary({key: value for key, value in figures.items() if isinstance(value, (int, float, str))})
+
+
+def sweep_name() -> str | None:
+    """Return the name of the multirun this job belongs to, None for a single run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode.name != "MULTIRUN":
+        return None
+    return Path(HydraConfig.get().sweep.dir).name
+
+
+def baseline_settings(cfg: DictConfig) -> DictConfig:
+    """Compose this command once more with `decoder=<baseline>`, without what it says about its own decoder.
+
+    Tuned defaults follow the new decoder; an experiment's values under `decoder:` do not reach it.
+    """
+    return recompose([], decoder=cfg.baseline)
+
+
+def recompose(overrides: Sequence[str], *, decoder: str | None = None) -> DictConfig:
+    """Compose this command once more with further overrides; with `decoder`, without what it says about its own one."""
+    hydra = HydraConfig.get()
+    if decoder is None:
+        return _compose([*hydra.overrides.task, *overrides])
+    chosen = f"decoder={decoder}"
+    base = _compose([*(word for word in hydra.overrides.task if not OWN.match(word)), *overrides, chosen])
+    # an experiment may say something under `decoder:`, which is not meant for this one
+    choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if group != "decoder"}
+    base.decoder = _compose([*(f"{group}={choice}" for group, choice in choices.items() if choice), chosen]).decoder
+    return base
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    """Compose with the folders of this command, from within it."""
+    hydra = HydraConfig.get()
+    folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
+    extra = [f"file://{source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    path = [f"hydra.searchpath={extra}"] if extra else []
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(folder, version_base="1.3"):
+            return compose(hydra.job.config_name, [*overrides, *path])
+    finally:
+        GlobalHydra.instance().clear()
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)
+
+
+def about(run: RunFolder, kind: str) -> About:
+    """Return what a tracker has to know of a run that is on the disk."""
+    config = OmegaConf.to_container(run.config)
+    name, group = run.path.name, sweep_name()
+    return About(id=config["identity"]["id"], name=name, kind=kind, config=config, folder=run.path, group=group)

@@ -1,0 +1,135 @@
+"""Build the cheap parts of a command and check them against each other, before any weights load."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from evaluation.identity import by_content, identity
+from evaluation.prompts import Prompts
+from evaluation.run_folder import RunFolder, run_folder, run_folders
+from evaluation.score import Metric
+from harness.provenance import physical_cores
+from harness.ranks import ALONE, Ranks
+from harness.settings import check_writable
+from harness.tracking import Tracker
+from sjd2.config import instantiate
+from sjd2.decoding.generate import Decoder
+from sjd2.decoding.sampling import Sampling
+from sjd2.errors import UserError, unknown
+
+# the command line's law counts, the digest tells the revision, and where layers lie changes no token
+NO_IDENTITY = ("sampling", "revision", "device_map", "text_device")
+LAW = ("guidance_scale", "temperature", "top_k", "top_p", "sampler")
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The cheap parts of one run; nothing in it holds weights."""
+
+    run: RunFolder
+    identity: dict[str, Any]
+    spec: Any  # the model without its weights: name, layout, check(), digest(), load(device, dtype)
+    decoder: Decoder
+    law: Sampling
+    prompts: Prompts
+    device: str
+    dtype: str
+
+
+def set_threads(cfg: DictConfig) -> None:
+    """Give torch its CPU threads: runtime.threads, else OMP_NUM_THREADS, else one per physical core."""
+    wish = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(cfg.runtime.threads or (int(wish) if wish.isdigit() and int(wish) else physical_cores()))
+
+
+def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
+    """Build and cross-check everything a run needs but the weights; raises UserError."""
+    device, dtype = ranks.device(resolve_device(cfg.device)), cfg.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype == "float64" and device == "mps":
+        raise UserError("dtype=float64 does not exist on mps; use device=cpu or dtype=float32.")
+    if cfg.runtime.graph and not device.startswith("cuda"):
+        raise UserError(f"runtime.graph=true needs a GPU, device is {device}; use device=cuda or runtime.graph=false.")
+    prompts = instantiate(cfg.prompts)
+    law = Sampling(**{key: cfg[key] for key in LAW})
+    decoder = instantiate(cfg.decoder)
+    spec = instantiate(cfg.model)
+    law.check(spec.vocabulary)
+    _ = prompts.texts
+    decoder.check(
+        spec
+    )  # before the next line, which may ask the hub: a decoder that lacks its fine-tuning is told at once
+    decoder.check_law(law)
+    spec.check()
+    settings = identity(
+        model=model_settings(cfg),
+        digest=spec.digest(),
+        decoder=by_content(OmegaConf.to_container(cfg.decoder, resolve=True)),
+        law={key: cfg[key] for key in LAW},
+        prompts={"digest": prompts.digest, "repeats": prompts.repeats},
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        refill=cfg.refill,
+        dtype=dtype,
+    )
+    run = RunFolder(cfg.run_dir) if cfg.run_dir else run_folder(cfg.runs_dir, f"{spec.name}-{decoder.name}", settings)
+    check_writable(run.path, "run_dir")
+    settings["id"] = run.identity.get("id", settings["id"])  # a run begun by an older release keeps the id it has
+    parts = {"spec": spec, "decoder": decoder, "law": law, "prompts": prompts}
+    return Plan(run=run, identity=settings, device=device, dtype=dtype, **parts)
+
+
+def model_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the model's resolved settings as an identity holds them: no sampling defaults, no paths."""
+    settings = OmegaConf.to_container(cfg.model, resolve=True)
+    return by_content({key: value for key, value in settings.items() if key not in NO_IDENTITY}, covered=True)
+
+
+def build_metrics(cfg: DictConfig) -> dict[str, Metric]:
+    """Build the metrics of `evaluation=` and let each check its files and libraries."""
+    built = {str(name): instantiate(node) for name, node in (cfg.evaluation.get("metrics") or {}).items()}
+    for metric in built.values():
+        metric.check()
+    return built
+
+
+def build_tracker(cfg: DictConfig) -> Tracker:
+    """Build the logger and check that its library is there."""
+    built = instantiate(cfg.logger)
+    built.check()
+    return built
+
+
+def scored_run(cfg: DictConfig) -> RunFolder:
+    """Return the run folder that stage=score works on; raises UserError where it is not named or not one."""
+    if cfg.run_dir is None:
+        there = ", ".join(path.name for path in run_folders(cfg.runs_dir)) or "none"
+        raise UserError(f"stage=score needs run_dir=FOLDER; run folders in {cfg.runs_dir}: {there}.")
+    run = RunFolder.open(cfg.run_dir)
+    check_writable(run.path, "run_dir")
+    return run
+
+
+def resolve_device(name: str) -> str:
+    """Return the device that `device=` means; raises UserError if this machine has not got it."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps"))
+    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    kind, _, number = name.partition(":")
+    if kind in there and not there[kind]():
+        raise UserError(f"device={name} is not there (torch sees no {kind} device); use device=auto or device=cpu.")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={name} is not there; the last of this machine is cuda:{torch.cuda.device_count() - 1}."
+        )
+    return name

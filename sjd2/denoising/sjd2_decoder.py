@@ -1,0 +1,45 @@
+"""SJD2 as a decoder: Speculative Jacobi-Denoising Decoding (arXiv 2510.08994), by the paper's rule or an exact one."""
+
+from __future__ import annotations
+
+from sjd2.decoding.generate import Decoder
+from sjd2.decoding.interfaces import Refiner, Verifier
+from sjd2.decoding.refine import Coupled, Keep
+from sjd2.denoising.denoise import Denoise
+from sjd2.denoising.schedule import Schedule
+from sjd2.errors import choose
+
+
+def sjd2(
+    *,
+    name: str,
+    window: int,
+    steps: int,
+    rule: str,
+    lossless: bool,
+    verifier: Verifier,
+    schedule: Schedule,
+    refiner: Refiner | None = None,
+    levels: str = "age",
+    clean: int = 0,
+    early: float | None = None,
+    refeed: bool = True,
+) -> Decoder:
+    """Build the decoder from flat settings.
+
+    rule=exact: commit only behind clean inputs, drafts are draws from recorded laws, coupled unless `refiner` says otherwise.
+    rule=paper: verify every slot, a noisy slot's draft is the entry nearest to its embedding, clean drafts with a ratio of
+    0.5 or more stay. Raises `UserError` for settings that do not fit together.
+    """
+    choose("decoder.rule", rule, ("exact", "paper"))
+    paper = rule == "paper"
+    return Decoder(
+        name=name,
+        window=window,
+        lossless=lossless,
+        drafter=Denoise(steps=steps, levels=levels, clean=clean, early=early, nearest=paper, schedule=schedule),
+        verifier=verifier,
+        refiner=refiner or (Keep() if paper else Coupled()),
+        rule=rule,
+        refeed=refeed,
+    )

@@ -1,0 +1,117 @@
+"""Find, digest, read and write files: relative paths are looked up from the working folder first, then from the project's
+root; writes are atomic and on the disk when they return.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sjd2.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+_WHOLE = 256 * 2**20  # bytes; larger files are told apart by size, head and tail
+
+
+def find(path: str | Path) -> Path:
+    """Return the existing file or folder that `path` names, or `path` itself where there is none."""
+    path = Path(path).expanduser()
+    if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
+        return ROOT / path
+    return path
+
+
+def digest(*paths: Path | None, suffixes: tuple[str, ...] = (".safetensors", ".json", ".ckpt", ".pt", ".bin")) -> str:
+    """Return 12 hex digits over the contents of files (or of the weight and config files of folders)."""
+    total = hashlib.blake2b(digest_size=6)
+    for path in paths:
+        if path is None:
+            continue
+        files = sorted(f for f in path.iterdir() if f.suffix in suffixes) if path.is_dir() else [path]
+        for file in files:
+            total.update(file.name.encode())
+            total.update(_content(file))
+    return total.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        if size <= _WHOLE:
+            return hashlib.file_digest(handle, "blake2b").digest()
+        head = handle.read(2**20)
+        handle.seek(-(2**20), 2)
+        return hashlib.blake2b(size.to_bytes(8, "little") + head + handle.read()).digest()
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """Return the content of a JSON file, `default` where there is none; raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run stage=score again.") from error
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects of a .jsonl file and the number of lines that are not one (a kill cuts the last line)."""
+    if not path.is_file():
+        return [], 0
+    found, damaged = [], 0
+    *lines, rest = path.read_bytes().split(b"\n")  # what follows the last newline was cut, even if it reads well
+    for line in filter(None, lines):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):  # no JSON, no UTF-8, or no object
+            damaged += 1
+    return found, damaged + bool(rest)
+
+
+def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Append objects to a .jsonl file in one write and wait for the disk; a cut last line is cleared first."""
+    data = "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records).encode()
+    if not data:
+        return
+    with path.open("ab") as file:
+        _cut_partial_line(path, file.tell())
+        file.write(data)
+        sync(file)
+
+
+def _cut_partial_line(path: Path, size: int) -> None:
+    """Cut off what follows the last newline of a file of `size` bytes, so that the next line starts on its own."""
+    with path.open("rb+") as file:
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            block = file.read(end - start)
+            if (at := block.rfind(b"\n")) >= 0:
+                end = start + at + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file at once: a reader, or a kill, meets the old content or the new, never half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            sync(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(file: Any) -> None:
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())

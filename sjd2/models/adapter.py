@@ -1,0 +1,149 @@
+"""SJD2 fine-tunings: LoRA (through PEFT) or full weights, with the code that tells the model how noisy an input is.
+
+A gated LoRA acts on noisy slots only. Clean slots never attend to noisy ones, so every law that can be committed is that of
+the untouched weights, bit for bit: drafts come from the tuned model, the output law is the original's (docs/exactness.md).
+# R model rows, S slots of a pass
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sjd2.checkpoints import read_part, write_tensors
+from sjd2.denoising.embedding_space import AdditiveCode
+from sjd2.errors import UserError, choose
+from sjd2.models.base import Backbone
+
+SETTINGS, WEIGHTS = "sjd2.json", "sjd2.safetensors"
+VQ = "vqmodel."  # the image encoder inside some decoders, which is no part of the language model
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """How a fine-tuning is built: enough to load it without the recipe that made it.
+
+    kind: lora or full. gated: act on noisy slots only (lora). rank, targets: of the LoRA. code: additive (learned, added to
+    noisy inputs) or appended (the paper's extra tokens, no weights). path, normalised: the noise it was trained on.
+    """
+
+    kind: str = "lora"
+    gated: bool = True
+    rank: int = 16
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    code: str = "additive"
+    path: str = "flow"
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        choose("finetune.adapter.kind", self.kind, ("lora", "full"))
+        choose("finetune.adapter.code", self.code, ("additive", "appended"))
+        choose("finetune.adapter.path", self.path, ("flow", "vp"))
+        if self.kind == "full" and self.gated:
+            raise UserError("only a LoRA can be gated; set finetune.adapter.gated=false with kind=full.")
+        if self.rank < 1:
+            raise UserError(f"finetune.adapter.rank must be 1 or more, got {self.rank}.")
+
+
+def read_settings(folder: Path) -> AdapterSettings:
+    """Read a fine-tuning's settings. Raises `UserError` if the folder does not hold one."""
+    return read_part(folder, AdapterSettings, SETTINGS, WEIGHTS, "SJD2 fine-tuning", "sjd2")
+
+
+class Adapter(nn.Module):
+    """A fine-tuning that has been put into a model's backbone; `set_gate` says before each forward where it acts."""
+
+    def __init__(self, settings: AdapterSettings, model: Backbone) -> None:
+        super().__init__()
+        self.settings = settings
+        self._backbone = [model.decoder]  # in a list: the backbone's weights are not this module's to save
+        self._head = [] if model.head_module is None else [model.head_module]
+        self._gate: Tensor | None = None
+        self._on = True
+        width = model.decoder.get_input_embeddings().weight.shape[1]
+        self.code = AdditiveCode(width) if settings.code == "additive" else None
+        self.layers: list[nn.Module] = []
+        if settings.kind == "lora":
+            self._inject(model.decoder)
+        if self.code is not None:
+            self.code.to(device=model.device, dtype=model.dtype)
+
+    def _inject(self, decoder: nn.Module) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        config = LoraConfig(
+            r=self.settings.rank, lora_alpha=self.settings.rank, target_modules=list(self.settings.targets)
+        )
+        # each LoRA lands on its layer's device, in its dtype: layers may lie on several GPUs, or be quantised
+        inject_adapter_in_model(config, decoder, adapter_name="sjd2")
+        for name, module in decoder.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                self.layers.append(module)
+                # registered under this module too, so that state_dict() and parameters() are the adapter's
+                self.add_module(name.replace(".", "__"), nn.ModuleList([module.lora_A["sjd2"], module.lora_B["sjd2"]]))
+                if self.settings.gated:
+                    module.lora_B["sjd2"].register_forward_hook(self._mask)
+        if not self.layers:
+            raise UserError(f"the model has no layers named {', '.join(self.settings.targets)} to adapt.")
+
+    def _mask(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output * self._gate[..., None].to(output)
+
+    def set_gate(self, gate: Tensor | None) -> None:
+        """Say which slots the next forward adapts: [R, S], or None for none; without gating the LoRA always acts."""
+        self._gate = gate
+        on = gate is not None or not self.settings.gated
+        if on != self._on:
+            self._on = on
+            for layer in self.layers:
+                layer.enable_adapters(on)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Return the parameters that fine-tuning changes."""
+        mine = list(self.parameters())
+        if self.settings.kind == "full":
+            mine += [p for name, p in self._backbone[0].named_parameters() if not name.startswith(VQ)]
+            mine += [p for head in self._head for p in head.parameters()]
+        return mine
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that belongs into a file: this module's weights, and the model's where all were tuned."""
+        state = dict(self.state_dict())
+        if self.settings.kind == "full":
+            state |= {f"decoder.{k}": v for k, v in self._backbone[0].state_dict().items() if not k.startswith(VQ)}
+            for head in self._head:
+                state |= {f"head.{k}": v for k, v in head.state_dict().items()}
+        return state
+
+    def save(self, folder: Path, dtype: torch.dtype, write: bool = True) -> None:
+        """Write sjd2.json and sjd2.safetensors with weights of `dtype`.
+
+        Where weights are sharded over processes all of them have to call, one with `write`.
+        """
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        write_tensors(folder / WEIGHTS, self.tensors(), dtype, write)
+
+    @classmethod
+    def load(cls, folder: Path, model: Backbone) -> Adapter:
+        """Put the fine-tuning in `folder` into the model. Raises `UserError` if the two do not fit."""
+        adapter = cls(read_settings(folder), model)
+        own = adapter.tensors()
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as stored:
+                names = set(stored.keys())
+                wrong = set(own) ^ names or {k for k in own if list(own[k].shape) != stored.get_slice(k).get_shape()}
+                if wrong:
+                    raise UserError(f"the fine-tuning {folder} does not fit this model (e.g. {min(wrong)}).")
+                for name, tensor in own.items():  # one by one: all weights of a large model may be in the file
+                    tensor.data.copy_(stored.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the fine-tuning {folder / WEIGHTS} cannot be read: {error}") from error
+        return adapter.eval().requires_grad_(False)

@@ -1,0 +1,68 @@
+"""Compare the distances (KID, FID) of two runs from the features in their folders; no network is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from evaluation.metrics.fid import FeatureDistance
+from evaluation.statistics import Difference, paired_distance
+from sjd2.config import instantiate
+from sjd2.errors import UserError
+from sweeps.runs import Run, common_prompts
+
+FEW = 10  # prompts below which a bootstrapped distance means nothing
+WIDE = 256  # features above which the 400 Frechet distances of an interval take too long
+
+
+class FeatureDistances:
+    """Paired distances; a metric and its reference features are read once for all pairs."""
+
+    def __init__(self, settings: Mapping[str, Any] | None) -> None:
+        self.settings, self._built = settings, {}
+
+    def gap(self, kind: str, reference: Run, run: Run, level: float, comparisons: int) -> tuple[Difference | None, str]:
+        """Return run's distance (kind: kid or fid) minus reference's and its extractor, or None and the reason."""
+        if (common := common_prompts(reference, run)) < FEW:
+            return None, f"{common} prompts in both are too few"
+        nodes = [self.settings, *(fid_settings(r.config) for r in (run, reference))]
+        reason = "no evaluation with features is known of it"
+        for node in filter(None, nodes):
+            try:
+                metric = self._metric(node)
+                if kind == "fid" and metric.extractor.width > WIDE:
+                    reason = f"an interval on {metric.extractor.width} features takes too long; KID stands for it"
+                    continue
+                with np.errstate(divide="ignore", invalid="ignore"):  # a replicate of one single image has no pairs
+                    found = paired_distance(
+                        reference.folder, run.folder, metric, kind, level=level, comparisons=comparisons
+                    )
+            except UserError as error:
+                reason = str(error).rstrip(".")
+                continue
+            if np.isfinite([found.low, found.high]).all():
+                return found, metric.extractor.name
+            reason = "too few images with features in both"
+        return None, reason
+
+    def _metric(self, node: Mapping[str, Any]) -> FeatureDistance:
+        key = json.dumps(node, sort_keys=True, default=str)
+        if key not in self._built:
+            try:
+                self._built[key] = instantiate(OmegaConf.create(dict(node)))
+                self._built[key].check()
+            except UserError as error:
+                self._built[key] = error
+        if isinstance(self._built[key], UserError):
+            raise self._built[key]
+        return self._built[key]
+
+
+def fid_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of the feature distance under `evaluation.metrics.fid`, None where it is another metric."""
+    node = ((config.get("evaluation") or {}).get("metrics") or {}).get("fid")
+    return node if node and str(node.get("_target_")).endswith("FeatureDistance") else None

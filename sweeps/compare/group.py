@@ -1,0 +1,248 @@
+"""Compare the runs of one model, prompt list and law pairwise: each against AR in law, all others in passes.
+
+Lossless decoders must not differ from AR, a lossy control should: its likelihood (NLL per token) and its kernel distance
+(KID, from the features in the run folders) are tested at 1 %, corrected for the number of decoders. Every value is of
+the images that both runs have. Two runs in every respect (`run_dir=A against=B`): two.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from evaluation.run_folder import RunFolder, run_folders
+from evaluation.statistics import Difference, paired
+from sjd2.errors import UserError
+from sjd2.files import write_atomically
+from sweeps.compare.differences import ALPHA, differs, p_value, with_interval
+from sweeps.compare.distances import FeatureDistances, fid_settings
+from sweeps.runs import Run, common_prompts, groups, quality_reference, read_runs, same_model
+from sweeps.tables.formats import Table, markdown, show
+from sweeps.tables.notes import ADAPTER
+from sweeps.tables.rows import nll_per_token
+from sweeps.tables.table import title
+
+
+@dataclass(frozen=True)
+class AgainstAR:
+    """One run minus its AR run: NLL in nats per token, and KID; None where it does not exist."""
+
+    run: Run
+    reference: Run
+    prompts: int  # in both runs
+    nll: Difference | None
+    kid: Difference | None
+    extractor: str  # of the KID
+    kid_missing: str  # why there is no KID
+
+    @property
+    def found(self) -> list[bool]:
+        """Say of each test that could be made whether it found a difference."""
+        return [differs(value) for value in (self.nll, self.kid) if value is not None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Run `second` minus run `first`: target-model passes per image, and tokens per pass."""
+
+    first: Run
+    second: Run
+    passes: Difference
+    compression: Difference
+
+
+@dataclass
+class Comparison:
+    """Everything compared within one group of runs; `skipped` says why the rest is not."""
+
+    runs: Sequence[Run]
+    against_ar: list[AgainstAR] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def corrected_level(self) -> float:
+        """The level of one interval against AR, 1 - 0.01 / m for m decoders."""
+        return 1 - ALPHA / max(1, len(self.against_ar))
+
+
+def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Comparison:
+    """Compare the runs of one group; metric: settings of a FeatureDistance, tried before those in the runs' folders."""
+    found = Comparison(runs)
+    others = [run for run in runs if not run.is_ar]
+    references = {run.path: quality_reference(run, runs) for run in others}
+    used = {reference.path: reference for reference in references.values() if reference is not None}
+    more = [run for run in runs if run.is_ar and run.path not in used]  # e.g. another seed: a control
+    references |= {run.path: quality_reference(run, used.values()) for run in more}
+    tested = [run for run in more + others if references[run.path] is not None]
+    lonely = [run.label for run in others if references[run.path] is None]
+    if lonely:
+        found.skipped.append(f"{', '.join(lonely)}: no AR run of the same weights shares two prompts.")
+    distances = FeatureDistances(metric)
+    for run in tested:
+        found.against_ar.append(_against_ar(run, references[run.path], len(tested), distances))
+    for first, second in combinations(others, 2):
+        if first.adapter == second.adapter and not same_model(first, second):
+            found.skipped.append(f"{second.label} − {first.label}: the model weights differ.")
+        elif common_prompts(first, second) < 2:
+            found.skipped.append(f"{second.label} − {first.label}: fewer than two prompts in both.")
+        else:
+            found.pairs.append(_pair(first, second))
+    return found
+
+
+def _against_ar(run: Run, reference: Run, comparisons: int, distances: FeatureDistances) -> AgainstAR:
+    theirs, ours = (
+        {key: nll for key, image in r.images.items() if (nll := nll_per_token(image)) is not None}
+        for r in (reference, run)
+    )
+    level, nll = 1 - ALPHA, None
+    if len({key[0] for key in theirs.keys() & ours.keys()}) > 1:
+        replicates = min(40_000, 2000 * comparisons)  # at least 10 in either tail of the corrected interval
+        nll = paired(theirs, ours, level=level, comparisons=comparisons, replicates=replicates)
+    kid, about = distances.gap("kid", reference, run, level, comparisons)
+    extractor, missing = (about, "") if kid else ("", about)
+    return AgainstAR(run, reference, common_prompts(reference, run), nll, kid, extractor, missing)
+
+
+def _pair(first: Run, second: Run) -> Pair:
+    passes = [{key: float(image.forwards) for key, image in run.images.items()} for run in (first, second)]
+    rates = [{key: image.tokens / image.forwards for key, image in run.images.items()} for run in (first, second)]
+    return Pair(first, second, paired(*passes), paired(*rates))
+
+
+# ---- for readers
+
+
+def tables(found: Comparison) -> list[Table]:
+    """Return the tables of one group: against AR, and pairs of the others."""
+    made = [_ar_table(found)] if found.against_ar else []
+    if found.pairs:
+        header = ["difference (95 %)", "N", "passes per image", "p", "step compression", "p"]
+        notes = ["First minus second, on the prompts of both; not corrected for the number of pairs. Draft passes of a "
+                 "separate model are not counted."]  # fmt: skip
+        made.append(Table("Among each other", header, [_pair_cells(pair) for pair in found.pairs], notes))
+    made = made or [Table("", ["nothing to compare"], [])]
+    made[0].title = " - ".join(filter(None, (title(found.runs[0]), made[0].title.lower())))
+    made[-1].notes += [f"Not compared: {reason}" for reason in found.skipped]
+    return made
+
+
+def _ar_table(found: Comparison) -> Table:
+    rows, names = found.against_ar, sorted({row.extractor for row in found.against_ar if row.kid})
+    level = f"{100 * found.corrected_level:.5g} %"
+    header = ["minus AR", "lossless", "N", f"Δ NLL/token ({level})", "p", "differs"]
+    header += [f"Δ KID ({level})", "p", "differs"] if names else []
+    cells = []
+    for row in rows:
+        mark = "" if same_model(row.run, row.reference) else " †"
+        line = [row.run.label + mark, "yes" if row.run.lossless else "**no**", _n(row.nll, row.prompts)]
+        line += _tested(row.nll, 4)
+        if names:
+            own = f" (N={_n(row.kid, 0)})" if row.kid and _n(row.kid, 0) != line[2] else ""
+            first, *rest = _tested(row.kid, 5)
+            line += [first + own, *rest]
+        cells.append(line)
+    notes = [_verdict(rows), f"Nats per token; p-values and {level} intervals are corrected for {len(rows)} decoders, "
+             f"so that by chance one of them all differs in {100 * ALPHA:g} % of cases for each measure. No difference "
+             "found is no proof of equality: the interval says how far apart they may be."]  # fmt: skip
+    notes += [f"KID on features of {', '.join(names)}."] if names else []
+    missing = {row.kid_missing: [r.run.label for r in rows if r.kid_missing == row.kid_missing] for row in rows}
+    reasons = [f"No KID for {', '.join(labels)}: {reason}." for reason, labels in missing.items() if reason]
+    return Table("Against AR", header, cells, [*notes, *reasons, *([ADAPTER] if "†" in str(cells) else [])])
+
+
+def _verdict(rows: Sequence[AgainstAR]) -> str:
+    words = []
+    for kind, wanted in (("lossless", True), ("lossy", False)):
+        tested = [row for row in rows if row.run.lossless is wanted and row.found]
+        if tested:
+            names = [row.run.label for row in tested if any(row.found)]
+            listed = f" ({', '.join(names)})" if names else ""
+            words.append(f"{len(names)} of {len(tested)} {kind} differ from AR{listed}")
+    return "; ".join(words or ["nothing could be tested"]) + "."
+
+
+def _n(difference: Difference | None, prompts: int) -> str:
+    if difference is None or difference.images == difference.prompts:
+        return str(difference.prompts if difference else prompts)
+    return f"{difference.prompts} ({difference.images} images)"
+
+
+def _tested(gap: Difference | None, digits: int) -> list[str]:
+    return [with_interval(gap, digits), p_value(gap), "**yes**" if differs(gap) else "no"] if gap else ["", "", ""]
+
+
+def _pair_cells(pair: Pair) -> list[str]:
+    gaps = [text for gap in (pair.passes, pair.compression) for text in (with_interval(gap, 2), p_value(gap))]
+    return [f"{pair.second.label} − {pair.first.label}", _n(pair.passes, 0), *gaps]
+
+
+# ---- for programs
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Return every number under its own name, unrounded; what does not exist is absent."""
+    against = []
+    for row in found.against_ar:
+        line = {"run": row.run.path.name, "label": row.run.label, "decoder": row.run.decoder}
+        line |= {"lossless": row.run.lossless, "reference": row.reference.path.name, "prompts": row.prompts}
+        line |= {"same_weights": same_model(row.run, row.reference)}
+        for name, gap in (("nll_per_token", row.nll), ("kid", row.kid)):
+            line |= {name: asdict(gap) | {"differs": differs(gap)}} if gap else {}
+        against.append(line | ({"kid_extractor": row.extractor} if row.kid else {"kid_missing": row.kid_missing}))
+    pairs = [
+        {"run": pair.second.path.name, "minus": pair.first.path.name, "label": pair.second.label}
+        | {"minus_label": pair.first.label, "passes": asdict(pair.passes), "step_compression": asdict(pair.compression)}
+        for pair in found.pairs
+    ]
+    about = {"group": title(found.runs[0]), "alpha": ALPHA, "comparisons": len(against)}
+    return about | {"corrected_level": found.corrected_level, "against_ar": against, "pairs": pairs,
+                    "skipped": found.skipped}  # fmt: skip
+
+
+def compare_folders(paths: Sequence[Path], out: Path, metric: Mapping[str, Any] | None = None) -> str:
+    """Compare run folders group by group, write compare.md and compare.json into `out`; return the Markdown.
+
+    Raises UserError where no two runs belong together.
+    """
+    runs, unreadable = read_runs(paths)
+    found = [compare(group, metric) for group in groups(runs) if len(group) > 1]
+    if not found:
+        raise UserError("stage=compare needs two runs of one model, prompt list and law; found no two.")
+    text = "\n".join(markdown(table) for comparison in found for table in tables(comparison))
+    text += "".join(f"\n{label} left out: {reason}\n" for label, reason in unreadable)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "compare.md", text.encode())
+    content = json.dumps([as_json(comparison) for comparison in found], indent=1, allow_nan=False)
+    write_atomically(out / "compare.json", (content + "\n").encode())
+    return text
+
+
+def stage(cfg: DictConfig) -> Path:
+    """Compare run_dir with against, or all run folders of runs_dir pairwise; returns the folder of what was written."""
+    from sweeps.compare.pair import compare_pair
+
+    if (cfg.run_dir is None) != (cfg.against is None):
+        raise UserError(
+            "stage=compare takes two runs, run_dir=FOLDER against=FOLDER, or all runs of runs_dir=FOLDER without either."
+        )
+    settings = fid_settings(OmegaConf.to_container(cfg, resolve=True))
+    out = Path(cfg.runs_dir) / "tables"
+    if cfg.run_dir is not None:
+        first, second = RunFolder.open(cfg.run_dir).path, RunFolder.open(cfg.against).path
+        pair = hashlib.sha256(f"{first.resolve()} {second.resolve()}".encode()).hexdigest()[
+            :6
+        ]  # one name, two machines
+        out = out / f"{first.resolve().name}-{second.resolve().name}-{pair}"
+        show(compare_pair((first, second), out, settings))
+        return out
+    show(compare_folders(run_folders(cfg.runs_dir), out, settings))
+    return out

@@ -1,0 +1,173 @@
+"""Build the table of a multirun when its last job ends, also when jobs failed or died.
+
+Hydra skips `on_multirun_end` as soon as one job raises, so the harness' task never raises in a multirun (sweeps/multirun/jobs.py).
+A job that dies hard can still make its launcher give up; then `run.py` calls `close`, which waits for the jobs that go on.
+Where the sweep's own process was killed, `python run.py stage=table run_dir=FOLDER` builds the same table later, and the
+same command again makes what is missing. `run.py` ends with a code that is not 0 if `Tables.failed`.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from harness.console import say, sentence
+from sjd2.locks import lock
+from sjd2.errors import UserError
+from sweeps.multirun import slurm
+from sweeps.tables import table
+from sweeps.multirun.jobs import KILLED, RUNNING, WAITING, is_sweep, statuses
+from sweeps.tables.table import make_tables, show, with_baselines
+
+__all__ = ["KILLED", "Tables", "close", "statuses", "tabulate"]
+
+LATER = "python run.py stage=table run_dir={folder}"
+PATIENCE_S = 60.0  # how long Ray may take from one job to the next
+QUIET_S = (
+    20.0  # how long a queue is empty before a result that is still missing will not come: longer than file systems need
+)
+
+
+def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None) -> int:
+    """Write the table of one multirun into its folder, print it, and return the number of failed jobs."""
+    jobs = statuses(sweep)
+    failed = [job for job in jobs if job["status"] != "ok"]
+    runs = with_baselines([Path(job["run_dir"]) for job in jobs if job["status"] == "ok" and job.get("run_dir")])
+    if runs or failed:  # neither after e.g. stage=bench
+        show(make_tables(runs, sweep, failed, published=published, paper=paper or _paper(sweep)))
+        print(f"table: {sweep / 'table.md'}")
+    return len(failed)
+
+
+def _paper(sweep: Path) -> str | None:
+    """Return the `paper=` that the sweep was started with."""
+    asked = sweep / "multirun.yaml"
+    return OmegaConf.load(asked).get("paper") if asked.is_file() else None
+
+
+class Tables(Callback):
+    """Hydra callback: `hydra.callbacks.tables._target_: sweeps.multirun.callback.Tables`."""
+
+    failed = 0  # jobs of this process' multirun that failed; run.py turns it into the exit code
+    sweep: Path | None = None  # the folder of the multirun that this process drives, until its table is made
+    launcher = ""
+    gave_up = False  # whether the queue was found empty while submitit still waited
+    _held = contextlib.ExitStack()
+
+    def __init__(self, *, published: bool = False) -> None:
+        """Say whether the published figures of the same model are put below the table."""
+        self.published = published
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        """Take the sweep's folder; what a former multirun said there of its jobs does not count for this one."""
+        sweep = Path(config.hydra.sweep.dir)
+        try:
+            Tables._held.enter_context(lock(sweep / ".lock", what="sweep folder"))
+        except UserError as error:  # Hydra would only warn and go on
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+        for status in sweep.glob("[0-9]*/status.json"):
+            status.unlink()
+        Tables.sweep, Tables.gave_up, Tables.launcher = sweep, False, str(config.hydra.launcher.get("_target_"))
+        say(f"sweep folder: {sweep}")
+        if Tables.launcher.endswith("SlurmLauncher") and not slurm.keeps_accounts():
+            say("this cluster keeps no accounts (sacct fails), so the queue is watched for jobs that die")
+            threading.Thread(target=_watch, args=(sweep,), daemon=True).start()
+
+    def on_multirun_end(self, config: DictConfig, **_: object) -> None:
+        """Build the table; one that cannot be built is reported and counted as a failure, never raised."""
+        sweep, Tables.sweep = Path(config.hydra.sweep.dir), None
+        try:
+            Tables.failed = tabulate(sweep, published=self.published, paper=config.get("paper"))
+        except (UserError, OSError) as error:
+            Tables.failed += 1
+            print(f"no table: {sentence(error)}", file=sys.stderr)
+        Tables._held.close()
+
+
+# ---- sweeps that did not end by themselves
+
+
+def close(error: BaseException) -> bool:
+    """Build the table of a multirun whose launcher gave up, once the other jobs have ended; False if none was under way."""
+    sweep, Tables.sweep = Tables.sweep, None
+    if sweep is None or not (list(sweep.glob("[0-9]*/status.json")) or slurm.submitted(sweep)):
+        Tables._held.close()
+        return False  # nothing has started: what stopped it is the error to tell
+    if isinstance(error, (KeyboardInterrupt, SystemExit)) and not Tables.gave_up:
+        Tables._held.close()
+        say(f"table of what is there: {LATER.format(folder=sweep)}")
+        return False
+    first = (" ".join(str(error).split()) or type(error).__name__)[:160]
+    print(f"the launcher gave up ({first}); waiting for the jobs that go on", file=sys.stderr, flush=True)
+    wait(sweep)
+    try:
+        Tables.failed = max(1, tabulate(sweep))
+    except (UserError, OSError) as problem:
+        Tables.failed = 1
+        print(f"no table: {sentence(problem)}", file=sys.stderr)
+    Tables._held.close()
+    return True
+
+
+def wait(sweep: Path, poll_s: float = 1.0) -> None:
+    """Wait until no job of a sweep runs or can still start."""
+    if Tables.launcher.endswith("SlurmLauncher"):
+        slurm.wait(sweep)
+        return
+    quiet = time.monotonic()
+    patience = PATIENCE_S if "ray" in Tables.launcher.lower() else 0.0  # it starts the next jobs by itself
+    while True:
+        reasons = [job["reason"] or "" for job in statuses(sweep)]
+        if any(reason.startswith(RUNNING) for reason in reasons):
+            quiet = time.monotonic()
+        elif WAITING not in reasons or time.monotonic() > quiet + patience:
+            return
+        time.sleep(poll_s)
+
+
+def _watch(sweep: Path, poll_s: float = 5.0) -> None:
+    """Interrupt a launcher that waits for jobs which Slurm has no more: without accounts submitit waits for ever."""
+    empty: float | None = None
+    while Tables.sweep == sweep:
+        states = slurm.queued(slurm.submitted(sweep)) if slurm.submitted(sweep) else None
+        empty = None if states != [] else empty or time.monotonic()
+        if empty is not None and time.monotonic() > empty + QUIET_S:
+            Tables.gave_up = True
+            _thread.interrupt_main()
+            return
+        time.sleep(poll_s)
+
+
+def stage(cfg: DictConfig) -> Path:
+    """Run stage=table: on the multirun that run_dir names, else on run folders; returns the folder written."""
+    sweep = None if cfg.run_dir is None else Path(cfg.run_dir)
+    if sweep is None or not is_sweep(sweep):
+        return table.stage(cfg)
+    tabulate(sweep, published=True, paper=cfg.paper)
+    return sweep
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build the table of a finished or broken-off multirun: `python -m sweeps.multirun.callback runs/sweeps/FOLDER`."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print("give one multirun folder: python -m sweeps.multirun.callback FOLDER", file=sys.stderr)
+        return 2
+    try:
+        return 1 if tabulate(Path(arguments[0])) else 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

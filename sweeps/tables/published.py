@@ -1,0 +1,83 @@
+"""Read the published figures of `published.csv`, to stand beside ours, never among them.
+
+Every paper has its own hardware, FID library and prompts, so a published value is context, not a row to subtract from.
+The last column says where a figure was read: in the `paper`, in a third-party `note`, or `uncertain`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sjd2.files import ROOT
+
+CSV = ROOT / "sweeps" / "published.csv"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row of one published table; a figure that its paper does not give is None."""
+
+    method: str
+    model: str
+    dataset: str
+    steps: float | None  # target-model passes per image
+    step_compression: float | None  # tokens per pass
+    latency_s: float | None
+    latency_speedup: float | None  # against the paper's own AR run
+    fid: float | None
+    clip_score: float | None
+    geneval_overall: float | None
+    geneval_single_object: float | None
+    geneval_two_object: float | None
+    geneval_counting: float | None
+    geneval_colors: float | None
+    geneval_position: float | None
+    geneval_color_attr: float | None
+    memory_gb: float | None
+    gflops_per_token: float | None
+    hardware: str
+    paper: str
+    arxiv: str
+    table: str
+    confidence: str
+
+
+def _value(name: str, text: str) -> str | float | None:
+    if "float" not in Published.__annotations__[name]:
+        return text
+    return float(text) if text else None
+
+
+def read(path: Path = CSV) -> list[Published]:
+    """Return every published row, in the order of the file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Published(**{name: _value(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
+
+
+def _squash(text: str) -> str:
+    return re.sub(r"[^a-z0-9+]+", " ", text.lower()).strip()
+
+
+def _method(text: str) -> str:
+    """Return the method without its settings: 'SJD-PAC L=64' -> 'sjd pac', 'SJD2 (tuned)' -> 'sjd2'."""
+    return _squash(re.sub(r"\s*\(.*|\s+\S+=\S+.*", "", text))
+
+
+def select(model: str, decoders: Iterable[str], rows: Iterable[Published] | None = None) -> list[Published]:
+    """Return the rows of this model (`lumina`, `emu3` ...) and these decoders, without figures of a single picture."""
+    names = {_squash(name) for name in decoders}
+    key = _squash(model).split(" ")[0]
+    kept = []
+    for row in read() if rows is None else rows:
+        if (
+            key
+            and _squash(row.model).startswith(key)
+            and _method(row.method) in names
+            and row.dataset != "single prompt"
+        ):
+            kept.append(row)
+    return sorted(kept, key=lambda row: (row.dataset, row.arxiv, row.table))

@@ -1,0 +1,159 @@
+"""Turn runs into the numbers of one table row each; every comparison is made on the images that both runs have.
+
+A value is None where it does not exist or would be unfair: no speed-up across machines, batch sizes, dtypes or laws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evaluation.run_folder import Id
+from evaluation.score import read_scores
+from sweeps.runs import Image, Machine, Run, baseline, quality_reference, same_model
+
+if TYPE_CHECKING:
+    from evaluation.statistics import Difference
+
+# of single images -> of the run; geneval_correct is the share of images, GenEval's own total the mean over its tasks
+SCORES = {
+    "clip": "clip_score",
+    "alignment": "alignment",
+    "alignment_all": "alignment_all",
+    "geneval": "geneval_correct",
+}
+SCORES |= {name: name for name in ("hpsv2", "image_reward")}
+
+
+@dataclass
+class Row:
+    """The numbers of one run; its scored metrics stay in `metrics`, under the names of metrics.json."""
+
+    run: Run
+    passes: float  # target-model passes per image
+    draft_passes: float
+    compression: float  # tokens per pass, mean over images
+    compression_error: float | None  # standard error over prompts
+    latency_s: float | None  # median over the images timed on the table's machine
+    latency_p95_s: float | None
+    images_per_s: float | None
+    timed: int
+    timings: int  # separate timings behind them: images of one batch are timed together
+    speedup: float | None
+    speedup_images: int
+    speedup_missing: str  # why there is no speed-up; empty where there is one, or where the run is AR itself
+    other_adapter: bool  # the AR run beside it has no adapter
+    nll_per_token: float | None
+    nll_difference: Difference | None
+    differences: dict[str, Difference] = field(default_factory=dict)  # clip, alignment, alignment_all against AR
+    reference_images: int = 0  # images in common with the AR run of the differences
+
+    @property
+    def n(self) -> int:
+        return len(self.run.images)
+
+    @property
+    def compression_free(self) -> float | None:
+        """Free tokens per pass that committed one, mean over images; None before these images were scored."""
+        return self.run.metrics.get("step_compression_free") if self.scored == self.n else None
+
+    @property
+    def scored(self) -> int:
+        """Number of images behind metrics.json, 0 before the run was scored."""
+        return int(self.run.metrics.get("n_images", 0))
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        return self.run.metrics
+
+
+def make_rows(runs: Sequence[Run], machine: Machine | None) -> list[Row]:
+    """Return one row per run of a table."""
+    return [_row(run, runs, machine) for run in runs]
+
+
+def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
+    images = list(run.images.values())
+    timed = run.timed(machine)
+    latencies = [image.latency for image in timed.values()]
+    likely = {key: nll for key, image in run.images.items() if (nll := nll_per_token(image)) is not None}
+    row = Row(
+        run=run,
+        passes=float(np.mean([image.forwards for image in images])),
+        draft_passes=float(np.mean([image.draft_forwards for image in images])),
+        compression=float(np.mean([image.tokens / image.forwards for image in images])),
+        compression_error=standard_error({key: image.tokens / image.forwards for key, image in run.images.items()}),
+        latency_s=float(np.median(latencies)) if latencies else None,
+        latency_p95_s=float(np.percentile(latencies, 95)) if latencies else None,
+        images_per_s=1 / float(np.mean([image.cost for image in timed.values()])) if timed else None,
+        timed=len(timed),
+        timings=len({image.batch for image in timed.values()}),
+        speedup=None,
+        speedup_images=0,
+        speedup_missing="",
+        other_adapter=False,
+        nll_per_token=float(np.mean(list(likely.values()))) if likely else None,
+        nll_difference=None,
+    )
+    _add_speedup(row, runs, machine)
+    _add_differences(row, runs, likely)
+    return row
+
+
+def nll_per_token(image: Image) -> float | None:
+    """Return nats per token of one image."""
+    return None if image.nll is None else image.nll / image.tokens
+
+
+def standard_error(values: Mapping[Id, float]) -> float | None:
+    """Return the standard error of the mean over prompts (repeats of a prompt are one value); None for one prompt."""
+    prompts: dict[int, list[float]] = {}
+    for key, value in values.items():
+        prompts.setdefault(key[0], []).append(value)
+    means = [float(np.mean(group)) for group in prompts.values()]
+    return float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+
+
+def _add_speedup(row: Row, runs: Sequence[Run], machine: Machine | None) -> None:
+    run = row.run
+    if run.is_ar:
+        row.speedup, row.speedup_images = (1.0, row.timed) if row.timed else (None, 0)
+        return
+    reference, missing = baseline(run, runs, machine)
+    if reference is None:
+        row.speedup_missing = ", ".join(missing)
+        return
+    ours, theirs = run.timed(machine), reference.timed(machine)
+    common = sorted(ours.keys() & theirs.keys())
+    row.speedup = float(
+        np.median([theirs[key].latency for key in common]) / np.median([ours[key].latency for key in common])
+    )
+    row.speedup_images = len(common)
+    row.other_adapter = not same_model(run, reference)
+
+
+def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) -> None:
+    reference = None if row.run.is_ar else quality_reference(row.run, runs)
+    if reference is None:
+        return
+    row.reference_images = len(row.run.images.keys() & reference.images.keys())
+    row.other_adapter = row.other_adapter or not same_model(row.run, reference)
+    theirs = {key: nll for key, image in reference.images.items() if (nll := nll_per_token(image)) is not None}
+    row.nll_difference = _paired(theirs, likely)
+    pair = [read_scores(run.folder) for run in (reference, row.run)]
+    for name in SCORES:
+        values = [{key: float(scores[name]) for key, scores in side.items() if name in scores} for side in pair]
+        if (difference := _paired(*values)) is not None:
+            row.differences[name] = difference
+
+
+def _paired(theirs: Mapping[Id, float], ours: Mapping[Id, float]) -> Difference | None:
+    """Return ours minus theirs with its interval; None where fewer than two prompts are in both."""
+    if len({key[0] for key in theirs.keys() & ours.keys()}) < 2:
+        return None
+    from evaluation.statistics import paired
+
+    return paired(theirs, ours)

@@ -1,0 +1,311 @@
+"""Make tables of run folders: table.md, table.tex, table.csv and pictures; one table per model, prompts and law.
+
+A new column is one line in `COLUMNS` (for readers) and one in `csv_row` (for programs).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from harness.console import say
+from sjd2.errors import UserError
+from sjd2.files import write_atomically
+from sweeps.labels import swept
+from sweeps.runs import Machine, Run, chosen_folders, groups, read_runs, table_machine, with_baselines
+from sweeps.tables.formats import Table, latex, markdown, show
+from sweeps.tables.notes import agreed, has_forced_tokens, notes
+from sweeps.tables.paper import make_paper_table
+from sweeps.tables.published import Published, select
+from sweeps.tables.rows import SCORES, Row, make_rows
+
+__all__ = ["make_tables", "show", "with_baselines"]
+
+GENEVAL = {"single_object": "single", "two_object": "two", "counting": "counting"}  # tasks, and their heads
+GENEVAL |= {"colors": "colours", "position": "position", "color_attr": "attribution"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column for readers: `text` returns the cell, '' without a value; a column without any value is left out.
+
+    key: the column of the CSV that holds its number, by which a report sorts and which it can show unrounded.
+    """
+
+    title: str
+    text: Callable[[Row], str]
+    key: str = ""
+    always: bool = False
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _significant(value: float | None, digits: int = 3) -> str:
+    """Return a number with `digits` significant digits and no exponent."""
+    if value is None:
+        return ""
+    text = f"{value:.{digits}g}"
+    return f"{float(text):f}".rstrip("0").rstrip(".") if "e" in text else text
+
+
+def _compression(row: Row, with_free: bool) -> str:
+    error = f" ± {row.compression_error:.2f}" if row.compression_error else ""
+    free = f" ({row.compression_free:.2f})" if with_free and row.compression_free is not None else ""
+    return f"{row.compression:.2f}{error}{free}"
+
+
+def _passes(row: Row) -> str:
+    return f"{row.passes:.1f}" + (f" + {row.draft_passes:.1f} draft" if row.draft_passes else "")
+
+
+def _nll(row: Row) -> str:
+    text, gap = _number(row.nll_per_token, 3), row.nll_difference
+    return f"{text} ({gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])" if gap else text
+
+
+def _scored(row: Row, key: str, digits: int, error: str | None = None) -> str:
+    """Return a scored value, with its own N where that is not the row's."""
+    value = row.metrics.get(key)
+    if value is None:
+        return ""
+    spread = row.metrics.get(error) if error else None
+    text = f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+    return text if row.scored == row.n else f"{text} (N={row.scored})"
+
+
+def _geneval(row: Row) -> str:
+    """Return GenEval's six sub-scores in one cell; '' without any."""
+    found = [_number(row.metrics.get(f"geneval_{task}"), 2) or "–" for task in GENEVAL]
+    return " / ".join(found) if any(f"geneval_{task}" in row.metrics for task in GENEVAL) else ""
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns of a table; what produced a score stands in its heading where all rows agree on it."""
+    extractor, clip = agreed(rows, "fid_extractor"), agreed(rows, "clip_model")
+    forced = has_forced_tokens(rows)
+    fid = f" ({extractor.rpartition(' ')[0] or extractor})" if extractor else ""
+    found = [
+        Column("decoder", lambda row: row.run.label, "label", always=True),
+        Column("lossless", lambda row: "yes" if row.run.lossless else "**lossy**", "lossless", always=True),
+        Column("N", lambda row: str(row.n), "n", always=True),
+        Column("batch", lambda row: str(row.run.setting("batch_size")), "batch_size", always=True),
+        Column("passes", _passes, "forwards_mean", always=True),
+        Column("step compression", lambda row: _compression(row, forced), "step_compression", always=True),
+        Column("latency s", lambda row: _significant(row.latency_s), "latency_s_median", always=True),
+        Column(
+            "speed-up",
+            lambda row: "" if row.speedup is None else f"{row.speedup:.2f}×{'†' * row.other_adapter}",
+            "speedup",
+            always=True,
+        ),
+        Column("images/s", lambda row: _significant(row.images_per_s), "images_per_s"),
+        Column("NLL/token (Δ to AR)", _nll, "nll_per_token"),
+        Column(
+            f"FID{fid} ↓", lambda row: _scored(row, "fid", 2) + _mark(row, "fid", "fid_extractor", extractor), "fid"
+        ),
+        Column("KID ↓", lambda row: _scored(row, "kid", 4, "kid_std"), "kid"),
+        Column(f"CLIP score{f' ({clip})' if clip else ''} ↑", lambda row: _scored(row, "clip_score", 2), "clip_score"),
+        Column("alignment ↑", lambda row: _scored(row, "alignment", 3), "alignment"),
+        Column("GenEval ↑", lambda row: _scored(row, "geneval_overall", 3), "geneval_overall"),
+        Column(f"GenEval: {', '.join(GENEVAL.values())} ↑", _geneval),
+        Column("HPSv2 ↑", lambda row: _scored(row, "hpsv2", 2), "hpsv2"),
+        Column("ImageReward ↑", lambda row: _scored(row, "image_reward", 3), "image_reward"),
+    ]
+    return [column for column in found if column.always or any(column.text(row) for row in rows)]
+
+
+def _mark(row: Row, key: str, source: str, shared: str) -> str:
+    return f" ({row.metrics[source]})" if not shared and key in row.metrics and source in row.metrics else ""
+
+
+# ---- tables
+
+
+def title(run: Run) -> str:
+    """Return what the runs of a table have in common, in words."""
+    model, prompts = run.config["model"], run.config.get("prompts") or {}
+    law = {key: value for key, value in run.law if not (key == "top_k" and value == 0)}
+    name = " ".join(str(model[key]) for key in ("name", "size") if model.get(key) is not None)
+    words = ", ".join(f"{key}={value}" for key, value in law.items())
+    return f"{name} on {prompts.get('name', 'prompts')} ({words})"
+
+
+def main_table(rows: Sequence[Row], machine: Machine | None) -> Table:
+    """Return the table of one group."""
+    shown = columns(rows)
+    cells = [[column.text(row) for column in shown] for row in rows]
+    return Table(title(rows[0].run), [column.title for column in shown], cells, notes(rows, machine))
+
+
+def difference_table(rows: Sequence[Row]) -> Table | None:
+    """Return the paired differences in scores to AR; None where no run has one."""
+    names = [name for name in SCORES if any(name in row.differences for row in rows)]
+    if not names:
+        return None
+    cells = []
+    for row in rows:
+        if row.differences:
+            gaps = [row.differences.get(name) for name in names]
+            texts = [f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]" if gap else "" for gap in gaps]
+            cells.append([row.run.label, str(row.reference_images), *texts])
+    header = ["difference to AR (95 %)", "images in both", *(SCORES[name] for name in names)]
+    return Table("", header, cells)
+
+
+def published_table(runs: Sequence[Run]) -> Table | None:
+    """Return the published figures of this model and these decoders; None where there are none."""
+    model = str(runs[0].config["model"]["name"])
+    found = select(model, {run.decoder for run in runs})
+    header = [
+        "published",
+        "model",
+        "prompts",
+        "passes",
+        "step compression",
+        "latency s",
+        "speed-up",
+        "FID",
+        "CLIP",
+        "GenEval",
+    ]
+    header += ["hardware", "source"]
+    note = (
+        "Other hardware, FID libraries, captions and prompt sets than ours, and partly than each other: context, not "
+        "rows to subtract from. CLIP scores as printed, some divided by 100. Read in the paper itself unless the "
+        "source says note or uncertain."
+    )
+    return Table(f"{model}: published", header, [_published_row(row) for row in found], [note]) if found else None
+
+
+def _published_row(row: Published) -> list[str]:
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:g}"
+
+    source = f"{row.arxiv or row.paper}, {row.table}" + ("" if row.confidence == "paper" else f" ({row.confidence})")
+    speed = f"{row.latency_speedup:g}×" if row.latency_speedup is not None else ""
+    costs = [text(row.steps), text(row.step_compression), text(row.latency_s), speed]
+    scores = [text(row.fid), text(row.clip_score), text(row.geneval_overall)]
+    return [row.method, row.model, row.dataset, *costs, *scores, row.hardware, source]
+
+
+def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
+    """Return every number of a row under its own name, unrounded; what a run lacks is absent."""
+    run, gap = row.run, row.nll_difference
+    values: dict[str, Any] = {
+        "table": title(run),
+        "label": run.label,
+        "status": "ok",
+        "decoder": run.decoder,
+        "lossless": run.lossless,
+        "window": run.identity["decoder"].get("window"),
+        "n": row.n,
+        "batch_size": run.setting("batch_size"),
+        "dtype": run.setting("dtype"),
+        "forwards_mean": row.passes,
+        "draft_forwards_mean": row.draft_passes,
+        "step_compression": row.compression,
+        "step_compression_se": row.compression_error,
+        "hardware": machine[0] if machine and row.timed else None,
+        "threads": machine[1] if machine and row.timed else None,
+        "n_timed": row.timed,
+        "n_timings": row.timings,
+        "latency_s_median": row.latency_s,
+        "latency_s_p95": row.latency_p95_s,
+        "images_per_s": row.images_per_s,
+        "speedup": row.speedup,
+        "speedup_images": row.speedup_images,
+        "nll_per_token": row.nll_per_token,
+    }
+    differences = [("nll_per_token", gap)] if gap else []
+    for name, difference in differences + [(SCORES[key], value) for key, value in row.differences.items()]:
+        ends = {f"{name}_low": difference.low, f"{name}_high": difference.high}
+        values |= {f"{name}_difference": difference.mean, **ends}
+    values |= {"n_compared": row.reference_images or None, "n_scored": row.scored}
+    scores = {key: value for key, value in row.metrics.items() if isinstance(value, (int, float, str))}
+    if machine is None or scores.get("hardware") != machine[0]:  # these are seconds and bytes of another machine
+        scores = {key: value for key, value in scores.items() if not key.startswith(("seconds_", "peak_memory"))}
+    values |= {key: value for key, value in scores.items() if key not in values}
+    values |= {"id": run.identity["id"], "run_dir": run.path.name}
+    return {key: value for key, value in values.items() if value is not None and key != "n_images"}
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV with the union of their columns, in the order of first sight."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+# ---- failed jobs
+
+
+def failed_row(job: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the name of a failed job, written as a run's label is, and its reason."""
+    overrides = [str(text).lstrip("+") for text in job.get("overrides") or ()]
+    decoder = [text.partition("=")[2] for text in overrides if text.startswith("decoder=")]
+    others = [text.removeprefix("decoder.") for text in overrides if not text.startswith("decoder=")]
+    return " ".join([*decoder, *others]) or "job", " ".join(str(job.get("reason") or "no reason was given").split())
+
+
+def make_tables(
+    run_dirs: Sequence[Path],
+    out: Path,
+    failed: Sequence[Mapping[str, Any]] = (),
+    *,
+    published: bool = False,
+    paper: str | None = None,
+) -> str:
+    """Write table.md, table.tex, table.csv and the pictures of these runs into `out`; return the Markdown.
+
+    failed: status.json of jobs that made no run; they, and folders that cannot be read, become rows with their reason.
+    published: put the published figures of the same model below. paper: a table of the SJD2 paper to write beside ours.
+    Raises UserError if there is neither a run nor a failed job.
+    """
+    from sweeps.tables.figures import draw
+
+    runs, unreadable = read_runs(run_dirs)
+    jobs = [failed_row(job) for job in failed] + unreadable
+    if not runs and not jobs:
+        raise UserError("no run folder here holds an image; make a run with: python run.py")
+    out.mkdir(parents=True, exist_ok=True)
+    tables, lines = [], []
+    members = groups(runs, swept(failed))
+    for index, group in enumerate(members):
+        machine = table_machine(group)
+        rows = make_rows(group, machine)
+        table = main_table(rows, machine)
+        drawn = draw(rows, out, suffix="" if index == 0 else f"-{index + 1}", title=table.title)
+        table.pictures, table.notes = drawn.pictures, table.notes + drawn.notes
+        beside = published_table(group) if published else None
+        if published and beside is None and paper is None:
+            table.notes.append("sweeps/published.csv has no figures of this model with these decoders.")
+        tables += [part for part in (table, difference_table(rows), beside) if part is not None]
+        lines += [csv_row(row, machine) for row in rows]
+    if jobs and len(members) == 1:
+        tables[0].failed = jobs
+    elif jobs:
+        tables.append(Table("Failed", ["job", "reason"], [], failed=jobs))
+    lines += [{"label": label, "status": "failed", "reason": reason} for label, reason in jobs]
+    text = "\n".join(markdown(table) for table in tables)
+    for name, content in (("md", text), ("tex", "\n".join(map(latex, tables))), ("csv", to_csv(lines))):
+        write_atomically(out / f"table.{name}", content.encode())
+    return text if paper is None else f"{text}\n{make_paper_table(paper, runs, out)}"
+
+
+def stage(cfg: DictConfig) -> Path:
+    """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; returns the folder written."""
+    out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
+    show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True, paper=cfg.paper))
+    say(f"tables: {out}")
+    return out

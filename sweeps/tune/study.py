@@ -1,0 +1,161 @@
+"""The study of stage=tune: a sqlite file of trials that survives kills, its ranking, and what it is written out as."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.console import say
+from sjd2.errors import UserError
+from sjd2.files import write_atomically
+from sweeps.tune.space import UNITS, Tune, flatten
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+
+TRIES = 3  # starts of a trial after which it is what ends the process
+
+
+def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "") -> Study:
+    """Open the study in out/study.db, a cut one where it was: a trial that a kill left is tried again, thrice at most.
+
+    runs: identities of AR's and the decoder's own run on the captions of the search: model, law, prompts and all.
+    machine: the hardware, on which a latency depends. Raises `UserError` if the study there searched something else.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    out.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{out / 'study.db'}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=storage, study_name="tune", directions=["minimize", "minimize"], load_if_exists=True
+        )
+        study.sampler = _sampler(tune, len(study.trials))
+    asked = {"space": flatten(tune.space), "fixed": list(tune.fixed), "runs": list(runs)}
+    if tune.objective == "latency":  # seconds of two machines do not compare
+        asked["machine"] = machine
+    asked |= {key: getattr(tune, key) for key in ("objective", "quality", "bound", "trust_lossless", "prompts")}
+    if study.user_attrs.get("asked", asked) != asked:
+        raise UserError(
+            f"{out} holds a search of other settings, or of latency on another machine; choose another tune.name, or "
+            "remove that folder."
+        )
+    study.set_user_attr("asked", asked)
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        lost = sum(t.params == trial.params and t.state.name == "FAIL" for t in study.trials)
+        if lost + 1 < TRIES:
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+        else:
+            study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
+    return study
+
+
+def _sampler(tune: Tune, done: int) -> Any:
+    import optuna
+
+    seed = done  # a search that goes on must not draw the same settings again
+    if tune.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=tune.random_trials, multivariate=True, group=True)
+    if tune.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=tune.random_trials)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def complete(study: Study) -> list[FrozenTrial]:
+    """Return the trials that ran to their end."""
+    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+
+
+def least(study: Study) -> FrozenTrial | None:
+    """Return the trial of the least objective among those that keep the bound; None where there is none."""
+    return next(iter(within(study)), None)
+
+
+def within(study: Study) -> list[FrozenTrial]:
+    """Return the trials that keep the bound, by objective; of equal settings the first."""
+    fit = {
+        str(trial.params or trial.number): trial
+        for trial in reversed(complete(study))
+        if trial.user_attrs["violation"] <= 0
+    }
+    return sorted(fit.values(), key=lambda trial: (trial.values[0], trial.number))
+
+
+def pareto_front(study: Study) -> list[FrozenTrial]:
+    """Return the trials that no other beats in both objective and quality, by objective."""
+    kept: list[FrozenTrial] = []
+    for trial in sorted(complete(study), key=lambda trial: tuple(trial.values)):
+        if not kept or trial.values[1] < kept[-1].values[1]:
+            kept.append(trial)
+    return kept
+
+
+def describe(trial: FrozenTrial, tune: Tune) -> str:
+    """Say in one line what a trial came to."""
+    words = " ".join(f"{key}={value}" for key, value in trial.params.items())
+    if trial.state.name != "COMPLETE":
+        return f"{words}: left ({_why(trial)})"
+    bound = "" if trial.user_attrs["violation"] <= 0 else ", beyond the bound"
+    if not bound and trial.user_attrs.get("over"):
+        bound = ", beyond the bound, kept because lossless"
+    return f"{words}: {trial.values[0]:.4g} {UNITS[tune.objective]}, {tune.quality} {trial.values[1]:+.4g}{bound}"
+
+
+def _why(trial: FrozenTrial) -> str:
+    """Say why a trial has no result."""
+    lost = f"the process ended {TRIES} times in it" if trial.state.name == "PRUNED" else trial.state.name.lower()
+    return trial.user_attrs.get("pruned", lost)
+
+
+def show_front(study: Study, tune: Tune) -> None:
+    """Print the Pareto front."""
+    say(f"Pareto front ({tune.objective}; {tune.quality} minus AR's):")
+    for trial in pareto_front(study):
+        say(f"  {describe(trial, tune)}")
+
+
+def write_trials(study: Study, out: Path) -> None:
+    """Write trials.csv, one line per trial, and pareto.png."""
+    from sweeps.tables.plots import Point, pareto
+
+    asked = study.user_attrs["asked"]
+    keys = list(asked["space"])
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(
+        ["trial", "state", *keys, asked["objective"], f"{asked['quality']}_minus_ar", "within", "run", "why"]
+    )
+    for trial in study.trials:
+        whole = trial.state.name == "COMPLETE"
+        own = [*trial.values, trial.user_attrs["violation"] <= 0, trial.user_attrs["run"]] if whole else [""] * 4
+        values = [trial.params.get(key, "") for key in keys]
+        lines.writerow([trial.number, trial.state.name.lower(), *values, *own, "" if whole else _why(trial)])
+    write_atomically(out / "trials.csv", text.getvalue().encode())
+    points = [Point(str(t.number), t.values[0], t.values[1], t.user_attrs["lossless"]) for t in complete(study)]
+    if points:
+        panel = {f"{asked['quality']} minus AR's": (points, True)}
+        pareto(panel, out / "pareto.png", caption=f"trials, {asked['objective']}")
+
+
+def write_decoder(cfg: DictConfig, overrides: list[str], out: Path, tune: Tune) -> Path:
+    """Write the settings found as a decoder that `--config-dir` makes a choice of decoder=."""
+    name = f"{cfg.decoder.name}-tuned"
+    file = out / "decoder" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = (
+        f"# decoder={cfg.decoder.name} with the settings that stage=tune found: {' '.join(overrides)}\n"
+        f"#   python run.py --config-dir {out} decoder={name}\n"
+    )
+    write_atomically(file, (head + OmegaConf.to_yaml(cfg.decoder, resolve=True)).encode())
+    return file

@@ -1,0 +1,153 @@
+"""`python -m benchmarks.gpu` runs through on a CPU with narrow models; its counts of bytes and operations are right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.architectures import ARCHITECTURES, entry_bytes, weight_bytes
+from benchmarks.roofline import Peaks, Work, work
+from benchmarks.timing import Budget, graphed, measure
+from sjd2.decoding.generate import Decoder, generate
+from sjd2.decoding.jacobi import Jacobi
+from sjd2.decoding.refine import Coupled
+from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.verify import Exact
+
+CPU = torch.device("cpu")
+
+
+def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    models = "emu3,janus-1b"
+    out = tmp_path / "sub" / "gpu.json"
+    command = ["--device", "cpu", "--small", "--dtype", "float32", "--models", models, "--seconds", "300"]
+    assert gpu.main([*command, "--out", str(out)]) == out
+    result = json.loads(out.read_text())
+    assert [model["name"] for model in result["models"]] == models.split(",")
+    assert {"hardware", "packages", "git", "peaks", "seconds", "dtype", "budget_s"} <= result.keys()
+    for model in result["models"]:
+        assert model["skipped"] == []
+        assert {row["slots"] for row in model["passes"]} == {1, 16}
+        assert {row["batch"] for row in model["passes"]} == {1, 2}
+        assert [row["decoder"] for row in model["decoders"]] == ["ar", "sjd", "scd"] * 2
+        assert [row["decoder"] for row in model["sjd2"]] == ["sjd2 exact", "sjd2 paper"] * 2
+        assert {row["part"] for row in model["sampling"]} >= {"law", "draw", "chance", "redraw"}
+        assert len(model["pixels"]) == 2
+        ways = {(row["way"], row["kernel"]): "ms" in row for row in model["attention"]}
+        assert ways["repeated", "chosen"]
+        assert (("folded", "chosen") in ways) == (model["name"] == "emu3")
+        assert not ways["repeated", "cudnn"]  # and why is said
+        for part in ("passes", "decoders", "sjd2", "sampling", "pixels"):
+            assert all(row["ms"] > 0 and row["n"] > 0 for row in model[part])
+        assert all(row["roof_ms"] > 0 for row in model["passes"])
+    shown = capsys.readouterr().out
+    assert "| Emu3-Gen 8B, 720 px, narrow | 2 | sjd2 paper | 16 |" in shown
+
+
+def test_a_spent_budget_is_said_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--small", "--models", "anole,llamagen", "--seconds", "0", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert [model["name"] for model in result["models"]] == ["anole", "llamagen"]
+    for model in result["models"]:
+        assert {gap["reason"] for gap in model["skipped"]} == {"the seconds were spent"}
+    assert "left out: the seconds were spent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--models", "lumna", "--small"], "did you mean 'lumina'"),
+        (["--variants", "graphs", "--small"], "did you mean 'graph'"),
+        (["--device", "cpu"], "add --small"),
+    ],
+)
+def test_wrong_options_say_the_mend(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_full_sizes_are_the_published_ones(name: str) -> None:
+    # decoders.md, table of models: parameters of the layers (billions), bytes of keys and values per token and row, N
+    layers, entry, length, head = {
+        "lumina": (6.48, 524288, 2357, 8192 * 4096),
+        "anole": (6.48, 524288, 1024, 8192 * 4096),
+        "emu3": (6.98, 131072, 8193, 32768 * 4096),
+        "janus-1b": (1.23, 196608, 576, 2048 * 2048 + 2048 + (2048 + 1) * 16384),
+        "janus-7b": (6.07, 491520, 576, 4096 * 4096 + 4096 + (4096 + 1) * 16384),
+        "llamagen": (0.731, 184320, 1024, 16384 * 1280),
+    }[name]
+    model = ARCHITECTURES[name].build(torch.device("meta"), torch.bfloat16)
+    weights = weight_bytes(model)
+    assert weights["layers"] / 2e9 == pytest.approx(layers, rel=0.01)
+    assert weights["head"] == 2 * head
+    assert entry_bytes(model) == entry
+    assert model.layout.length == length
+    assert model.dtype == torch.bfloat16
+    assert all(p.device.type == "meta" for part in (model.full, model.vq) for p in part.parameters())
+
+
+@pytest.mark.parametrize("name", ["lumina", "llamagen"])
+def test_narrow_models_draw_whole_images(name: str) -> None:
+    plan = ARCHITECTURES[name].small()
+    model = plan.build(CPU, torch.float32)
+    law = Sampling(guidance_scale=plan.guidance, top_k=plan.top_k)
+    decoder = Decoder(name="scd", window=6, lossless=True, drafter=Jacobi(), verifier=Exact(), refiner=Coupled())
+    tokens = generate(model, decoder, plan.condition(model, 2), [1, 2], law=law).tokens
+    forced = plan.layout.forced()
+    assert (tokens[:, forced >= 0] == forced[forced >= 0]).all()
+    assert (tokens[:, forced < 0] < plan.layout.vocabulary).all()
+    assert model.decode(tokens).shape[:2] == (2, 3)
+
+
+def test_the_roof_of_lumina_is_the_calculated_one() -> None:
+    # decoders.md 4.3: 14.3 GB and 27 GFLOP per slot at batch 1 with guidance; memory binds at 1 slot, matrices at 128
+    model = ARCHITECTURES["lumina"].build(torch.device("meta"), torch.bfloat16)
+    sheet = Peaks(4.8e12, 800e12, None, None)
+    one, wide = (work(model, 2, slots, 1250) for slots in (1, 128))
+    assert one.bytes == pytest.approx(14.3e9, rel=0.01)
+    assert one.flops == pytest.approx(27.4e9, rel=0.02)
+    assert one.milliseconds(sheet) == pytest.approx(2.99, rel=0.01)
+    assert wide.milliseconds(sheet) == pytest.approx(4.38, rel=0.02)
+    assert Work(0, 1e12).milliseconds(sheet) == pytest.approx(1.25)
+
+
+def test_times_are_medians_of_the_calls_asked_for() -> None:
+    calls = []
+    found = measure(CPU, lambda: calls.append(1), seconds=0, least=4, warm=3, between=lambda: calls.append(0))
+    assert found.n == 4
+    assert calls == [0, 1] * 7
+    assert found.ms == found.host_ms > 0
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        graphed(CPU, lambda: None)
+
+
+def test_models_share_what_is_left() -> None:
+    budget = Budget(1000)
+    budget.divide(4)
+    assert 249 < budget.left <= 250
+    budget.divide(1)
+    assert 999 < budget.left <= 1000
+    spent = Budget(0)
+    spent.divide(2)
+    assert spent.left <= 0
+
+
+def test_gpu_tests_are_marked_and_skipped_without_a_device() -> None:
+    module = importlib.import_module("tests.engine.test_gpu")
+    marks = {mark.name: mark for mark in module.pytestmark}
+    assert set(marks) == {"gpu", "skipif"}
+    assert marks["skipif"].args[0] is not torch.cuda.is_available()
+    assert "CUDA" in marks["skipif"].kwargs["reason"]
+
+
+def test_registered_marks(pytestconfig: pytest.Config) -> None:
+    names = {line.split(":")[0] for line in pytestconfig.getini("markers")}
+    assert {"gpu", "slow"} <= names

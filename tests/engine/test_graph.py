@@ -1,0 +1,130 @@
+"""Replayed passes give the very tokens of the plain loop: on a CPU with a tape in place of CUDA graphs (tests/helpers/tape.py)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baselines.zipar import ZipAR
+from sjd2.decoding.cuda_graph import Graphs, Replayed
+from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.jacobi import Jacobi
+from sjd2.decoding.refine import Keep, Resample
+from sjd2.decoding.verify import Exact
+from sjd2.denoising.denoise import Denoise
+from tests.engine.test_engine import AR, GRID, LAW, PROMPTS, sjd, sjd2
+from tests.engine.test_syncs import MANY, as_on_a_gpu
+from tests.engine.test_trees import nets
+from tests.helpers import tape
+from tests.helpers.toy import Toy, adapted_toy
+
+__all__ = ["nets"]
+
+SEEDS = list(range(1, len(PROMPTS) + 1))
+
+
+def paper(window: int, steps: int) -> Decoder:
+    drafter = Denoise(steps=steps, nearest=True)
+    return Decoder(
+        name="sjd2", window=window, lossless=False, drafter=drafter, verifier=Exact(), refiner=Keep(), rule="paper"
+    )
+
+
+DECODERS = {name: MANY[name] for name in ("ar", "front", "eagle")}
+DECODERS |= {"sjd2": lambda n: sjd2(9, steps=2, levels="slot", clean=3), "sjd2 paper": lambda n: paper(9, 2)}
+
+
+@pytest.fixture(scope="module")
+def model() -> Toy:
+    return adapted_toy(GRID)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several graphs within one small image."""
+    monkeypatch.setattr("sjd2.decoding.cuda_graph.BUCKET", 16)
+    monkeypatch.setattr("sjd2.decoding.cuda_graph.PROMPT", 1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_replayed_passes_give_the_tokens_of_the_plain_loop(model: Toy, name: str, nets: dict[str, str]) -> None:
+    decoder, graphs = DECODERS[name](nets), Graphs(tape.record)
+    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, law=LAW)
+    with as_on_a_gpu():
+        # the second batch has a longer prompt: keys and values move; the third finds everything in place
+        first = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], law=LAW, graphs=graphs)
+        loop = graphs.kept
+        then = generate(model, decoder, model.encode(PROMPTS[2:4]), SEEDS[2:4], law=LAW, graphs=graphs)
+        again = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], law=LAW, graphs=graphs)
+    assert isinstance(loop, Replayed)
+    assert loop is graphs.kept
+    assert any(loop.graphs.values())
+    assert torch.equal(first.tokens, plain.tokens[:2])
+    assert torch.equal(then.tokens, plain.tokens[2:4])
+    assert torch.equal(again.tokens, plain.tokens[:2])
+    assert [s.accepted for s in again.samples] == [s.accepted for s in plain.samples[:2]]
+
+
+@pytest.mark.parametrize("name", ["sjd2"])
+def test_refilled_rows_may_be_replayed(model: Toy, name: str, nets: dict[str, str]) -> None:
+    decoder = DECODERS[name](nets)
+    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, law=replace(LAW, sampler="gumbel"))
+    with as_on_a_gpu():
+        requests = zip(PROMPTS, SEEDS, strict=True)
+        law = replace(LAW, sampler="gumbel")
+        for index, sample in stream(model, decoder, requests, rows=2, law=law, graphs=Graphs(tape.record)):
+            assert (sample.tokens == plain.samples[index].tokens).all()
+
+
+def test_another_batch_size_or_law_opens_another_loop(model: Toy) -> None:
+    graphs, decoder = Graphs(tape.record), sjd(4)
+    loop = graphs.start(model, decoder, 2, 5, LAW)
+    assert graphs.start(model, decoder, 2, 3, LAW) is loop
+    assert graphs.start(model, decoder, 3, 5, LAW) is not loop
+    assert graphs.start(model, decoder, 2, 5, replace(LAW, top_k=3)) is not loop
+    zipar = ZipAR(name="zipar", lossless=False, window_size=2)
+    assert not isinstance(graphs.start(model, zipar, 2, 5, LAW), Replayed)
+
+
+class Remembers(Jacobi):
+    """A drafter that keeps a tensor where no graph looks: what it drafted from, one pass ago."""
+
+    def fill(self, draft, fresh, state):
+        filled = super().fill(draft, fresh, state)
+        last = getattr(self, "last", None)
+        self.last = filled.tokens
+        if last is None or len(last) != len(filled.tokens):
+            return filled
+        tokens = torch.cat([filled.tokens[:, :1], last[:, 1:]], 1)
+        return replace(filled, tokens=state.force(tokens), probs=None)
+
+
+def test_a_part_that_keeps_tensors_of_its_own_is_found_out(model: Toy) -> None:
+    def decoder() -> Decoder:
+        refiner = Resample(record=False)
+        return Decoder(name="x", window=6, lossless=True, drafter=Remembers(), verifier=Exact(), refiner=refiner)
+
+    plain = generate(model, decoder(), model.encode(PROMPTS), SEEDS, law=LAW)
+    with as_on_a_gpu():
+        eager = generate(model, decoder(), model.encode(PROMPTS), SEEDS, law=LAW)
+        graph = generate(model, decoder(), model.encode(PROMPTS), SEEDS, law=LAW, graphs=Graphs(tape.record))
+    assert torch.equal(eager.tokens, plain.tokens)
+    assert [s.accepted for s in graph.samples] != [s.accepted for s in plain.samples]
+
+
+def test_ar_costs_a_graph_per_bound(model: Toy) -> None:
+    graphs = Graphs(tape.record)
+    with as_on_a_gpu():
+        generate(model, AR, model.encode(PROMPTS[:1]), [1], law=LAW, graphs=graphs)
+    # prompt and image are 33 tokens; a bound's first pass is not replayed
+    assert sorted(graphs.kept.graphs) == [16, 32, 33]
+    assert [level for level, replay in graphs.kept.graphs.items() if replay] == [16, 32]
+
+
+def test_graphs_need_a_gpu_and_are_asked_for_by_one_setting(cli) -> None:
+    assert cli("decoder=ar", "device=cpu", "runtime.graph=true") == 1
+    assert "runtime.graph=true needs a GPU" in cli.err
+    assert cli("decoder=ar", "runtime.graph=maybe") == 1
+    assert "runtime.graph must be true or false" in cli.err

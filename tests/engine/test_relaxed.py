@@ -1,0 +1,395 @@
+"""LANTERN, GSD and SJD++ against their definitions, written once more in plain loops; what they promise and what not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import baselines.lantern
+from baselines.gsd import Grouped
+from baselines.lantern import Relaxed, neighbour_table
+from baselines.reuse import Reuse
+from sjd2.decoding.generate import generate
+from sjd2.decoding.interfaces import Draft
+from sjd2.decoding.noise import Noise
+from sjd2.decoding.refine import Resample
+from sjd2.decoding.sampling import Sampling, draw
+from sjd2.decoding.verify import Exact, residual
+from sjd2.errors import UserError
+from sjd2.models.layout import TokenGrid
+from tests.engine.test_exactness import CUT, GUIDED, jacobi, z_score
+from tests.helpers.toy import Toy, chi_square_z
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "sjd2" / "neighbours"
+
+
+def model(vocabulary: int, seed: int = 0, width: int = 3, codebook: Tensor | None = None) -> SimpleNamespace:
+    table = (
+        torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(seed)) if codebook is None else codebook
+    )
+    return SimpleNamespace(codebook=table, device=torch.device("cpu"), embed=lambda tokens: table[tokens])
+
+
+def laws(vocabulary: int, seed: int, sharpness: float = 1.5) -> tuple[Tensor, Tensor]:
+    """Two random laws in float64; each lacks a code."""
+    p, q = (torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(seed)).double() * sharpness).exp()
+    p[seed % vocabulary], q[(3 * seed + 1) % vocabulary] = 0, 0
+    return p / p.sum(), q / q.sum()
+
+
+def rule(verifier: object, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return chance [V] and the law after a rejection [V, V] for every draft, from one batched call with odd leading axes."""
+    v = len(p)
+    token = torch.arange(v)[None, :, None]
+    wide = p.expand(1, v, 1, v)
+    other = None if q is None else q.expand(1, v, 1, v)
+    rest = verifier.rest(wide, other, token)[0, :, 0]
+    return verifier.chance(wide, other, token)[0, :, 0], rest / rest.sum(-1, keepdim=True)
+
+
+def output(p: Tensor, q: Tensor, chance: Tensor, rest: Tensor) -> Tensor:
+    """Return the law of the committed token: sum over drafts x of q(x) [chance(x) 1_x + (1 - chance(x)) rest(.|x)]."""
+    return q * chance + ((q * (1 - chance))[:, None] * rest).sum(0)
+
+
+def distance(p: Tensor, q: Tensor) -> float:
+    return float((p - q).abs().sum() / 2)
+
+
+def lantern(
+    p: list, q: list, x: int, table: Tensor, k: int, delta: float = 0.0, lam: float = 1.0
+) -> tuple[float, list]:
+    """LANTERN's definition for one draft: move mass of the nearest codes onto x, then speculative sampling."""
+    budget = delta + (lam - 1) * p[x]
+    moved, lent = list(p), 0.0
+    for z in sorted(range(len(p)), key=lambda z: float((table[z] - table[x]).norm()))[1:k]:
+        if lent + p[z] > budget:
+            break
+        lent, moved[z] = lent + p[z], 0.0
+    moved[x] = p[x] + lent
+    rest = [max(0.0, a - b) for a, b in zip(moved, q, strict=True)]
+    return (min(1.0, moved[x] / q[x]) if q[x] else float(moved[x] > 0)), rest
+
+
+def grouped(p: list, q: list, x: int, table: Tensor, group: int, near: float, far: float) -> tuple[float, list]:
+    """GSD's definition for one draft: x, G // 2 codes below it by rank of p and the rest above it."""
+    order = sorted(range(len(p)), key=lambda z: p[z])
+    place = order.index(x)
+    members = order[max(0, place - group // 2) : place + (group - 1) // 2 + 1]
+    close = [z for z in members if abs(p[z] - p[x]) < near and float((table[z] - table[x]).square().sum()) < far]
+    mass, other = sum(p[z] for z in close), sum(q[z] for z in close)
+    return (min(1.0, mass / other) if other else float(mass > 0)), [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
+
+
+RULES = {
+    "lantern": (Relaxed(neighbours=12, delta=0.2, lam=None), partial(lantern, k=12, delta=0.2)),
+    "lantern++": (Relaxed(neighbours=12, lam=3.0), partial(lantern, k=12, lam=3.0)),
+    "lantern, few": (Relaxed(neighbours=4, delta=0.3, lam=None), partial(lantern, k=4, delta=0.3)),
+    "gsd": (Grouped(group=5, distance=6.0), partial(grouped, group=5, near=0.15, far=6.0)),
+}
+
+
+def misfit(verifier: object, definition: object, seed: int) -> float:
+    """Return how far a verifier is from its definition: chances, laws after a rejection, law of the committed token."""
+    vocabulary, worst = 12, 0.0
+    here = model(vocabulary, seed)
+    verifier.prepare(here)
+    p, q = laws(vocabulary, seed)
+    for law in (q, None):
+        chance, rest = rule(verifier, p, law)
+        wanted = torch.zeros(vocabulary, dtype=p.dtype)
+        for x in range(vocabulary):
+            other = q if law is not None else torch.eye(vocabulary, dtype=p.dtype)[x]
+            own, after = definition(p.tolist(), other.tolist(), x, here.codebook)
+            after = torch.tensor(after, dtype=p.dtype)
+            worst = max(worst, abs(own - float(chance[x])))
+            wanted[x] += q[x] * own
+            if own < 1 - 1e-12:  # else rounding alone keeps it from a sure acceptance, and no law is left
+                worst = max(worst, float((after / after.sum() - rest[x]).abs().max()))
+                wanted += q[x] * (1 - own) * after / after.sum()
+        assert float(wanted.sum()) == pytest.approx(1, abs=1e-12)
+        worst = max(worst, distance(wanted, output(p, q, chance, rest)))
+    return worst
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("seed", range(8))
+def test_rules_are_their_definitions(name: str, seed: int) -> None:
+    assert misfit(*RULES[name], seed) < 1e-12
+
+
+class IgnoresNeighbours(Relaxed):
+    """A rejection that leaves the mass of A(x) where it was."""
+
+    def rest(self, p, q, token):
+        return residual(p, q, token)
+
+
+@pytest.mark.parametrize("name", ["lantern", "lantern++"])
+def test_a_residual_that_ignores_the_neighbours_is_caught(name: str) -> None:
+    verifier, definition = RULES[name]
+    broken = IgnoresNeighbours(neighbours=12, delta=verifier.delta, lam=verifier.lam)
+    assert max(misfit(broken, definition, seed) for seed in range(8)) > 0.01
+
+
+@pytest.mark.parametrize("vocabulary", [6, 9, 12])
+def test_exact_verification_gives_the_target(vocabulary: int) -> None:
+    for seed in range(4):
+        p, q = laws(vocabulary, seed)
+        assert distance(output(p, q, *rule(Exact(), p, q)), p) < 1e-12
+
+
+EXACT = {
+    "neighbours": Relaxed(neighbours=1),
+    "neighbours, delta": Relaxed(neighbours=1, delta=0.4, lam=None),
+    "delta": Relaxed(neighbours=9, delta=0, lam=None),
+    "lam": Relaxed(neighbours=9, lam=1),
+    "group": Grouped(group=1),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("onehot", [False, True], ids=["sampled", "onehot"])
+def test_smallest_settings_are_exact_verification(name: str, onehot: bool) -> None:
+    verifier = EXACT[name]
+    for seed in range(6):
+        verifier.prepare(model(9, seed))
+        p, q = (law.float() for law in laws(9, seed))
+        law = None if onehot else q
+        assert all(map(torch.equal, rule(verifier, p, law), rule(Exact(), p, law)))
+
+
+@pytest.mark.parametrize("lam", [1.5, 5.0])
+def test_lantern_plus_plus_bounds_each_accepted_mass(lam: float) -> None:
+    verifier = Relaxed(neighbours=12, lam=lam)
+    for seed in range(10):
+        verifier.prepare(model(12, seed))
+        p, q = laws(12, seed)
+        chance, rest = rule(verifier, p, q)
+        assert (q * chance <= lam * p + 1e-12).all()
+        assert float(output(p, q, chance, rest).sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_delta_does_not_bound_the_error() -> None:
+    # codes in pairs; the drafts are uniform on one of each pair, the target on the other: delta = 1/4, error 1
+    codebook = torch.tensor([[0.0], [0.1], [5.0], [5.1], [11.0], [11.1], [18.0], [18.1]])
+    verifier = Relaxed(neighbours=2, delta=0.25, lam=None)
+    verifier.prepare(model(8, codebook=codebook))
+    q = torch.tensor([0.25, 0.0] * 4).double()
+    p = 0.25 - q
+    chance, rest = rule(verifier, p, q)
+    assert chance[q > 0].eq(1).all()
+    assert distance(output(p, q, chance, rest), p) == pytest.approx(1)
+    verifier.delta, verifier.lam = None, 100.0  # lam never accepts a code of probability 0
+    assert distance(output(p, q, *rule(verifier, p, q)), p) < 1e-12
+
+
+def test_groups_do_not_bound_the_error() -> None:
+    # eight equally likely codes, a draft that is always the same one of them and has the seven others in its group
+    p, q = torch.zeros(9).double(), torch.zeros(9).double()
+    p[1:], q[8] = 1 / 8, 1
+    verifier = Grouped()
+    verifier.prepare(model(9, codebook=torch.zeros(9, 2)))
+    chance, rest = rule(verifier, p, q)
+    assert float(chance[8]) == pytest.approx(1)
+    assert distance(output(p, q, chance, rest), p) == pytest.approx(7 / 8)
+
+
+def test_members_too_far_or_too_unlikely_leave_the_group() -> None:
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
+    q = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
+    here = model(4, codebook=torch.tensor([[0.0], [1.0], [2.0], [9.0]]))
+
+    def chance(**settings) -> float:
+        verifier = Grouped(group=8, **settings)
+        verifier.prepare(here)
+        return float(rule(verifier, p, q)[0][2])
+
+    assert chance(probability=2.0, distance=None) == pytest.approx(1.0)
+    assert chance(probability=0.15, distance=None) == pytest.approx(0.6 / 0.9)  # code 0 is 0.2 away
+    assert chance(probability=0.15, distance=4.0) == pytest.approx(0.5 / 0.5)  # code 3 is 49 away
+    assert chance(probability=0.15, distance=1.0) == pytest.approx(0.2 / 0.3)  # the limit itself is outside
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_neighbours_are_sorted_by_distance(tmp_path, monkeypatch, normalise: bool) -> None:
+    monkeypatch.setattr(baselines.lantern, "BLOCK", 4)
+    codebook = torch.randn(11, 3, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 12)[:, None]
+    codebook[7] = codebook[2]  # twins: each is the other's neighbour, never its own
+    table = neighbour_table(codebook, 6, normalise, tmp_path / "t.npy")
+    codes = torch.nn.functional.normalize(codebook, dim=-1) if normalise else codebook
+    for code in range(11):
+        far = (codes - codes[code]).norm(dim=-1)
+        assert len({code, *table[code].tolist()}) == 6
+        assert far[table[code].long()].tolist() == pytest.approx(far.sort().values[1:6].tolist())
+    assert np.load(tmp_path / "t.npy").dtype == np.uint16
+
+
+def test_neighbours_are_read_where_they_were_kept(own_cache, monkeypatch) -> None:
+    first = Relaxed(neighbours=4)
+    first.prepare(model(9))
+    (file,) = own_cache.iterdir()
+    monkeypatch.setattr(baselines.lantern, "_nearest", lambda *_: pytest.fail("computed although it was kept"))
+    second = Relaxed(neighbours=4)
+    for again in (first, second):
+        again.prepare(model(9))
+    assert torch.equal(first.table, second.table)
+    assert list(own_cache.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("content", ["", "cut", "garbage", "zip", "shape", "range"])
+def test_a_broken_file_is_made_anew(own_cache, caplog, content: str) -> None:
+    first = Relaxed(neighbours=4)
+    first.prepare(model(9))
+    (file,) = own_cache.iterdir()
+    whole = file.read_bytes()
+    if content == "shape":
+        np.save(file, np.zeros((9, 2), np.uint16))
+    elif content == "range":
+        np.save(file, np.full((9, 3), 9, np.uint16))
+    else:
+        file.write_bytes({"": b"", "cut": whole[:-5], "garbage": b"\x00" * 500, "zip": b"PK\x03\x04" + whole}[content])
+    second = Relaxed(neighbours=4)
+    second.prepare(model(9))
+    assert "made anew" in caplog.text
+    assert torch.equal(first.table, second.table)
+    assert file.read_bytes() == whole
+    assert list(own_cache.iterdir()) == [file]
+
+
+def test_other_codebooks_and_settings_have_other_files(own_cache) -> None:
+    for settings, here in (
+        ({"neighbours": 4}, model(9)),
+        ({"neighbours": 5}, model(9)),
+        ({"neighbours": 4, "normalise": True}, model(9)),
+        ({"neighbours": 4}, model(9, seed=1)),
+        ({"neighbours": 4, "delta": 0.1, "lam": None}, model(9)),  # the budget does not change the table
+    ):
+        Relaxed(**settings).prepare(here)
+    assert len(list(own_cache.iterdir())) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    verifier = Relaxed(neighbours=4, cache=str(tmp_path / "file" / "below"))
+    verifier.prepare(model(9))
+    assert "is not kept" in caplog.text
+    assert verifier.table.shape == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: Relaxed(delta=0.1), "exactly one"),
+        (lambda: Relaxed(lam=None), "exactly one"),
+        (lambda: Relaxed(delta=2.0, lam=None), "set lam instead"),
+        (lambda: Relaxed(lam=0.5), "from 1"),
+        (lambda: Relaxed(neighbours=0), "neighbours must be 1"),
+        (lambda: Relaxed(neighbours=10).prepare(model(9)), "at most"),
+        (lambda: Relaxed(neighbours=10).check(SimpleNamespace(layout=TokenGrid(1, 1, 9)), 4), "at most"),
+        (lambda: Grouped(group=0), "group must be 1"),
+        (lambda: Grouped(probability=0), "above 0"),
+        (lambda: Grouped(distance=0.0), "null switches it off"),
+        (lambda: Reuse(threshold=1.5), r"\[0, 1\]"),
+    ],
+)
+def test_wrong_settings_are_refused(make: object, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        make()
+
+
+def state(rows: int) -> SimpleNamespace:
+    """What `Reuse` reads of a state."""
+    place, noise = torch.ones(rows, 1, dtype=torch.long), Noise(torch.arange(rows), torch.float64)
+    return SimpleNamespace(guesses=lambda draft: place, iteration=place[:, 0], noise=noise, sampling=Sampling())
+
+
+def reused(p: Tensor, q: Tensor, threshold: float, rows: int = 40_000) -> tuple[Tensor, Tensor]:
+    """Draw guesses from q and reuse them under p: counts of the new guesses [V], recorded law [V]."""
+    drawn = draw(q.expand(rows, -1), torch.rand(rows, generator=torch.Generator().manual_seed(7)).double())
+    draft = Draft(torch.stack([torch.zeros_like(drawn), drawn], 1), q.expand(rows, 1, -1))
+    new = Reuse(threshold=threshold)(draft, p.expand(rows, 1, -1), None, None, state(rows))
+    assert torch.equal(new.probs, new.probs[:1].expand_as(new.probs))
+    return torch.bincount(new.tokens[:, 1], minlength=len(p)), new.probs[0, 0]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 1.0])
+def test_reuse_records_the_law_of_its_guesses(threshold: float) -> None:
+    p, q = laws(6, seed=4, sharpness=1.0)
+    counts, law = reused(p, q, threshold)
+    wanted = [0.0] * 6  # enumerated: each old guess stays or moves
+    for x in range(6):
+        for y in range(6):
+            wanted[y] += float(q[x]) * (float(x == y) if p[x] > threshold else float(p[y]))
+    assert law.tolist() == pytest.approx(wanted, abs=1e-12)
+    assert abs(chi_square_z(counts, law)) < 5
+    if threshold == 1:
+        assert torch.allclose(law, p, atol=1e-12)
+
+
+def test_a_stale_record_is_caught() -> None:
+    p, q = laws(6, seed=4, sharpness=1.0)
+    counts, _ = reused(p, q, 0.1)
+    assert min(abs(chi_square_z(counts, law + 1e-9)) for law in (p, q)) > 5
+
+
+def test_reuse_needs_the_laws() -> None:
+    draft = Draft(torch.zeros(2, 2, dtype=torch.long), None)
+    with pytest.raises(UserError, match="needs the laws"):
+        Reuse()(draft, torch.full((2, 1, 3), 1 / 3), None, None, state(2))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "law"),
+    [
+        (jacobi(4, Reuse(threshold=0.3)), GUIDED),
+        (jacobi(8, Reuse(threshold=0.1)), Sampling()),
+        (jacobi(5, Reuse(), "left"), CUT),
+    ],
+    ids=["guided", "wide", "cut"],
+)
+def test_reuse_keeps_the_law(decoder, law) -> None:
+    assert decoder.lossless
+    assert abs(z_score(decoder, law)) < 5
+
+
+class StaleReuse(Reuse):
+    """A kept guess keeps the law it had: the rule as the paper's abstract states it."""
+
+    def __call__(self, draft, law, chance, keep, state):
+        new = super().__call__(draft, law, chance, keep, state)
+        kept = law.gather(-1, draft.tokens[:, 1:, None].clamp(max=law.shape[-1] - 1)) > self.threshold
+        return replace(new, probs=torch.where(kept, draft.probs, law))
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        jacobi(5, StaleReuse(threshold=0.3)),
+        jacobi(5, Resample(), verifier=Relaxed(neighbours=2, lam=5.0), lossless=False),
+        jacobi(5, Resample(), verifier=Grouped(group=3, distance=None, probability=0.9), lossless=False),
+    ],
+    ids=["stale reuse", "lantern++", "gsd"],
+)
+def test_lossy_decoders_are_caught(decoder) -> None:
+    assert abs(z_score(decoder, GUIDED)) > 5
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_smallest_settings_decode_as_sjd(name: str) -> None:
+    toy = Toy(TokenGrid(2, 5, 9, row_end=20), dtype=torch.float64)
+    prompts, seeds = ["a b", "b", "c a d"] * 4, list(range(12))
+    sjd, other = jacobi(4, Resample()), jacobi(4, Resample(), verifier=EXACT[name], lossless=False)
+    wanted, got = (generate(toy, decoder, toy.encode(prompts), seeds, law=GUIDED) for decoder in (sjd, other))
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert [s.accepted for s in got.samples] == [s.accepted for s in wanted.samples]

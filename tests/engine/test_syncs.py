@@ -1,0 +1,267 @@
+"""No pass of any decoder reads a value on the host or brings one to the device: on a GPU each such step would wait.
+
+A pass on the `meta` device has shapes and no values, so whatever asks for a value raises. What would only be slow (a list
+turned into a tensor, a number put at indices) is watched by name.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sjd2 import api
+from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.interfaces import Draft, State
+from sjd2.decoding.jacobi import Jacobi
+from sjd2.decoding.refine import Resample
+from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.verify import Exact
+from sjd2.decoding.window import Decoding
+from sjd2.files import ROOT
+from sjd2.models.base import Condition, ImageModel
+from sjd2.models.kv_cache import RowCache
+from tests.engine.test_engine import AR, GRID, LAW, PROMPTS, sjd
+from tests.engine.test_trees import eagle, front, nets
+from tests.helpers.toy import Toy
+
+__all__ = ["nets"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
+LAWS = {
+    "cdf": Sampling(guidance_scale=3.0, top_k=100, temperature=0.9),
+    "plain": Sampling(top_p=0.9),
+    "gumbel": Sampling(guidance_scale=3.0, sampler="gumbel"),
+    "greedy": Sampling(temperature=0.0),
+}
+PASSES = [(name, "cdf") for name in DECODERS]
+PASSES += [
+    (name, law) for name in ("ar", "scd", "sjd2", "sjd-fc", "eagle", "eagle1", "zipar") for law in ("plain", "gumbel")
+]
+PASSES += [(name, "greedy") for name in ("ar", "jacobi")]
+HOST = ("tensor", "as_tensor", "from_numpy", "item", "tolist", "numpy", "cpu", "cuda", "nonzero")
+HOST += ("__bool__", "__int__", "__float__", "__index__", "masked_select", "unique", "bincount", "multinomial")
+
+
+class Calls(TorchFunctionMode):
+    """Notes calls that read values on the host or copy from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, call: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(call, "__name__", str(call))
+        if name in HOST:
+            self.found.append(name)
+        # a number put at indices becomes a tensor on the host first; at slices it is a fill
+        if name == "__setitem__" and not isinstance(args[2], Tensor) and _indexed(args[1]):
+            self.found.append("a number put at indices")
+        return call(*args, **(kwargs or {}))
+
+
+class Operations(TorchDispatchMode):
+    """Notes operations whose result or inputs cross devices, or whose shape depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += 1
+        out = call(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if len({x.device.type for x in tensors if x.dim()}) > 1:
+            self.found.append(f"{call} crosses devices")
+        if call._schema.name in ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"):
+            indices = [x for x in args[1] if x is not None]
+            if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
+                self.found.append(f"{call} by a mask")
+        return out
+
+
+def _indexed(place: Any) -> bool:
+    return any(isinstance(part, Tensor) for part in (place if isinstance(place, tuple) else (place,)))
+
+
+def watch(step: Any) -> list[str]:
+    """Run a pass and return what it did that a GPU would have to wait for."""
+    calls, operations = Calls(), Operations()
+    try:
+        with operations, calls:
+            step()
+    except (RuntimeError, NotImplementedError) as error:
+        return [*calls.found, *operations.found, str(error).splitlines()[0]]
+    return [*calls.found, *operations.found]
+
+
+@pytest.fixture(scope="module")
+def meta() -> ImageModel:
+    """The embedded model without its values."""
+    model = api.load("tiny")
+    model.full.to("meta")
+    model.ids = model.ids.to("meta")
+    model.adapter.to("meta")
+    return model
+
+
+def begin(model: ImageModel, decoder: Decoder, law: Sampling) -> Decoding:
+    """Open a loop of two rows, admit prompts and run the first two passes: they may still build tables."""
+    width = model.embed(torch.zeros(1, 1, dtype=torch.long, device="meta")).shape[-1]
+    lengths = torch.zeros(2, dtype=torch.long, device="meta")
+    embeds = torch.zeros(2, 6, width, device="meta")
+    decoding = decoder.start(model, 2, 6, law)
+    decoding.admit([0, 1], Condition(embeds, lengths, embeds[:1, :2], lengths[:1]), [1, 2])
+    decoding.step()
+    decoding.step()
+    return decoding
+
+
+@pytest.mark.parametrize(("name", "law"), PASSES)
+def test_no_pass_of_a_decoder_waits_for_its_device(meta: ImageModel, name: str, law: str) -> None:
+    assert watch(begin(meta, api.decoder(name), LAWS[law]).step) == []
+
+
+@pytest.mark.parametrize("settings", [{"rule": "paper", "steps": 4}, {"levels": "slot", "clean": 4, "early": 0.5}])
+def test_no_setting_of_sjd2_waits_for_its_device(meta: ImageModel, settings: dict) -> None:
+    assert watch(begin(meta, api.decoder("sjd2", **settings), LAWS["cdf"]).step) == []
+
+
+class Waits(Jacobi):
+    """A drafter that does what must not be done."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
+        filled, rows = super().fill(draft, fresh, state), torch.zeros_like(fresh[:, 0], dtype=torch.long)
+        match self.how:
+            case "item":
+                int(state.committed.max())
+            case "bool":
+                filled = filled if fresh.any() else draft
+            case "mask":
+                filled.tokens[fresh] = filled.tokens[fresh]
+            case "tolist":
+                state.committed.tolist()
+            case "cpu":
+                state.committed.cpu()
+            case "list":
+                filled.tokens.add_(torch.tensor([0], device=fresh.device))
+            case "number":
+                filled.tokens[rows] = 0
+            case "table":
+                filled.tokens.add_(torch.zeros(3, dtype=torch.long).to(fresh.device)[0])
+        return filled
+
+
+@pytest.fixture(scope="module")
+def decoding(meta: ImageModel) -> Decoding:
+    decoder = Decoder(name="x", window=5, lossless=True, drafter=Waits("not"), verifier=Exact(), refiner=Resample())
+    return begin(meta, decoder, LAWS["cdf"])
+
+
+@pytest.mark.parametrize("how", ["item", "bool", "mask", "tolist", "cpu", "list", "number", "table"])
+def test_what_waits_is_found(decoding: Decoding, how: str) -> None:
+    drafter = decoding.decoder.drafter
+    filling = (drafter.fill, decoding.draft, decoding.fresh, decoding.state)
+    drafter.how = "not"
+    assert watch(lambda: filling[0](*filling[1:])) == []
+    drafter.how = how
+    assert watch(lambda: filling[0](*filling[1:]))
+
+
+def test_a_loop_frees_its_keys_when_it_ends(model: Toy) -> None:
+    # not when Python next looks for cycles: those of one batch of Emu3 take 17 GB
+    gc.collect()
+    gc.disable()
+    try:
+        for name in ("ar", "sjd"):
+            decoding = MANY[name]({}).start(model, 2, 4, LAW)
+            decoding.admit([0, 1], model.encode(PROMPTS[:2]), [1, 2])
+            decoding.step()
+            decoding.step()
+            held = weakref.ref(decoding.cache.layers[0].keys)
+            del decoding
+            assert held() is None
+    finally:
+        gc.enable()
+
+
+# ---- spans: where the host does not read lengths, it keeps a bound
+
+
+@pytest.fixture(scope="module")
+def model() -> Toy:
+    return Toy(GRID, dtype=torch.float64, width=16)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[list[tuple[int, int]]]:
+    """Let caches keep a bound in buckets of 8, and yield (span, entries needed) of every pass."""
+    start, window, spans = RowCache.__init__, RowCache.window, []
+
+    def build(cache: RowCache, layers: int, rows: int, capacity: int, device: torch.device) -> None:
+        start(cache, layers, rows, capacity, device)
+        cache.reads = False
+        cache.capacity = cache._room(capacity)
+
+    def checked(cache: RowCache, width: int, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
+        mask = window(cache, width, dtype, visible)
+        spans.append((cache.span, int(cache.lengths.max()) + width))
+        assert spans[-1][1] <= cache.span
+        assert cache.span % 8 == 0 or (visible is not None and visible.shape[2] > width)
+        return mask
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sjd2.models.kv_cache.SPAN_BUCKET", 8)
+        patch.setattr(RowCache, "__init__", build)
+        patch.setattr(RowCache, "window", checked)
+        yield spans
+
+
+MANY = {
+    "ar": lambda n: AR,
+    "sjd": lambda n: sjd(6),
+    "jacobi": lambda n: sjd(6, Resample(record=False)),
+    "front": lambda n: front(20, n, siblings=(2, 1, 1), copies=4, corrected=3),
+    "eagle chain": lambda n: eagle(5, n, shape="chain"),
+    "eagle": lambda n: eagle(12, n, shape="dynamic", depth=3, top_k=3),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_bound_instead_of_the_lengths_changes_no_token(model: Toy, name: str, nets: dict[str, str]) -> None:
+    seeds, decoder = list(range(1, len(PROMPTS) + 1)), MANY[name](nets)
+    with as_on_a_gpu():
+        bounded = generate(model, decoder, model.encode(PROMPTS), seeds, law=LAW)
+        refilled = dict(stream(model, decoder, zip(PROMPTS, seeds, strict=True), rows=2, law=LAW))
+    exact = generate(model, decoder, model.encode(PROMPTS), seeds, law=LAW)
+    assert torch.equal(bounded.tokens, exact.tokens)
+    for index, sample in refilled.items():
+        assert (sample.tokens == exact.samples[index].tokens).all()
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_spans_follow_the_rows(model: Toy, name: str, nets: dict[str, str]) -> None:
+    # the host's bound grows by a whole window per pass and is set right at each look at the device, in every cache
+    decoder = MANY[name](nets)
+    with as_on_a_gpu() as spans:
+        decoding = decoder.start(model, 1, 3, LAW)
+        decoding.admit([0], model.encode(PROMPTS[:1]), [1])
+        spans.clear()
+        while not decoding.finished():
+            decoding.step()
+    deepest = decoder.window + (9 if name == "eagle" else 0)  # one pass, and nodes of the head that stand behind it
+    assert max(span - need for span, need in spans) < deepest + 8

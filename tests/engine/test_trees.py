@@ -1,0 +1,278 @@
+"""Tree drafts: enumerated laws with siblings, corrected laws and EAGLE heads; broken twins; equalities with chains and AR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from baselines.eagle.eagle_drafter import Eagle
+from baselines.eagle.head import EagleHead, EagleSettings
+from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.jacobi import Jacobi
+from sjd2.decoding.refine import Coupled, Resample
+from sjd2.decoding.shapes import Tree, walk
+from sjd2.decoding.verify import Exact
+from sjd2.denoising.denoise import Denoise
+from sjd2.errors import UserError
+from sjd2.front.corrector import Corrector, FrontSettings
+from sjd2.front.front_drafter import Front
+from sjd2.front.front_shape import branches, shape
+from sjd2.models.kv_cache import RowCache
+from tests.engine.test_engine import GRID, LAW, PROMPTS
+from tests.engine.test_exactness import AR, CUT, FORCED, GUIDED, toy, z_score
+from tests.helpers.toy import Toy
+
+PATHS = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+
+
+@pytest.fixture(scope="session")
+def nets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Strong random networks: what they guess is wrong, so a decoder that trusts them too much is found out."""
+    model, folders = toy(), {}
+    torch.manual_seed(1)
+    corrector = Corrector(FrontSettings(width=16, inner=32, blocks=1), 16)
+    head = EagleHead(EagleSettings(), model)
+    for name, net, size in (("front", corrector, 0.5), ("eagle", head, 0.3)):
+        for parameter in net.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape) * size if parameter.ndim == 2 else parameter)
+        folder = tmp_path_factory.mktemp(name)
+        net.save(folder, torch.float32)
+        folders[name] = str(folder)
+    return folders
+
+
+def front(window: int, nets: dict[str, str], chain=None, refiner=None, corrected: int = 0, **more) -> Decoder:
+    weights = nets["front"] if corrected else None
+    drafter = Front(chain=chain or Jacobi(), weights=weights, corrected=corrected, **more)
+    return Decoder(
+        name="front", window=window, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner or Coupled()
+    )
+
+
+def eagle(window: int, nets: dict[str, str], verifier=None, **more) -> Decoder:
+    drafter = Eagle(weights=nets["eagle"], **more)
+    return Decoder(name="eagle", window=window, lossless=True, drafter=drafter, verifier=verifier or Exact())
+
+
+LOSSLESS = {
+    "siblings": (lambda n: front(9, n, siblings=(2, 1), copies=2), GUIDED),
+    "siblings resampled": (lambda n: front(9, n, siblings=(2, 1), copies=2, refiner=Resample()), CUT),
+    "k-ary tree": (lambda n: front(13, n, siblings=(2, 1), copies=2, full=True), GUIDED),
+    "gumbel coupling": (
+        lambda n: front(9, n, siblings=(2, 1), copies=2, refiner=Coupled(coupling="gumbel")),
+        GUIDED,
+    ),
+    "corrected": (lambda n: front(4, n, corrected=1), GUIDED),
+    "corrected twice": (lambda n: front(5, n, corrected=2), CUT),
+    "corrected branches": (lambda n: front(13, n, siblings=(2, 1), copies=3, corrected=3), GUIDED),
+    "noise behind branches": (
+        lambda n: front(9, n, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2),
+        GUIDED,
+    ),
+    "eagle chain": (lambda n: eagle(4, n, shape="chain"), GUIDED),
+    "eagle static": (lambda n: eagle(7, n, shape="static", tree=PATHS), GUIDED),
+    "eagle dynamic": (lambda n: eagle(8, n, shape="dynamic", depth=3, top_k=2), CUT),
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_trees_have_the_enumerated_law(name: str, nets: dict[str, str]) -> None:
+    make, law = LOSSLESS[name]
+    assert abs(z_score(make(nets), law)) < 5
+
+
+@pytest.mark.parametrize("name", ["corrected branches", "eagle static", "eagle dynamic"])
+def test_forced_tokens_in_trees_do_not_change_the_law(name: str, nets: dict[str, str]) -> None:
+    assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
+
+
+class StaleLaw(Front):
+    """A guess moved to its corrected law, recorded with the law it had before."""
+
+    def _correct(self, level, depth, tokens, token, law, source, state):
+        moved, _, hidden = super()._correct(level, depth, tokens, token, law, source, state)
+        return moved, law, hidden
+
+
+class Unnormalised(Front):
+    """Siblings drawn without replacement, recorded with the whole law."""
+
+    def _siblings(self, level, depth, tokens, probs, token, law, state):
+        super()._siblings(level, depth, tokens, probs, token, law, state)
+        for slots in level.siblings:
+            probs[:, slots - 1] = law[:, : len(slots)]
+
+
+class WholeLaw(Eagle):
+    """Children drawn without replacement, recorded with the law of the first one."""
+
+    def fill(self, draft, fresh, state):
+        filled = super().fill(draft, fresh, state)
+        parents, rank = filled.tree.parents[0].tolist(), filled.tree.rank[0].tolist()
+        for slot in range(1, state.window):
+            first = next(s for s in range(1, state.window) if parents[s] == parents[slot] and rank[s] == 0)
+            filled.probs[:, slot - 1] = filled.probs[:, first - 1]
+        return filled
+
+
+class BestFirst(Eagle):
+    """Two sampled candidates, the likelier one tried first: chosen by its score, it is no draw from the law any more."""
+
+    def fill(self, draft, fresh, state):
+        filled = super().fill(draft, fresh, state)
+        score = filled.probs[:, 0].gather(1, filled.tokens[:, 1:3])
+        filled.tokens[:, 1:3] = filled.tokens[:, 1:3].gather(1, score.argsort(1, descending=True))
+        return filled
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        lambda n: StaleLaw(chain=Jacobi(), weights=n["front"], corrected=1),
+        lambda n: Unnormalised(chain=Jacobi(), siblings=(1, 1), copies=2),
+        lambda n: WholeLaw(weights=n["eagle"], shape="static", tree=PATHS),
+        lambda n: BestFirst(weights=n["eagle"], shape="static", tree=((0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1))),
+    ],
+    ids=["stale law", "unnormalised siblings", "whole law", "best first"],
+)
+def test_broken_trees_are_caught(drafter, nets: dict[str, str]) -> None:
+    broken = drafter(nets)
+    refiner = Coupled() if broken.carried(7) > 1 else None
+    decoder = Decoder(name="x", window=7, lossless=True, drafter=broken, verifier=Exact(), refiner=refiner)
+    assert abs(z_score(decoder, GUIDED)) > 5
+
+
+class NoCompaction(RowCache):
+    """Keys and values of an accepted branch stay where they were."""
+
+    def compact(self, path: Tensor) -> None:
+        pass
+
+
+def test_keys_left_in_a_branch_are_caught(nets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sjd2.models.base.RowCache", NoCompaction)
+    assert abs(z_score(front(9, nets, siblings=(2, 1), copies=2), GUIDED)) > 5
+
+
+# ---- equalities
+
+
+@pytest.fixture(scope="module")
+def model() -> Toy:
+    return Toy(GRID, dtype=torch.float64, width=16)
+
+
+def decode(model: Toy, decoder: Decoder, law=LAW):
+    return generate(model, decoder, model.encode(PROMPTS), list(range(1, len(PROMPTS) + 1)), law=law)
+
+
+MANY = [
+    lambda n: front(20, n, siblings=(2, 1, 1), copies=4, corrected=3),
+    lambda n: front(18, n, siblings=(1, 1), copies=2, full=True),
+    lambda n: eagle(5, n, shape="chain"),
+    lambda n: eagle(7, n, shape="static", tree=PATHS),
+    lambda n: eagle(12, n, shape="dynamic", depth=3, top_k=3),
+]
+
+
+@pytest.mark.parametrize("make", MANY)
+def test_gumbel_matching_on_trees_returns_the_very_tokens_of_ar(model: Toy, make, nets: dict[str, str]) -> None:
+    law = replace(LAW, sampler="gumbel")
+    expected, got = decode(model, AR, law), decode(model, make(nets), law)
+    assert torch.equal(expected.tokens, got.tokens)
+    assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
+
+
+@pytest.mark.parametrize("make", MANY)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_trees_do_not_depend_on_batch_or_refilling(model: Toy, make, rows: int, nets: dict[str, str]) -> None:
+    decoder = make(nets)
+    expected = decode(model, decoder).samples
+    requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
+    for index, sample in stream(model, decoder, requests, rows=rows, law=LAW):
+        assert (sample.tokens == expected[index].tokens).all()
+        assert sample.accepted == expected[index].accepted
+        assert sample.draft_forwards == (sample.forwards - 1) * decoder.forwards
+
+
+@dataclass(kw_only=True)
+class ChainAsTree(Jacobi):
+    """Jacobi's chain, handed over as a tree of single children."""
+
+    def fill(self, draft, fresh, state):
+        filled = super().fill(draft, fresh, state)
+        size = filled.tokens.shape[1]
+        tree = Tree.static([0, *range(size - 1)], chain=size, device=filled.tokens.device)
+        return replace(filled, tree=tree)
+
+
+@pytest.mark.parametrize("refiner", [Resample(), Coupled()])
+def test_a_tree_of_single_children_is_the_chain(model: Toy, refiner: object) -> None:
+    chain, tree = (
+        Decoder(name="x", window=7, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner)
+        for drafter in (Jacobi(), ChainAsTree())
+    )
+    first, second = decode(model, chain), decode(model, tree)
+    assert torch.equal(first.tokens, second.tokens)
+    assert [s.accepted for s in first.samples] == [s.accepted for s in second.samples]
+
+
+def test_an_eagle_tree_of_single_children_is_its_chain(model: Toy, nets: dict[str, str]) -> None:
+    chain = eagle(4, nets, shape="chain")
+    tree = eagle(4, nets, shape="static", tree=((0,), (0, 0), (0, 0, 0)))
+    assert torch.equal(decode(model, chain).tokens, decode(model, tree).tokens)
+
+
+# ---- shapes
+
+
+def test_the_walk_takes_the_first_kept_sibling() -> None:
+    # 0 -> 1 -> 2, and siblings 3, 4 of 1; 4 -> 5
+    tree = Tree.static([0, 0, 1, 0, 0, 4], chain=3, device=torch.device("cpu"))
+    keep = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1, 0, 1]], dtype=torch.bool)
+    way = walk(tree, keep, None)
+    assert way.end.tolist() == [5, 2, 0, 3]
+    assert way.accepted.tolist() == [2, 2, 0, 1]
+    assert way.path[0].tolist() == [0, 4, 5]
+    assert tree.follow[4].tolist() == [0, 4, 5]  # the branch itself
+    assert tree.follow[3].tolist() == [0, 3, 2]  # a branch without copies goes on with the main chain
+    noisy = torch.tensor([[1, 1, 1, 1, 0, 1]], dtype=torch.bool).expand(4, -1)
+    way = walk(tree, keep, noisy)
+    assert way.end.tolist() == [4, 2, 0, 3]  # a noisy input may be committed, nothing behind it
+    assert way.open.tolist() == [False, True, True, True]
+
+
+def test_branches_are_counted_as_published() -> None:
+    # SJD-PAC: K = 3, D = 3 with the root is a tree of 13 nodes, 10 of them beside the main chain
+    assert len(branches((2, 2), 2, True)[0]) == 10
+    assert len(branches((3, 2, 2), 4, False)[0]) == 3 * 4 + 2 * 3 + 2 * 2
+    built = shape(6, siblings=(2, 2), copies=2, full=True, corrected=0, device=torch.device("cpu"))
+    assert built.tree.parents.shape[1] == 16
+    assert built.tree.depth[0].tolist() == [0, 1, 2, 3, 4, 5, *[1] * 2, *[2] * 8]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda n: front(8, n, siblings=(3, 2), copies=3), "is too small"),
+        (lambda n: front(8, n, siblings=(-1,)), "siblings must be 0 or more"),
+        (lambda n: Front(chain=Jacobi(), corrected=1), "go together"),
+        (lambda n: eagle(4, n, shape="tree"), "did you mean 'static'|Valid"),
+        (lambda n: eagle(4, n, shape="static", tree=((0,), (2,))), "without its parent or earlier sibling"),
+        (lambda n: eagle(9, n, shape="static", tree=PATHS).check(None), "must be 7"),
+        (lambda n: eagle(3, n, shape="static", tree=((0,), (0,))), "repeated node"),
+        (lambda n: eagle(2, n, shape="static", tree=((),)), "empty or a repeated"),
+        (lambda n: front(9, n, Eagle(weights="x"), siblings=(1,)), "must keep its guesses"),
+        (lambda n: front(9, n, Front(chain=Jacobi()), siblings=(1,)), "must keep its guesses"),
+        (lambda n: replace(eagle(4, n, shape="chain"), refiner=Coupled()), "nothing to refine"),
+        (lambda n: front(9, n, siblings=(1,), refiner=Resample(record=False)), "record=true"),
+        (lambda n: replace(front(9, n, siblings=(1,)), rule="paper", lossless=False), "cannot be combined with trees"),
+        (lambda n: replace(front(9, n, siblings=(1,)), refiner=None), "decoder/refiner=coupled"),
+    ],
+)
+def test_wrong_trees_say_the_mend(make, words: str, nets: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=words):
+        make(nets)

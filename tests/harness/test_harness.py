@@ -1,0 +1,319 @@
+"""Runs from the command line: resume, batches, baseline, multirun, scoring, fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.run_folder import RunFolder, run_folders
+from harness import sample as sampling
+from harness.grids import waiting
+from harness.provenance import CpuShare
+from sjd2.decoding.generate import generate
+from sjd2.files import ROOT
+from tests.helpers.cli import Cli
+
+SLOW = {"TOY_SECONDS_PER_BATCH": "0.6"}
+
+
+def tokens(run: RunFolder) -> dict[tuple, str]:
+    return {tuple(r["id"]): r["tokens_sha256"] for r in run.records()}
+
+
+def lines(run: RunFolder) -> list[bytes]:
+    return (run.path / "samples.jsonl").read_bytes().splitlines()
+
+
+def wait_for_records(cli: Cli, process: subprocess.Popen, count: int) -> RunFolder:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        found = run_folders(cli.runs_dir)
+        if found and len(RunFolder(found[0]).records()) >= count:
+            return RunFolder(found[0])
+        time.sleep(0.05)
+    raise AssertionError(f"no records came: {process.communicate()[0]}")
+
+
+# ---- resume
+
+
+def test_kill_and_start_again(cli: Cli) -> None:
+    command = ("decoder=sjd", "limit=18", "baseline=null")
+    process = cli.start(*command, **SLOW)
+    run = wait_for_records(cli, process, 4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(run.records())
+    assert 4 <= before < 18
+    with (run.path / "samples.jsonl").open("ab") as file:
+        file.write(b'{"id": [9, 0], "tok')  # as if the kill had hit the write of a line
+    assert cli(*command) == 0
+    assert f"{before} of 18 images are there, going on" in cli.out
+    assert "1 line(s) cut by a kill" in cli.out
+    assert [r["id"] for r in run.records()] == [[i, 0] for i in range(18)]
+    assert len(lines(run)) == 18
+    assert {r["launch"] for r in run.records()} == {0, 1}
+
+    cli.runs_dir = cli.runs_dir.with_name("undisturbed")
+    assert cli(*command) == 0
+    other = cli.run("sjd")
+    assert other.path.name == run.path.name
+    assert tokens(run) == tokens(other)
+    for a, b in zip(run.images(), other.images(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sigterm_ends_after_the_batch_in_hand(cli: Cli) -> None:
+    process = cli.start("decoder=ar", "limit=40", **SLOW)
+    run = wait_for_records(cli, process, 4)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "finishing the batch in hand" in output
+    assert "the same command goes on" in output
+    assert "Traceback" not in output
+    done = run.records()
+    assert 4 <= len(done) < 40
+    assert len(done) % 4 == 0
+    assert "peak_memory_gb" in run.provenance()[0]
+
+
+def test_only_missing_records_of_a_cut_batch_are_written(cli: Cli) -> None:
+    command = ("decoder=sjd", "limit=10", "baseline=null")
+    assert cli(*command) == 0
+    run = cli.run("sjd")
+    whole, before = lines(run), tokens(run)
+    (run.path / "samples.jsonl").write_bytes(b"\n".join(whole[:5] + whole[7:]) + b"\n")  # batch 1 lacks two of its four
+    assert cli(*command) == 0
+    assert len(lines(run)) == 10
+    assert tokens(run) == before
+    again = [r for r in run.records() if r["launch"] == 1]
+    assert [r["id"][0] for r in again] == [5, 6]
+    assert {r["batch_rows"] for r in again} == {4}  # the batch ran whole
+
+
+def test_a_higher_limit_continues_the_same_run(cli: Cli) -> None:
+    assert cli("decoder=sjd", "limit=3", "baseline=null") == 0
+    run = cli.run("sjd")
+    assert len(run.records()) == 3
+    assert cli("decoder=sjd", "limit=9", "baseline=null") == 0
+    assert cli("decoder=sjd", "limit=2", "baseline=null") == 0
+    assert "all 2 images are there" in cli.out
+    assert "weights are loaded" not in cli.out
+    assert len(run.records()) == 9
+    assert run.config.limit == 2
+    assert [entry["launch"] for entry in run.provenance()] == [0, 1]
+    cli.runs_dir = cli.runs_dir.with_name("at-once")
+    assert cli("decoder=sjd", "limit=9", "baseline=null") == 0
+    assert tokens(cli.run("sjd")) == tokens(run)
+
+
+def test_refill_has_the_same_tokens_and_resumes(cli: Cli) -> None:
+    command = ("decoder=sjd", "limit=7", "dtype=float64", "baseline=null")
+    assert cli(*command) == 0
+    plain = tokens(cli.run("sjd"))
+    cli.runs_dir = cli.runs_dir.with_name("refill")
+    assert cli(*command, "refill=true") == 0
+    run = cli.run("sjd")
+    assert tokens(run) == plain
+    kept = [line for line in lines(run) if json.loads(line)["id"][0] not in (2, 5)]
+    (run.path / "samples.jsonl").write_bytes(b"\n".join(kept) + b"\n")
+    assert cli(*command, "refill=true") == 0
+    assert tokens(run) == plain
+    assert all(r["seconds"]["decode"] > 0 for r in run.records())
+
+
+def test_what_decides_the_tokens_decides_the_folder(cli: Cli) -> None:
+    same = [(), ("limit=1",), ("device=cpu",), ("runtime=all",), ("evaluation=clip", "stage=sample"), ("trace=1",)]
+    other = [
+        ("seed=1",),
+        ("decoder.window=8",),
+        ("temperature=0.5",),
+        ("batch_size=2",),
+        ("dtype=float64",),
+        ("refill=true",),
+    ]
+    other += [("prompts.repeats=2",), ("model.rows=5",), ("sampler=gumbel",), ("decoder.drafter.init=left",)]
+    names = [planned(cli, "decoder=sjd", *arguments) for arguments in same + other]
+    assert len(set(names[: len(same)])) == 1
+    assert len(set(names)) == 1 + len(other)
+
+
+def planned(cli: Cli, *arguments: str) -> str:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from harness.console import CONF
+    from harness.plan import make_plan
+
+    GlobalHydra.instance().clear()
+    kept = [
+        argument
+        for argument in cli.arguments(*arguments)[1:]
+        if not argument.startswith("/") and argument != "--config-dir"
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [*kept, f"hydra.searchpath=['file://{ROOT / 'tests' / 'conf'}']"])
+    return make_plan(cfg).run.path.name
+
+
+def test_a_folder_of_another_run_is_refused(cli: Cli, tmp_path: Path) -> None:
+    command = ("decoder=ar", "limit=2", f"run_dir={tmp_path / 'mine'}")
+    assert cli(*command) == 0
+    before = lines(RunFolder(tmp_path / "mine"))
+    assert cli(*command, "seed=7") == 1
+    assert "holds another run (seed: 0 there, 7 asked for)" in cli.err
+    assert "weights are loaded" not in cli.out
+    assert lines(RunFolder(tmp_path / "mine")) == before
+
+
+def test_a_folder_in_use_is_refused(cli: Cli) -> None:
+    assert cli("decoder=ar", "limit=2") == 0
+    with cli.run("ar").lock():
+        assert cli("decoder=ar", "limit=3") == 1
+    assert f"in use by process {os.getpid()} on " in cli.err
+    assert cli("decoder=ar", "limit=3") == 0
+
+
+# ---- what is written
+
+
+def test_the_run_folder(cli: Cli) -> None:
+    assert cli("decoder=sjd", "limit=6", "trace=2", "baseline=null") == 0
+    run = cli.run("sjd")
+    for record in run.records():
+        assert sum(record["accepted"]) == record["tokens"] == 16
+        assert len(record["accepted"]) == record["forwards"]
+        assert set(record["seconds"]) == {"encode", "prefill", "decode", "image"}
+        assert record["nll"] > 0
+        assert run.tokens(record).shape == (16,)
+    traced = [record["id"][0] for record in run.records() if run.traced(record)]
+    assert traced == [0, 1, 2, 3]  # whole batches: every image of a traced batch was slowed
+    trace = json.loads((run.path / "traces" / "00000_0.json").read_text())
+    assert trace[-1][1] == 16
+    assert trace == sorted(trace)
+    assert {path.name for path in run.path.iterdir()} >= {"config.yaml", "grid.png", "acceptance.png", "metrics.json"}
+    assert run.metrics["n_images"] == 6
+    (launch,) = run.provenance()
+    assert launch["hardware"].endswith("1 thread")
+    assert launch["dtype"] == "float32"
+    assert launch["packages"]["torch"]
+    assert cli.out.splitlines()[-1] == f"run folder: {run.path}"
+
+
+def test_the_warm_up_is_short_and_leaves_no_record(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+
+    def spy(model, decoder, cond, seeds, *, law, on_step=None, graphs=None):
+        passes.append(0)
+
+        def count(step):
+            passes[-1] += 1
+            if on_step is not None:
+                on_step(step)
+
+        return generate(model, decoder, cond, seeds, law=law, on_step=count, graphs=graphs)
+
+    monkeypatch.setattr(sampling, "generate", spy)
+    assert cli("decoder=ar", "limit=6") == 0
+    assert passes == [sampling.WARM_UP_PASSES, 15, 15]  # the first token comes from the prefill
+    assert len(cli.run("ar").records()) == 6
+
+
+def test_waiting_passes() -> None:
+    assert waiting([1, 1, 1, 1], window=1).tolist() == [0, 0, 0, 0]  # AR guesses nothing
+    # pass 1 from n = 1 guesses 1 2 3 and commits 1; pass 2 guesses 2 3 4 and commits 2 3 4; pass 3 commits 5
+    assert waiting([1, 1, 3, 1], window=4).tolist() == [0, 0, 1, 1, 0, 0]
+
+
+# ---- baseline and multirun
+
+
+def test_the_baseline_is_made_once_with_its_own_decoder_settings(cli: Cli) -> None:
+    assert cli("decoder=sjd", "decoder.window=4", "limit=4", "seed=3", "temperature=0.9") == 0
+    run = cli.run("ar")
+    assert run.config.decoder.window == 1
+    assert (run.config.seed, run.config.temperature) == (3, 0.9)
+    assert len(run.records()) == 4
+    assert "| ar |" in cli.out
+    assert "| sjd |" in cli.out
+    assert cli("decoder=sjd", "decoder.window=8", "limit=4", "seed=3", "temperature=0.9") == 0
+    assert len(run.provenance()) == 1
+    assert cli("decoder=sjd", "limit=2", "baseline=null") == 0
+    assert len([path for path in run_folders(cli.runs_dir) if path.name.startswith("toy-ar-")]) == 1
+
+
+def test_a_multirun_goes_on_past_a_failed_job(cli: Cli) -> None:
+    code = cli("-m", "decoder=jacobi,sjd", "decoder.window=4,0", "limit=2")
+    assert code == 1
+    (sweep,) = (cli.runs_dir / "sweeps").iterdir()
+    statuses = [json.loads((sweep / str(n) / "status.json").read_text()) for n in range(4)]
+    assert [s["status"] for s in statuses] == ["ok", "failed", "ok", "failed"]
+    assert "decoder.window must be 1 or more" in statuses[1]["reason"]
+    assert Path(statuses[0]["run_dir"]).name.startswith("toy-jacobi-")
+    table = (sweep / "table.md").read_text()
+    assert "failed" in table
+    assert "| ar |" in table  # made by the first job, found by the next
+    assert len(cli.run("ar").provenance()) == 1
+    assert cli("-m", "decoder=ar,sjd", "decoder.window=1", "limit=2") == 0
+
+
+# ---- other stages
+
+
+def test_score_and_table_need_no_weights(cli: Cli) -> None:
+    assert cli("decoder=ar", "limit=2") == 0
+    run = cli.run("ar")
+    (run.path / "metrics.json").unlink()
+    assert cli("stage=score", f"run_dir={run.path}", "model=tiny") == 0
+    assert run.metrics["n_images"] == 2
+    assert run.metrics["step_compression"] == 1.0
+    assert "weights are loaded" not in cli.out
+    assert cli("stage=table") == 0
+    assert "| ar |" in cli.out
+    assert (cli.runs_dir / "tables" / "all" / "table.md").is_file()
+
+
+def test_finetune_writes_its_folder_and_refuses_other_settings(cli: Cli) -> None:
+    command = ("stage=finetune", "finetune=count", "seed=5")
+    assert cli(*command) == 0
+    out = cli.runs_dir / "finetune-count"
+    assert (out / "final" / "seed").read_text() == "5 False"
+    assert cli(*command) == 0  # the same command again resumes
+    assert cli(*command, "finetune.steps=4") == 1
+    assert "holds another run (recipe.steps: 3 there, 4 asked for)" in cli.err
+    cli.runs_dir = cli.runs_dir.with_name("with-model")
+    assert cli(*command, "finetune.needs_model=true") == 0
+    assert (cli.runs_dir / "finetune-count" / "final" / "seed").read_text() == "5 True"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="this Linux counts no waiting for a core")
+def test_a_core_that_is_shared_is_noticed() -> None:
+    """Two others on one core leave this process a third of it."""
+    allowed = os.sched_getaffinity(0)
+    core = {min(allowed)}
+    spin = "import time\nend = time.time() + 20\nwhile time.time() < end: pass"
+    os.sched_setaffinity(0, core)  # the children inherit it
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    try:
+        time.sleep(1.0)  # until they have started
+        share = CpuShare()
+        end = time.monotonic() + 2.0
+        while time.monotonic() < end:
+            pass
+        assert 0.0 < share.entry(torch.device("cpu"))["cpu_share"] < 0.7
+        assert share.entry(torch.device("cuda")) == {}
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+        os.sched_setaffinity(0, allowed)
