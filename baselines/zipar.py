@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.noise import Noise, Purpose
-from sjd2.decoding.sampling import Sampling, draw_tokens
+from sjd2.decoding.sampling import SamplingParams, draw_tokens
 from sjd2.decoding.verify import Exact
 from sjd2.decoding.window import Sample
 from sjd2.errors import UserError
@@ -56,15 +56,15 @@ class ZipAR:
     def check(self, spec: object) -> None:
         """Every model with a raster of tokens will do."""
 
-    def check_law(self, law: Sampling) -> None:
-        """Every law will do."""
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Any sampling parameters will do."""
 
     def prepare(self, model: ImageModel) -> None:
         """Nothing to prepare."""
 
-    def start(self, model: ImageModel, rows: int, prompt: int, law: Sampling) -> ZipDecoding:
+    def start(self, model: ImageModel, rows: int, prompt: int, sampling: SamplingParams) -> ZipDecoding:
         """Open a loop of `rows` rows for prompts of up to `prompt` tokens."""
-        return ZipDecoding(model, self, rows, prompt, law)
+        return ZipDecoding(model, self, rows, prompt, sampling)
 
 
 class RasterCache(RowCache):
@@ -111,11 +111,11 @@ class ZipDecoding:
     """B samples in flight. `admit` starts some, `step` is one pass, `collect` hands out a finished one."""
 
     @torch.inference_mode()
-    def __init__(self, model: ImageModel, decoder: ZipAR, rows: int, prompt: int, law: Sampling) -> None:
-        self.model, self.decoder, self.law = model, decoder, law
+    def __init__(self, model: ImageModel, decoder: ZipAR, rows: int, prompt: int, sampling: SamplingParams) -> None:
+        self.model, self.decoder, self.sampling = model, decoder, sampling
         layout, device = model.layout, model.device
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self.branches = 2 if law.guided else 1
+        self.branches = 2 if sampling.guided else 1
         self.total = layout.length
         self.delay = min(decoder.window_size, layout.columns)
         # a row is `delay` columns behind the one above, and one more pass stores the keys of its last token
@@ -162,11 +162,11 @@ class ZipDecoding:
             ends.append(self._prefill(embeds, lengths, place).expand(len(rows), -1))
             state.begins[place] = lengths - len(layout.prefix)  # header tokens keep their place in the raster
             state.starts[place] = self.model.starts(lengths - len(layout.prefix))
-        law = self.law.law(self.model.logits(torch.cat(ends)[:, None]))  # [b, 1, V]
+        law = self.sampling.probs(self.model.logits(torch.cat(ends)[:, None]))  # [b, 1, V]
         first = torch.full((len(rows), 1), len(layout.prefix), device=index.device)
         noise = Noise(state.noise.seeds[index], state.noise.dtype)
         state.tokens[index] = self.forced.clamp(min=0)
-        drawn = draw_tokens(law, noise, first, Purpose.SAMPLE, 0, self.law.sampler)
+        drawn = draw_tokens(law, noise, first, Purpose.SAMPLE, 0, self.sampling.sampler)
         state.tokens[index, len(layout.prefix)] = drawn[:, 0]
         state.drawn[index], state.fed[index] = 0, False
         state.drawn[index, 0] = 1
@@ -204,7 +204,7 @@ class ZipDecoding:
         """One pass: every row that has begun draws its next code, and the next row begins where it may."""
         plan = self._plan()
         law = self._forward(plan)
-        drawn = draw_tokens(law, self.state.noise, plan.aim, Purpose.SAMPLE, 0, self.law.sampler)
+        drawn = draw_tokens(law, self.state.noise, plan.aim, Purpose.SAMPLE, 0, self.sampling.sampler)
         taken = plan.grows | plan.opens
         if self.decoder.adaptive:
             drawn, taken = self._test(plan, law, drawn, taken)
@@ -264,7 +264,7 @@ class ZipDecoding:
         visible = (seen & inside) | (column < 0)[:, None]
         x = self.model.embed(plan.token).repeat(count, 1, 1)
         hidden = self.model.forward(x, state.starts[:, None] + feed.clamp(min=0), self.cache, visible)
-        return self.law.law(self.model.logits(hidden))
+        return self.sampling.probs(self.model.logits(hidden))
 
     def _test(self, plan: Plan, law: Tensor, drawn: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
         """Adapt the window: take a row's first token only if it passes under one more column (the paper's adaptive window).
@@ -278,7 +278,7 @@ class ZipDecoding:
         p = law.gather(1, slot[..., None].expand(-1, -1, law.shape[-1]))[:, 0]
         token, place = drawn.gather(1, slot)[:, 0], plan.aim.gather(1, slot)
         draft, running = state.tested.clamp(min=0), state.tested >= 0
-        if self.law.sampler == "gumbel":  # the token is a function of its law: it passes if it is still the same
+        if self.sampling.sampler == "gumbel":  # the token is a function of its law: it passes if it is still the same
             passes = token == draft
         else:
             test = Exact()

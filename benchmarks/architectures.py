@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sjd2.models.base import Backbone, Condition
+from sjd2.models.base import Condition, ImageModel
 from sjd2.models.chameleon import Chameleon
 from sjd2.models.emu3 import Emu3
 from sjd2.models.emu3 import Pixels as Emu3Pixels
@@ -47,9 +47,9 @@ class Architecture:
     guidance: float
     top_k: int
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> Backbone:
+    def build(self, device: torch.device, dtype: torch.dtype) -> ImageModel:
         """Make the model on its device with random weights; the image decoder in float32, as it is loaded."""
-        make: dict[str, Callable[..., Backbone]] = {
+        make: dict[str, Callable[..., ImageModel]] = {
             "chameleon": RandomChameleon,
             "emu3": RandomEmu3,
             "janus": RandomJanus,
@@ -75,7 +75,7 @@ class Architecture:
         title = f"{self.title}, narrow"
         return replace(self, title=title, layout=layout, sizes=sizes, pixels=pixels, prompt=12, window=16)
 
-    def condition(self, model: Backbone, batch: int) -> Condition:
+    def condition(self, model: ImageModel, batch: int) -> Condition:
         """Return random prompts [B, P, D] of equal length and the unconditional one."""
         width = model.decoder.get_input_embeddings().weight.shape[1]
         # Janus and LlamaGen have an unconditional prompt for each prompt
@@ -113,7 +113,7 @@ class RandomChameleon(Chameleon):
             **_text(plan.sizes), vocabulary_map={"<image>": 8711}, vq_config=tiny | {"num_embeddings": 4}
         )
         self.full = ChameleonLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        Backbone.__init__(self, self.full.get_decoder(), plan.layout)
+        ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.lm_head
         self.vq = VQGAN(ChameleonVQVAEConfig(num_embeddings=plan.layout.vocabulary, **plan.pixels))
         self.first = FIRST_CODE[plan.family]
@@ -129,7 +129,7 @@ class RandomEmu3(Emu3):
         config = Emu3Config(text_config=_text(plan.sizes), vq_config=plan.pixels, vocabulary_map={"<image>": 151851})
         self.full = Emu3ForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.full.model.vqmodel = None
-        Backbone.__init__(self, self.full.get_decoder(), plan.layout)
+        ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.lm_head
         self.vq = Emu3Pixels(Emu3VQVAE(config.vq_config).float())
         self.first = FIRST_CODE[plan.family]
@@ -151,7 +151,7 @@ class RandomJanus(Janus):
             vq_config=joint | plan.pixels,
         )
         self.full = JanusForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        Backbone.__init__(self, self.full.get_decoder(), plan.layout)
+        ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.model.generation_head
         self.vq = JanusPixels(self.full.model.vqmodel.float())
         self.full.model.vqmodel = None
@@ -170,7 +170,7 @@ class RandomLlamaGen(LlamaGen):
         config = LlamaConfig(**_text(plan.sizes))
         self.full = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
         decoder = self.full.get_decoder()
-        Backbone.__init__(self, decoder, plan.layout)
+        ImageModel.__init__(self, decoder, plan.layout)
         decoder.rotary_emb = GridRotary(plan.layout, config.head_dim)
         self.head_module = self.full.lm_head
         self.vq = VQ16(JanusVQVAEConfig(double_latent=False, **plan.pixels))
@@ -183,7 +183,7 @@ def _ids(layout: TokenGrid, first: int) -> torch.Tensor:
     )
 
 
-def weight_bytes(model: Backbone) -> dict[str, int]:
+def weight_bytes(model: ImageModel) -> dict[str, int]:
     """Return the bytes of weights that one pass reads: transformer layers with the last norm, image rows of the head."""
     layers = _bytes(model.decoder.layers) + _bytes(model.decoder.norm)
     head = model.head_module
@@ -192,7 +192,7 @@ def weight_bytes(model: Backbone) -> dict[str, int]:
     return {"layers": layers, "head": _bytes(head)}
 
 
-def entry_bytes(model: Backbone) -> int:
+def entry_bytes(model: ImageModel) -> int:
     """Return the bytes of keys and values of one token in one model row."""
     config = model.decoder.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

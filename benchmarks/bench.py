@@ -24,7 +24,7 @@ from sjd2.decoding.generate import Decoder, generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.refine import Coupled
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.decoding.window import Decoding
 from sjd2.errors import UserError
@@ -72,7 +72,9 @@ def window_decoder(slots: int) -> Decoder:
     return Decoder(name="scd", window=slots, lossless=True, **parts)
 
 
-def pass_times(model: ImageModel, own: Decoder, prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
+def pass_times(
+    model: ImageModel, own: Decoder, prompts: list[str], sampling: SamplingParams
+) -> Iterator[dict[str, Any]]:
     """Yield a row per batch and window: median milliseconds of a pass, its ratio to one slot, share outside the forward.
 
     The windows of one batch size take turns pass by pass, so that a drifting machine drifts for all.
@@ -80,12 +82,12 @@ def pass_times(model: ImageModel, own: Decoder, prompts: list[str], law: Samplin
     decoders = {(d.name, d.window): d for d in (*map(window_decoder, SLOTS), own)}
     for batch in BATCHES:
         timed = {key: _Timed(model) for key in decoders}
-        runs = {key: _start(timed[key], decoder, prompts[:batch], law) for key, decoder in decoders.items()}
+        runs = {key: _start(timed[key], decoder, prompts[:batch], sampling) for key, decoder in decoders.items()}
         spans: dict[tuple[str, int], list[float]] = {key: [] for key in decoders}
         for count in range(PASSES + 3):
             for key, decoder in decoders.items():
                 if runs[key].finished():
-                    runs[key] = _start(timed[key], decoder, prompts[:batch], law)
+                    runs[key] = _start(timed[key], decoder, prompts[:batch], sampling)
                 if count == 3:
                     timed[key].seconds = 0.0
                 begin = _now(model)
@@ -103,29 +105,31 @@ def pass_times(model: ImageModel, own: Decoder, prompts: list[str], law: Samplin
             }
 
 
-def _start(model: Any, decoder: Decoder, prompts: list[str], law: Sampling) -> Decoding:
+def _start(model: Any, decoder: Decoder, prompts: list[str], sampling: SamplingParams) -> Decoding:
     condition = model.encode(prompts)
-    decoding = decoder.start(model, len(prompts), condition.embeds.shape[1], law)
+    decoding = decoder.start(model, len(prompts), condition.embeds.shape[1], sampling)
     spent = model.seconds
     decoding.admit(list(range(len(prompts))), condition, list(range(1, len(prompts) + 1)))
     model.seconds = spent  # a prefill is no pass of the window
     return decoding
 
 
-def batch_rows(model: ImageModel, decoder: Decoder, prompts: list[str], law: Sampling) -> Iterator[dict[str, Any]]:
+def batch_rows(
+    model: ImageModel, decoder: Decoder, prompts: list[str], sampling: SamplingParams
+) -> Iterator[dict[str, Any]]:
     """Yield tokens per forward and row for each batch size on the same 32 prompts; they must not fall with the batch."""
     for batch in BATCHES:
         forwards = 0
         for begin in range(0, max(BATCHES), batch):
             some = prompts[begin : begin + batch]
             seeds = [sample_seed(0, begin + row, 0) for row in range(len(some))]
-            result = generate(model, decoder, model.encode(some), seeds, law=law)
+            result = generate(model, decoder, model.encode(some), seeds, sampling=sampling)
             forwards += sum(sample.forwards for sample in result.samples)
         yield {"decoder": decoder.name, "batch": batch, "tokens_per_forward": 32 * model.layout.length / forwards}
 
 
 def throughput(
-    model: ImageModel, decoders: list[Decoder], prompts: list[str], law: Sampling
+    model: ImageModel, decoders: list[Decoder], prompts: list[str], sampling: SamplingParams
 ) -> Iterator[dict[str, Any]]:
     """Yield images per second of each decoder with 32 rows in flight, without and with refilling."""
     rows, base = max(BATCHES), None
@@ -134,11 +138,13 @@ def throughput(
             begin = _now(model)
             seeds = [sample_seed(0, index, 0) for index in range(len(prompts))]
             if refill:
-                count = sum(1 for _ in stream(model, decoder, zip(prompts, seeds, strict=True), rows=rows, law=law))
+                count = sum(
+                    1 for _ in stream(model, decoder, zip(prompts, seeds, strict=True), rows=rows, sampling=sampling)
+                )
             else:
                 for first in range(0, len(prompts), rows):
                     some = slice(first, first + rows)
-                    generate(model, decoder, model.encode(prompts[some]), seeds[some], law=law)
+                    generate(model, decoder, model.encode(prompts[some]), seeds[some], sampling=sampling)
                 count = len(prompts)
             speed = count / (_now(model) - begin)
             base = base or speed
@@ -153,14 +159,14 @@ def run(cfg: DictConfig) -> Path:
         raise UserError(f"stage=bench needs at least {max(BATCHES)} prompts, the list has {len(prompts)}.")
     model = plan.spec.load(plan.device, plan.dtype)
     plan.decoder.prepare(model)
-    law = replace(plan.law, sampler="cdf")
+    sampling = replace(plan.sampling, sampler="cdf")
     ar, scd = window_decoder(1), window_decoder(32)
     result: dict[str, Any] = start_entry(model.device, dtype=plan.dtype, model=plan.spec.name)
-    result |= {"protocol": {"passes": PASSES, "images": len(prompts), "law": vars(plan.law)}}
+    result |= {"protocol": {"passes": PASSES, "images": len(prompts), "law": vars(plan.sampling)}}
     sections = {
-        "passes": pass_times(model, plan.decoder, prompts, law),
-        "tokens_per_forward": batch_rows(model, plan.decoder, prompts, law),
-        "throughput": throughput(model, list({d.name: d for d in (ar, scd, plan.decoder)}.values()), prompts, law),
+        "passes": pass_times(model, plan.decoder, prompts, sampling),
+        "tokens_per_forward": batch_rows(model, plan.decoder, prompts, sampling),
+        "throughput": throughput(model, list({d.name: d for d in (ar, scd, plan.decoder)}.values()), prompts, sampling),
     }
     say(f"hardware: {result['hardware']}, model {plan.spec.name}, {plan.dtype}")
     for name, rows in sections.items():

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.architectures import entry_bytes, weight_bytes
 from benchmarks.timing import measure
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 # data sheets: memory bandwidth in bytes/s, dense bf16 operations/s; the first name that is part of the device's counts
 SHEETS = {
@@ -71,7 +71,7 @@ class Work:
         return 1e3 * max(self.bytes / peak.bandwidth, self.flops / peak.flops)
 
 
-def work(model: Backbone, rows: int, slots: int, context: int) -> Work:
+def work(model: ImageModel, rows: int, slots: int, context: int) -> Work:
     """Count a pass of `slots` slots in `rows` model rows of `context` cached tokens: weights once, keys and values once."""
     weights = weight_bytes(model)
     config = model.decoder.config.get_text_config()

@@ -22,13 +22,13 @@ from sjd2.decoding.generate import Decoder
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
-from sjd2.decoding.sampling import Sampling, draw, draw_gumbel
+from sjd2.decoding.sampling import SamplingParams, draw, draw_gumbel
 from sjd2.decoding.verify import Exact, residual
 from sjd2.decoding.window import Decoding
 from sjd2.denoising.schedule import Schedule
 from sjd2.denoising.sjd2_decoder import sjd2
 from sjd2.models.adapter import Adapter, AdapterSettings
-from sjd2.models.base import Backbone, Condition
+from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import RowCache
 
 SLOTS, FEW_SLOTS = (1, 16, 32, 64, 96, 128), (1, 16)  # full size; --small
@@ -45,12 +45,12 @@ Row = dict[str, Any]
 class Bench:
     """One model under measurement; each part yields rows, and asks for time before it goes on."""
 
-    def __init__(self, plan: Architecture, model: Backbone, peak: Peaks, *, graphs: bool, small: bool) -> None:
+    def __init__(self, plan: Architecture, model: ImageModel, peak: Peaks, *, graphs: bool, small: bool) -> None:
         self.plan, self.model, self.peak, self.graphs = plan, model, peak, graphs
         self.device = model.device
         self.slots = FEW_SLOTS if small else SLOTS
         self.effort: dict[str, Any] = {"seconds": 0.0, "least": 2, "warm": 1} if small else {}
-        self.law = Sampling(guidance_scale=plan.guidance, top_k=plan.top_k)
+        self.params = SamplingParams(guidance_scale=plan.guidance, top_k=plan.top_k)
         self.half = plan.layout.length // 2  # passes are measured in the middle of an image
         self.context = plan.prompt + self.half
 
@@ -114,10 +114,10 @@ class Bench:
     def _steps(self, decoder: Decoder, batch: int) -> Row:
         condition = self.plan.condition(self.model, batch)
         wide = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-        row = self._loop(decoder.start(self.model, batch, wide, self.law), condition, "")
+        row = self._loop(decoder.start(self.model, batch, wide, self.params), condition, "")
         if self.graphs:
             try:
-                loop = Graphs().start(self.model, decoder, batch, wide, self.law)
+                loop = Graphs().start(self.model, decoder, batch, wide, self.params)
                 row |= self._loop(loop, condition, "graph_")
             except RuntimeError as error:
                 row["graph_skipped"] = reason(error)
@@ -191,7 +191,7 @@ class Bench:
 
     def sampling(self, batch: int) -> Iterator[Row]:
         """Yield a row per part and window: the target law with top-k, draws, verification, redrawing the guesses."""
-        vocabulary, law = self.plan.layout.vocabulary, self.law
+        vocabulary, params = self.plan.layout.vocabulary, self.params
         for slots in sorted({1, min(32, self.plan.window), self.plan.window}):
             shape = (batch, slots)
             logits = torch.randn(2 * batch, slots, vocabulary, device=self.device)
@@ -200,7 +200,7 @@ class Bench:
             noise = Noise(torch.arange(batch, device=self.device))
             place = torch.arange(slots, device=self.device).expand(batch, -1)
             parts: dict[str, Callable[[], Any]] = {
-                "law": lambda logits=logits: law.law(logits),
+                "law": lambda logits=logits: params.probs(logits),
                 "uniform": lambda noise=noise, place=place: noise.uniform(place, Purpose.ACCEPT),
                 "draw": lambda p=p, u=u: draw(p, u),
                 "draw gumbel": lambda p=p, n=noise, place=place: draw_gumbel(p, n.gumbel(place, vocabulary)),

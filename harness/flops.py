@@ -7,11 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sjd2.decoding.generate import Decoder, generate
 from sjd2.decoding.noise import sample_seed
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import ImageModel
 
 
-def gflops_per_token(model: ImageModel, decoder: Decoder, prompt: str, law: Sampling, seed: int) -> float:
+def gflops_per_token(model: ImageModel, decoder: Decoder, prompt: str, sampling: SamplingParams, seed: int) -> float:
     """Decode one prompt under torch's counter and return GFLOP per image token, prefill and draft network included.
 
     Matrix products and attention count, two operations per multiply-add, both guidance branches; sampling and pixels do not.
@@ -19,5 +19,5 @@ def gflops_per_token(model: ImageModel, decoder: Decoder, prompt: str, law: Samp
     with torch.inference_mode():
         condition = model.encode([prompt])
     with FlopCounterMode(display=False) as counter:
-        generate(model, decoder, condition, [sample_seed(seed, 0, 0)], law=law)
+        generate(model, decoder, condition, [sample_seed(seed, 0, 0)], sampling=sampling)
     return counter.get_total_flops() / model.layout.length / 1e9

@@ -71,7 +71,7 @@ def make_run(
         run=plan.run,
         load=lambda: models.load(plan),
         decoder=plan.decoder,
-        law=plan.law,
+        sampling=plan.sampling,
         prompts=plan.prompts.texts,
         ids=plan.prompts.ids(),
         limit=cfg.limit,

@@ -21,7 +21,7 @@ from harness.settings import check_writable
 from harness.tracking import Tracker
 from sjd2.config import instantiate
 from sjd2.decoding.generate import Decoder
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError, unknown
 
 # the command line's law counts, the digest tells the revision, and where layers lie changes no token
@@ -37,7 +37,7 @@ class Plan:
     identity: dict[str, Any]
     spec: Any  # the model without its weights: name, layout, check(), digest(), load(device, dtype)
     decoder: Decoder
-    law: Sampling
+    sampling: SamplingParams
     prompts: Prompts
     device: str
     dtype: str
@@ -59,15 +59,15 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     if cfg.runtime.graph and not device.startswith("cuda"):
         raise UserError(f"runtime.graph=true needs a GPU, device is {device}; use device=cuda or runtime.graph=false.")
     prompts = instantiate(cfg.prompts)
-    law = Sampling(**{key: cfg[key] for key in LAW})
+    sampling = SamplingParams(**{key: cfg[key] for key in LAW})
     decoder = instantiate(cfg.decoder)
     spec = instantiate(cfg.model)
-    law.check(spec.vocabulary)
+    sampling.check(spec.vocabulary)
     _ = prompts.texts
     decoder.check(
         spec
     )  # before the next line, which may ask the hub: a decoder that lacks its fine-tuning is told at once
-    decoder.check_law(law)
+    decoder.check_sampling(sampling)
     spec.check()
     settings = identity(
         model=model_settings(cfg),
@@ -83,7 +83,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     run = RunFolder(cfg.run_dir) if cfg.run_dir else run_folder(cfg.runs_dir, f"{spec.name}-{decoder.name}", settings)
     check_writable(run.path, "run_dir")
     settings["id"] = run.identity.get("id", settings["id"])  # a run begun by an older release keeps the id it has
-    parts = {"spec": spec, "decoder": decoder, "law": law, "prompts": prompts}
+    parts = {"spec": spec, "decoder": decoder, "sampling": sampling, "prompts": prompts}
     return Plan(run=run, identity=settings, device=device, dtype=dtype, **parts)
 
 

@@ -25,7 +25,7 @@ from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.generate import Decoder, Sample, StepInfo, generate, stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import sample_seed
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import Condition, ImageModel
 
 WARM_UP_PASSES = 3
@@ -41,7 +41,7 @@ class Job:
     run: RunFolder
     load: Callable[[], ImageModel]
     decoder: Decoder
-    law: Sampling
+    sampling: SamplingParams
     prompts: list[str]
     ids: list[Id]
     limit: int | None
@@ -90,7 +90,7 @@ def sample(job: Job, tracker: Tracker, ranks: Ranks = ALONE) -> bool:
 def _entry(job: Job, model: ImageModel, ranks: Ranks) -> dict[str, Any]:
     entry = start_entry(model.device, **job.launch)
     if job.flops:
-        entry["gflops_per_token"] = gflops_per_token(model, job.decoder, job.prompts[0], job.law, job.seed)
+        entry["gflops_per_token"] = gflops_per_token(model, job.decoder, job.prompts[0], job.sampling, job.seed)
     if job.graphs is not None:  # times with and without are those of two machines
         entry["hardware"] += " with CUDA graphs"
     if ranks.world > 1:
@@ -164,7 +164,7 @@ def _batch(
     seconds = {"encode": clock.lap()}
     tracer = _Tracer(model.device) if any(key in batch for key in job.ids[: job.trace]) else None
     watch = _watch(stop, tracer)
-    result = generate(model, job.decoder, cond, seeds, law=job.law, on_step=watch, graphs=job.graphs)
+    result = generate(model, job.decoder, cond, seeds, sampling=job.sampling, on_step=watch, graphs=job.graphs)
     seconds |= {"prefill": result.seconds["prefill"], "decode": result.seconds["decode"]}
     images, losses, seconds["image"] = _finish(job, model, cond, result.samples)
     records = []
@@ -210,7 +210,7 @@ def _refilled(
 
     watch = _watch(stop, None)
     for index, sampled in stream(
-        model, job.decoder, requests(), rows=rows, law=job.law, on_step=watch, graphs=job.graphs
+        model, job.decoder, requests(), rows=rows, sampling=job.sampling, on_step=watch, graphs=job.graphs
     ):
         key, ended = missing[index], _Clock(model.device).began
         seconds = {"encode": 0.0, "prefill": 0.0, "decode": ended - taken.pop(index)}  # the row's own, prompt included
@@ -256,7 +256,7 @@ def _finish(
     clock = _Clock(model.device)
     images = model.decode(tokens)
     seconds = clock.lap()
-    return images.permute(0, 2, 3, 1).cpu().numpy(), nll(model, cond, tokens, job.law).tolist(), seconds
+    return images.permute(0, 2, 3, 1).cpu().numpy(), nll(model, cond, tokens, job.sampling).tolist(), seconds
 
 
 def _report(records: list[dict[str, Any]], done: int, progress: Progress, tracker: Tracker) -> None:
@@ -347,7 +347,7 @@ def warm_up(job: Job, model: ImageModel) -> None:
     batch = job.ids[: job.batch_size]
     cond = _encode(model, [job.prompts[p] for p, _ in batch])
     with contextlib.suppress(_Warm):
-        generate(model, job.decoder, cond, [0] * len(batch), law=job.law, on_step=few, graphs=job.graphs)
+        generate(model, job.decoder, cond, [0] * len(batch), sampling=job.sampling, on_step=few, graphs=job.graphs)
     with torch.inference_mode():
         model.decode(model.layout.forced().clamp(min=0).to(model.device).expand(len(batch), -1))
     synchronize(model.device)

@@ -17,7 +17,7 @@ from sjd2.config import instantiate
 from sjd2.decoding.generate import Decoder, StepInfo
 from sjd2.decoding.generate import generate as run_decoder
 from sjd2.decoding.noise import sample_seed
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError, choose
 from sjd2.files import ROOT
 from sjd2.models.base import ImageModel
@@ -73,7 +73,7 @@ def generate(
     on_step: Callable[[StepInfo], None] | None = None,
     **law: Any,
 ) -> Images:
-    """Draw one image per prompt; `law` are keys of `Sampling` (guidance_scale=1.0, top_k=..., sampler="gumbel").
+    """Draw one image per prompt; `law` are keys of `SamplingParams` (guidance_scale=1.0, top_k=..., sampler="gumbel").
 
     Prompt i of a list always gets the same random numbers, so its image does not depend on the other prompts (in float64
     token for token). Raises `UserError` for settings that do not fit.
@@ -81,16 +81,16 @@ def generate(
     if not prompts:
         raise UserError("generate needs at least one prompt.")
     for key in law:
-        choose("setting", key, [f.name for f in fields(Sampling)])
+        choose("setting", key, [f.name for f in fields(SamplingParams)])
     chosen = build_decoder(decoder) if isinstance(decoder, str) else decoder
     spec = getattr(model, "spec", None)
     if spec is not None:
         chosen.check(spec)
         law = dict(spec.sampling) | law
-    sampling = Sampling(**law)
-    chosen.check_law(sampling)
+    sampling = SamplingParams(**law)
+    chosen.check_sampling(sampling)
     sampling.check(model.layout.vocabulary)
     seeds = [sample_seed(seed, index, 0) for index in range(len(prompts))]
-    result = run_decoder(model, chosen, model.encode(prompts), seeds, law=sampling, on_step=on_step)
+    result = run_decoder(model, chosen, model.encode(prompts), seeds, sampling=sampling, on_step=on_step)
     accepted = [sample.accepted for sample in result.samples]
     return Images(model.decode(result.tokens.to(model.device)), result.tokens, accepted, result.seconds)

@@ -14,11 +14,11 @@ from torch import Tensor
 from baselines.eagle.head import SETTINGS, WEIGHTS, EagleHead, PairCache, read_settings
 from sjd2.decoding.interfaces import Draft, Drafter, Outcome, State
 from sjd2.decoding.noise import Purpose
-from sjd2.decoding.sampling import Sampling, draw_tokens
+from sjd2.decoding.sampling import SamplingParams, draw_tokens
 from sjd2.decoding.shapes import Tree
 from sjd2.decoding.verify import take
 from sjd2.errors import UserError, choose
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 from sjd2.models.weights import Source, check_part, locate_part
 
 
@@ -96,12 +96,12 @@ class Eagle(Drafter):
         """Return one that takes in what was committed, and one for each depth behind the first."""
         return self.ahead(window)
 
-    def prepare(self, model: Backbone) -> None:
+    def prepare(self, model: ImageModel) -> None:
         self.model, self.head = model, EagleHead.load(locate_part(self._source()), model)
         self.shapes: dict[int, tuple[Tree, list[_Depth]]] = {}
 
-    def open(self, model: Backbone, rows: int, capacity: int, law: Sampling) -> Memory:
-        rows *= 2 if law.guided else 1
+    def open(self, model: ImageModel, rows: int, capacity: int, sampling: SamplingParams) -> Memory:
+        rows *= 2 if sampling.guided else 1
         width = self.head.fc.out_features
         ahead = torch.zeros(rows, width, dtype=model.dtype, device=model.device)
         cache = self.head.cache(rows, capacity + self.top_k * self.depth)
@@ -185,7 +185,7 @@ class Eagle(Drafter):
         )
         states = ahead[:, None]
         for number, depth in enumerate(depths, 1):
-            law = state.sampling.law(self.model.logits(states)).to(probs)  # [B, F, V]
+            law = state.sampling.probs(self.model.logits(states)).to(probs)  # [B, F, V]
             position = (state.cached + number)[:, None]
             for rank, slots in enumerate(depth.children):
                 law = law[:, : len(slots)]  # families with most children stand first
@@ -208,7 +208,7 @@ class Eagle(Drafter):
     def _dynamic(self, draft: Draft, ahead: Tensor, window: int, state: State) -> Draft:
         """Grow the tree by cumulative probability: candidates are the top_k of each law, so they count as one-hot."""
         rows, k, device = len(draft.tokens), self.top_k, draft.tokens.device
-        law = state.sampling.law(self.model.logits(ahead[:, None]))  # [B, 1, V]
+        law = state.sampling.probs(self.model.logits(ahead[:, None]))  # [B, 1, V]
         best = law.log().topk(k)
         tokens, scores = best.indices[:, 0], best.values[:, 0]  # all candidates so far [B, A]
         parents = torch.full_like(tokens, -1)
@@ -220,7 +220,7 @@ class Eagle(Drafter):
             states = self.head.step(
                 state.memory.cache, tokens.gather(1, chosen), states, level, seen, (depth - 1) * k
             )  # [R, k, D]
-            law = state.sampling.law(self.model.logits(states))
+            law = state.sampling.probs(self.model.logits(states))
             best = law.log().topk(k)  # [B, k, k]
             grown = (scores.gather(1, chosen)[..., None] + best.values).flatten(1)
             begin = tokens.shape[1]

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from sjd2.checkpoints import read_part
 from sjd2.errors import UserError, choose
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache
 
 SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
@@ -49,7 +49,7 @@ class PairCache(RowCache):
 class EagleHead(nn.Module):
     """One decoder layer of the model's own class; embedding and output head are the model's, frozen and not stored here."""
 
-    def __init__(self, settings: EagleSettings, model: Backbone) -> None:
+    def __init__(self, settings: EagleSettings, model: ImageModel) -> None:
         super().__init__()
         decoder = model.decoder
         config = decoder.config.get_text_config()
@@ -176,7 +176,7 @@ class EagleHead(nn.Module):
         save_file(state, folder / WEIGHTS)
 
     @classmethod
-    def load(cls, folder: Path, model: Backbone) -> EagleHead:
+    def load(cls, folder: Path, model: ImageModel) -> EagleHead:
         """Build the head in `folder` for the model. Raises `UserError` if the two do not fit."""
         head = cls(read_settings(folder), model)
         try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from baselines.eagle.head import EagleHead, EagleSettings
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError, choose
 from sjd2.finetune import distributed
 from sjd2.finetune.distributed import Machine, shares
@@ -24,7 +24,7 @@ from sjd2.finetune.draws import Draws
 from sjd2.finetune.objective import recompute, widen
 from sjd2.finetune.trainer import Piece, step_rng, train, warmup_decay
 from sjd2.finetune.windows import Past, causal_mask
-from sjd2.models.base import Backbone, ModelSpec
+from sjd2.models.base import ImageModel, ModelSpec
 from sjd2.models.kv_cache import additive
 
 AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
@@ -35,7 +35,7 @@ class ScaledData(Protocol):
 
     validation_images: int
 
-    def prepare(self, model: Backbone, out: Path) -> None:
+    def prepare(self, model: ImageModel, out: Path) -> None:
         """Make what is not there yet."""
         ...
 
@@ -60,7 +60,7 @@ class Pairs:
 
 
 @torch.no_grad()
-def make_pairs(model: Backbone, prompt: Tensor, lengths: Tensor, tokens: Tensor) -> Pairs:
+def make_pairs(model: ImageModel, prompt: Tensor, lengths: Tensor, tokens: Tensor) -> Pairs:
     """Run the model over right-padded prompts [R, P, D] and images [R, N], and shift: token t + 1 joins state t."""
     rows, n = tokens.shape
     width = prompt.shape[1]
@@ -175,7 +175,7 @@ class FinetuneEagle:
     def run(
         self,
         *,
-        model: Backbone,
+        model: ImageModel,
         out: Path,
         log: Callable[[int, dict[str, float]], None] | None,
         device: str,
@@ -210,7 +210,7 @@ class FinetuneEagle:
         model.decoder.set_attn_implementation(attention)
         return figures
 
-    def _pieces(self, model: Backbone, head: EagleHead, step: int, seed: int) -> Iterator[Piece]:
+    def _pieces(self, model: ImageModel, head: EagleHead, step: int, seed: int) -> Iterator[Piece]:
         """Yield this process's micro-batches of a step: shares of the mean over the whole batch."""
         rng = step_rng(seed, step)
         prompts, codes, scales = self.data.scaled(self.batch_size, int(rng.integers(2**62)))
@@ -222,7 +222,7 @@ class FinetuneEagle:
 
     def loss(
         self,
-        model: Backbone,
+        model: ImageModel,
         head: EagleHead,
         prompts: list[str],
         codes: Tensor,
@@ -247,7 +247,9 @@ class FinetuneEagle:
             figures = figures or {name: part.detach() for name, part in parts.items()}
         return total, figures
 
-    def _parts(self, model: Backbone, out: Tensor, wanted: Tensor, scales: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def _parts(
+        self, model: ImageModel, out: Tensor, wanted: Tensor, scales: Tensor, valid: Tensor
+    ) -> dict[str, Tensor]:
         """Compare predicted with true states [R, N - 1, D] where `valid` [N - 1] -> the means that the loss weighs.
 
         Laws of many tokens are made piece by piece, and again in the backward pass, instead of being kept.
@@ -265,7 +267,7 @@ class FinetuneEagle:
         return sums
 
     def _compare(
-        self, model: Backbone, out: Tensor, wanted: Tensor, valid: Tensor, scales: Tensor
+        self, model: ImageModel, out: Tensor, wanted: Tensor, valid: Tensor, scales: Tensor
     ) -> dict[str, Tensor]:
         """Return the means over `valid` tokens of what the loss weighs: states [R, S, D], scales [B, 1, 1]."""
         with torch.no_grad():
@@ -280,7 +282,7 @@ class FinetuneEagle:
         return parts
 
     @torch.no_grad()
-    def validate(self, model: Backbone, head: EagleHead) -> dict[str, float]:
+    def validate(self, model: ImageModel, head: EagleHead) -> dict[str, float]:
         """Measure 1 - TV between the laws of head and model on held-out images, each scale on the images drawn under it.
 
         Depth d: true tokens, the head's own states for the last d - 1 of them. All depths on the same positions.
@@ -295,16 +297,18 @@ class FinetuneEagle:
                 tokens = model.layout.tokens(codes[part].to(model.device))
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
                     shown = [prompts[i] for i in part]
-                    overlaps = self._overlaps(model, head, shown, tokens, Sampling(guidance_scale=scale))
+                    overlaps = self._overlaps(model, head, shown, tokens, SamplingParams(guidance_scale=scale))
                 sums += weight * len(part) * overlaps
             for depth, value in enumerate(sums / len(mine), 1):
                 figures[f"overlap_g{scale:g}_d{depth}"] = float(value)
         return distributed.total(figures)
 
-    def _overlaps(self, model: Backbone, head: EagleHead, prompts: list[str], tokens: Tensor, law: Sampling) -> Tensor:
+    def _overlaps(
+        self, model: ImageModel, head: EagleHead, prompts: list[str], tokens: Tensor, sampling: SamplingParams
+    ) -> Tensor:
         """Return the mean 1 - TV at each depth: tokens [B, N] -> [depths]."""
         prompt, lengths, tokens = _both(model, prompts, tokens)
-        if not law.guided:
+        if not sampling.guided:
             prompt, lengths, tokens = (field.chunk(2)[0] for field in (prompt, lengths, tokens))
         pairs = make_pairs(model, prompt, lengths, tokens)
         valid = _valid(model, self.validation_depth - 1)
@@ -316,7 +320,7 @@ class FinetuneEagle:
             if not here.any():
                 continue
             target, *drafts = (
-                law.law(model.logits(states[:, begin : begin + size][:, here]))
+                sampling.probs(model.logits(states[:, begin : begin + size][:, here]))
                 for states in (pairs.states[:, 1:], *outs)
             )
             overlaps = torch.stack([torch.minimum(target, draft).sum(-1).mean() for draft in drafts]).cpu()
@@ -331,7 +335,9 @@ class FinetuneEagle:
         adam = torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay)
         return [adam] + ([torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=0.01)] if matrices else [])
 
-    def _rows(self, model: Backbone, prompts: list[str], tokens: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(
+        self, model: ImageModel, prompts: list[str], tokens: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the rows to train on -> prompts [R, P, D], their lengths [R], images [R, N]."""
         prompt, lengths, doubled = _both(model, prompts, tokens)
         if self.unconditional is None:
@@ -341,7 +347,7 @@ class FinetuneEagle:
         return prompt[rows], lengths[rows], tokens
 
 
-def _both(model: Backbone, prompts: list[str], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _both(model: ImageModel, prompts: list[str], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Encode both guidance branches, padded to one width: [2B, P, D], lengths [2B], images [B, N] -> [2B, N]."""
     condition = model.encode(prompts)
     width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
@@ -352,7 +358,7 @@ def _both(model: Backbone, prompts: list[str], tokens: Tensor) -> tuple[Tensor, 
     return torch.cat(prompt), lengths, tokens.repeat(2, 1)
 
 
-def _valid(model: Backbone, step: int) -> Tensor:
+def _valid(model: ImageModel, step: int) -> Tensor:
     """Return which entries of a prediction count: the token behind is free, and `step` predicted states fit before it."""
     free = model.layout.free[1:]
     return (free & (torch.arange(len(free)) >= step)).to(model.device)

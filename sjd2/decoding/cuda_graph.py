@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.generate import Decoder
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.window import Decoding
 from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache
@@ -52,10 +52,10 @@ class Replayed(Decoding):
         decoder: Decoder,
         rows: int,
         prompt: int,
-        law: Sampling,
+        sampling: SamplingParams,
         record: Callable[[Callable[[], None]], Replay],
     ) -> None:
-        super().__init__(model, decoder, rows, prompt, law)
+        super().__init__(model, decoder, rows, prompt, sampling)
         self.record = record
         self.graphs: dict[int, Replay | None] = {}  # None: one pass has run at this bound
         self.fixed: list[Tensor] = []  # the tensors that outlive a pass, at the addresses that the graphs know
@@ -117,9 +117,11 @@ class Replayed(Decoding):
         for part in (self.state, self.draft, self.cache):
             yield from _tensors(part)
 
-    def serves(self, model: ImageModel, decoder: Decoder, rows: int, law: Sampling) -> bool:
+    def serves(self, model: ImageModel, decoder: Decoder, rows: int, sampling: SamplingParams) -> bool:
         """Say whether this is a loop of just these."""
-        return self.model is model and self.decoder is decoder and len(self.started) == rows and self.law == law
+        return (
+            self.model is model and self.decoder is decoder and len(self.started) == rows and self.sampling == sampling
+        )
 
     @torch.inference_mode()
     def rewind(self) -> None:
@@ -151,13 +153,13 @@ class Graphs:
         self.record = record or CudaGraphs()
         self.kept: Replayed | None = None
 
-    def start(self, model: ImageModel, decoder: Decoder, rows: int, prompt: int, law: Sampling) -> Decoding:
+    def start(self, model: ImageModel, decoder: Decoder, rows: int, prompt: int, sampling: SamplingParams) -> Decoding:
         """Open a loop as `Decoder.start` does; a decoder with a loop of its own runs as it is."""
         if not isinstance(decoder, Decoder):
-            return decoder.start(model, rows, prompt, law)
-        if self.kept is not None and self.kept.serves(model, decoder, rows, law):
+            return decoder.start(model, rows, prompt, sampling)
+        if self.kept is not None and self.kept.serves(model, decoder, rows, sampling):
             self.kept.rewind()
             return self.kept
         self.kept = None  # its memory first
-        self.kept = Replayed(model, decoder, rows, -(-prompt // PROMPT) * PROMPT, law, self.record)
+        self.kept = Replayed(model, decoder, rows, -(-prompt // PROMPT) * PROMPT, sampling, self.record)
         return self.kept

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.interfaces import Drafter, Refiner, Verifier
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.window import Decoding, Sample
 from sjd2.errors import UserError
 from sjd2.models.base import Condition, ImageModel
@@ -93,9 +93,9 @@ class Decoder:
         """Slots that live on from pass to pass."""
         return self.drafter.carried(self.window) if self.window > 1 else 1
 
-    def start(self, model: ImageModel, rows: int, prompt: int, law: Sampling) -> Decoding:
+    def start(self, model: ImageModel, rows: int, prompt: int, sampling: SamplingParams) -> Decoding:
         """Open a loop of `rows` rows for prompts of up to `prompt` tokens."""
-        return Decoding(model, self, rows, prompt, law)
+        return Decoding(model, self, rows, prompt, sampling)
 
     def check(self, spec: object) -> None:
         """Raise `UserError` if this decoder cannot run on the model that `spec` describes."""
@@ -103,9 +103,9 @@ class Decoder:
             if hasattr(part, "check"):
                 part.check(spec, self.window)
 
-    def check_law(self, law: Sampling) -> None:
-        """Raise `UserError` if this decoder cannot sample from `law`."""
-        if law.sampler == "gumbel" and self.verifier is not None and not self.verifier.exact:
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise `UserError` if this decoder cannot sample from `sampling`."""
+        if sampling.sampler == "gumbel" and self.verifier is not None and not self.verifier.exact:
             raise UserError(
                 f"sampler=gumbel verifies by matching AR's tokens, which leaves nothing to relax; use sampler=cdf with "
                 f"decoder '{self.name}', or decoder/verifier=exact."
@@ -157,10 +157,12 @@ def _report(decoding: Decoding, on_step: Callable[[StepInfo], None] | None, pass
 
 
 def _start(
-    model: ImageModel, decoder: Decoder, rows: int, prompt: int, law: Sampling, graphs: Graphs | None
+    model: ImageModel, decoder: Decoder, rows: int, prompt: int, sampling: SamplingParams, graphs: Graphs | None
 ) -> Decoding:
     return (
-        decoder.start(model, rows, prompt, law) if graphs is None else graphs.start(model, decoder, rows, prompt, law)
+        decoder.start(model, rows, prompt, sampling)
+        if graphs is None
+        else graphs.start(model, decoder, rows, prompt, sampling)
     )
 
 
@@ -170,7 +172,7 @@ def generate(
     condition: Condition,
     seeds: list[int],
     *,
-    law: Sampling,
+    sampling: SamplingParams,
     on_step: Callable[[StepInfo], None] | None = None,
     graphs: Graphs | None = None,
 ) -> DecodeResult:
@@ -184,7 +186,7 @@ def generate(
     if len(seeds) != rows:
         raise UserError(f"generate needs one seed per prompt, got {len(seeds)} seeds for {rows} prompts.")
     prompt = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-    decoding = _start(model, decoder, rows, prompt, law, graphs)
+    decoding = _start(model, decoder, rows, prompt, sampling, graphs)
     decoding.admit(list(range(rows)), condition, seeds)
     begin, passes = decoding.now(), 0
     while len(_done(decoding, passes)) < rows:
@@ -201,7 +203,7 @@ def stream(
     requests: Iterable[tuple[str, int]],
     *,
     rows: int,
-    law: Sampling,
+    sampling: SamplingParams,
     on_step: Callable[[StepInfo], None] | None = None,
     graphs: Graphs | None = None,
 ) -> Iterator[tuple[int, Sample]]:
@@ -210,7 +212,7 @@ def stream(
     Yields (index of the request, sample) in the order of finishing.
     """
     waiting = enumerate(requests)
-    decoding = _start(model, decoder, rows, 1, law, graphs)
+    decoding = _start(model, decoder, rows, 1, sampling, graphs)
     owner: dict[int, int] = {}
     passes, empty = 0, list(range(rows))
     while True:

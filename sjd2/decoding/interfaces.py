@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.noise import Noise
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.shapes import Tree
 from sjd2.models.base import ImageModel
 
@@ -45,7 +45,7 @@ class State:
     iteration: Tensor  # [B] the row's own pass counter
     forced: Tensor  # [N + S] forced local id, -1 free; positions beyond N are forced dummies
     noise: Noise
-    sampling: Sampling
+    sampling: SamplingParams
     window: int  # S, slots of a pass
     starts: Tensor  # [R] the position id of the image's first token in each model row
     bound: int = 0  # the host's upper bound of the tokens in any row's cache, prompt included
@@ -121,7 +121,7 @@ class Drafter:
         """Return the evaluations of a draft network per pass."""
         return 0
 
-    def open(self, model: ImageModel, rows: int, capacity: int, law: Sampling) -> Any:
+    def open(self, model: ImageModel, rows: int, capacity: int, sampling: SamplingParams) -> Any:
         """Return the memory of a batch of `rows` samples; it becomes `state.memory`."""
 
     def reserve(self, memory: Any, capacity: int) -> None:

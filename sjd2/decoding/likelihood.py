@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import Condition, ImageModel
 
 CHUNK = 512  # positions whose laws are in memory at once: those of all 8193 of Emu3 would take several GB an image
@@ -16,15 +16,15 @@ FLOOR = 1e-9  # a token that top-k or top-p has cut off counts as this probabili
 
 
 @torch.inference_mode()
-def nll(model: ImageModel, condition: Condition, tokens: Tensor, law: Sampling) -> Tensor:
-    """Return -log p of the free tokens under the target law, summed, in nats: tokens [B, N] -> [B].
+def nll(model: ImageModel, condition: Condition, tokens: Tensor, sampling: SamplingParams) -> Tensor:
+    """Return -log p of the free tokens under the target distribution, summed, in nats: tokens [B, N] -> [B].
 
     One teacher-forced pass. A token outside top-k or top-p counts as `FLOOR`.
     """
     tokens = tokens.to(model.device)
     x = model.embed(tokens)[:, :-1]
     hidden = [_hidden(model, condition.embeds, condition.lengths, x)]
-    if law.guided:
+    if sampling.guided:
         rows = len(tokens)
         hidden.append(
             _hidden(model, condition.uncond_embeds.expand(rows, -1, -1), condition.uncond_lengths.expand(rows), x)
@@ -32,7 +32,7 @@ def nll(model: ImageModel, condition: Condition, tokens: Tensor, law: Sampling) 
     picked = []
     for begin in range(0, tokens.shape[1], CHUNK):
         part = slice(begin, begin + CHUNK)
-        probs = law.law(model.logits(torch.cat([states[:, part] for states in hidden])))  # [B, n, V]
+        probs = sampling.probs(model.logits(torch.cat([states[:, part] for states in hidden])))  # [B, n, V]
         picked.append(probs.gather(-1, tokens[:, part].clamp(max=probs.shape[-1] - 1)[..., None])[..., 0])
     free = model.layout.free.to(model.device)
     return -(torch.cat(picked, 1).clamp(min=FLOOR).log().double() * free).sum(1)

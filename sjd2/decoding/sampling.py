@@ -16,7 +16,7 @@ from sjd2.errors import UserError, choose
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """The law that every decoder samples from.
 
     guidance_scale: g in l = u + g (c - u); 1 leaves the unconditional rows out.
@@ -54,7 +54,7 @@ class Sampling:
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
 
-    def law(self, logits: Tensor) -> Tensor:
+    def probs(self, logits: Tensor) -> Tensor:
         """Turn logits [R, S, V] into probabilities [B, S, V]; rows B..2B-1 are the unconditional ones."""
         if self.guided:
             conditional, unconditional = logits.chunk(2)

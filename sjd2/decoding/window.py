@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sjd2.decoding.interfaces import Draft, Outcome, State
 from sjd2.decoding.noise import Noise, Purpose
-from sjd2.decoding.sampling import Sampling, draw, draw_tokens
+from sjd2.decoding.sampling import SamplingParams, draw, draw_tokens
 from sjd2.decoding.shapes import Walk, walk
 from sjd2.decoding.verify import Exact, after_siblings, chances, law_behind, laws, take
 from sjd2.models.base import Condition, ImageModel
@@ -39,12 +39,12 @@ class Decoding:
     """B rows in flight. `admit` starts rows, `step` is one pass, `collect` hands out a finished row."""
 
     @torch.inference_mode()
-    def __init__(self, model: ImageModel, decoder: Decoder, rows: int, prompt: int, law: Sampling) -> None:
+    def __init__(self, model: ImageModel, decoder: Decoder, rows: int, prompt: int, sampling: SamplingParams) -> None:
         decoder.prepare(model)
         device, size, carried = model.device, decoder.window, decoder.carried
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self.model, self.decoder, self.law = model, decoder, law
-        self.branches = 2 if law.guided else 1
+        self.model, self.decoder, self.sampling = model, decoder, sampling
+        self.branches = 2 if sampling.guided else 1
         self.total = model.layout.length
         self.prompt = prompt
         self.capacity = prompt + self.total + size + decoder.extra
@@ -58,10 +58,10 @@ class Decoding:
             iteration=zeros.clone(),
             forced=forced,
             noise=Noise(zeros.clone(), wide),
-            sampling=law,
+            sampling=sampling,
             window=size,
             starts=zeros.repeat(self.branches),
-            memory=decoder.drafter.open(model, rows, self.capacity, law) if decoder.drafter is not None else None,
+            memory=decoder.drafter.open(model, rows, self.capacity, sampling) if decoder.drafter is not None else None,
         )
         recorded = carried > 1 and getattr(decoder.refiner, "record", True)
         vocabulary = model.layout.vocabulary
@@ -97,12 +97,12 @@ class Decoding:
             for h, (_, lengths) in zip(hidden, prompts, strict=False)
         ]
         # an unconditional prompt may be one for all
-        target = self.law.law(
+        target = self.sampling.probs(
             self.model.logits(torch.cat([end.expand(count, -1) for end in ends])[:, None])
         )  # [b, 1, V]
         first = torch.zeros(count, 1, dtype=torch.long, device=device)
         noise = Noise(state.noise.seeds[index], state.noise.dtype)
-        drawn = draw_tokens(target, noise, first, Purpose.SAMPLE, 0, self.law.sampler)[:, 0]
+        drawn = draw_tokens(target, noise, first, Purpose.SAMPLE, 0, self.sampling.sampler)[:, 0]
         token = torch.where(state.forced[0] < 0, drawn, state.forced[0])
         state.tokens[index], state.tokens[index, 0] = 0, token
         state.committed[index], state.cached[index], state.iteration[index] = 1, 0, 0
@@ -183,12 +183,12 @@ class Decoding:
                 x, positions, draft.level, gate, state.starts, visible
             )
         hidden = self.model.forward(x.repeat(self.branches, 1, 1), positions, self.cache, visible, gate)[:, :size]
-        return hidden, self.law.law(self.model.logits(hidden))
+        return hidden, self.sampling.probs(self.model.logits(hidden))
 
     def _draw(self, law: Tensor, position: Tensor, bonus: Tensor | None) -> Tensor:
         """Draw the token behind the accepted run, recovered from the residual or a bonus token: [B, V], [B] -> [B]."""
         state, position = self.state, position[:, None]
-        if self.law.sampler == "gumbel":
+        if self.sampling.sampler == "gumbel":
             drawn = draw_tokens(law[:, None], state.noise, position, Purpose.SAMPLE, 0, "gumbel")
         else:
             u = state.noise.uniform(position, Purpose.SAMPLE)

@@ -14,7 +14,7 @@ from sjd2.decoding.interfaces import Draft, Drafter, State
 from sjd2.denoising.embedding_space import EmbeddingSpace, sinusoid
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.errors import UserError, choose
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 
 @dataclass(kw_only=True)
@@ -77,7 +77,7 @@ class Denoise(Drafter):
                 f"decoder.clean={self.clean} leaves no noisy slot in a window of {window}; that decoder is decoder=scd."
             )
 
-    def prepare(self, model: Backbone) -> None:
+    def prepare(self, model: ImageModel) -> None:
         self.settings = model.adapter.settings
         self.layout = model.layout
         self.model = model

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.finetune.data.generated import Generated
 from sjd2.finetune.front_pairs import Pairs, join, law_of, make_pairs
 from sjd2.finetune.trainer import step_rng, train, warmup_decay
 from sjd2.front.corrector import Corrector, FrontSettings, embedding_width
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 CHUNK = 16  # images that are run through the model together
 
@@ -67,7 +67,7 @@ class FinetuneFront:
     def run(
         self,
         *,
-        model: Backbone,
+        model: ImageModel,
         out: Path,
         log: Callable[[int, dict[str, float]], None] | None,
         device: str,
@@ -116,7 +116,7 @@ class FinetuneFront:
             torch.optim.AdamW(rest, lr=self.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 
-    def pairs(self, model: Backbone, images: int, seed: int, held_out: bool = False) -> Pairs:
+    def pairs(self, model: ImageModel, images: int, seed: int, held_out: bool = False) -> Pairs:
         """Make the pairs of so many images; a pure function of the seed."""
         prompts, codes, scales = self.data.scaled(images, seed, held_out)
         tokens = model.layout.tokens(codes.to(model.device))
@@ -136,17 +136,17 @@ class FinetuneFront:
                 ]
             )  # fmt: skip
 
-    def _laws(self, model: Backbone) -> dict[float, Sampling]:
+    def _laws(self, model: ImageModel) -> dict[float, SamplingParams]:
         usual = dict(getattr(getattr(model, "spec", None), "sampling", {}))
-        return {scale: Sampling(**(usual | {"guidance_scale": scale})) for scale in self.data.scales}
+        return {scale: SamplingParams(**(usual | {"guidance_scale": scale})) for scale in self.data.scales}
 
-    def _places(self, model: Backbone) -> Tensor:
+    def _places(self, model: ImageModel) -> Tensor:
         """Return the tokens that can be replaced and whose successor the model chooses."""
         free = model.layout.free
         return (free[:-1] & free[1:]).nonzero()[:, 0].to(model.device)
 
     def corrected(
-        self, model: Backbone, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor
+        self, model: ImageModel, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor
     ) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Correct states behind tokens `place` [M] of images [M] -> kind: (corrected, stale, true [2M, D], counts [M]).
 
@@ -174,7 +174,7 @@ class FinetuneFront:
         found["d2"] = correct(pairs.second, pairs.second_stale, found["d1"][0], place + 1)
         return found
 
-    def loss(self, model: Backbone, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor) -> Tensor:
+    def loss(self, model: ImageModel, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor) -> Tensor:
         """Return the total variation between corrected and true laws, averaged over pairs, kinds and guidance scales."""
         losses = []
         for hidden, _, true, counts in self.corrected(model, corrector, pairs, image, place).values():
@@ -185,7 +185,7 @@ class FinetuneFront:
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def validate(self, model: Backbone, corrector: Corrector, pairs: Pairs) -> dict[str, float]:
+    def validate(self, model: ImageModel, corrector: Corrector, pairs: Pairs) -> dict[str, float]:
         """Measure 1 - TV as decoding meets it, each scale on the images drawn under it; stale_*: without the corrector."""
         places = self._places(model)
         sums: dict[str, list[Tensor]] = {}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sjd2.decoding.sampling import Sampling, draw
+from sjd2.decoding.sampling import SamplingParams, draw
 from sjd2.decoding.verify import residual
 from sjd2.finetune.windows import causal_mask, window_mask
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 
 class Images:
@@ -26,7 +26,7 @@ class Images:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Backbone, prompts: list[str], tokens: Tensor) -> None:
+    def __init__(self, model: ImageModel, prompts: list[str], tokens: Tensor) -> None:
         self.model, self.tokens = model, tokens
         condition = model.encode(prompts)
         rows, n = tokens.shape
@@ -95,20 +95,20 @@ class Pairs:
         return len(self.tokens)
 
 
-def law_of(model: Backbone, hidden: Tensor, law: Sampling) -> Tensor:
-    """Turn states of both branches [R, ..., D] into the law that `law` makes of them [B, ..., V]."""
-    if not law.guided:
+def law_of(model: ImageModel, hidden: Tensor, sampling: SamplingParams) -> Tensor:
+    """Turn states of both branches [R, ..., D] into the law that `sampling` makes of them [B, ..., V]."""
+    if not sampling.guided:
         hidden = hidden.chunk(2)[0]
-    return law.law(model.logits(hidden))
+    return sampling.probs(model.logits(hidden))
 
 
 @torch.no_grad()
 def make_pairs(
-    model: Backbone,
+    model: ImageModel,
     prompts: list[str],
     tokens: Tensor,
     scales: Tensor,
-    laws: dict[float, Sampling],
+    laws: dict[float, SamplingParams],
     uniform: Callable[..., Tensor],
 ) -> Pairs:
     """Replace each token of images [B, N] as decoding would: by a draft that verification rejects.

@@ -25,7 +25,7 @@ from sjd2.finetune.objective import Objective, is_sharded, recompute, widen
 from sjd2.finetune.trainer import Piece, step_rng, train, warmup_decay
 from sjd2.finetune.windows import Past, Segments, causal_mask, draw_segments, window_mask
 from sjd2.models.adapter import Adapter, AdapterSettings
-from sjd2.models.base import Backbone, ModelSpec
+from sjd2.models.base import ImageModel, ModelSpec
 
 AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
 
@@ -116,7 +116,7 @@ class FinetuneSJD2:
     def run(
         self,
         *,
-        model: Backbone,
+        model: ImageModel,
         out: Path,
         log: Callable[[int, dict[str, float]], None] | None,
         device: str,
@@ -160,7 +160,7 @@ class FinetuneSJD2:
             raise UserError("finetune.epochs needs a set of images; give finetune.steps for data without an end.")
         return max(1, round(self.epochs * self.data.count() / self.batch_size))
 
-    def _objective(self, model: Backbone, adapter: Adapter) -> Objective:
+    def _objective(self, model: ImageModel, adapter: Adapter) -> Objective:
         """Join what is trained, make it trainable, and put it on the machine as asked for."""
         full = self.adapter.kind == "full"
         for parameter in adapter.trainable():
@@ -177,7 +177,7 @@ class FinetuneSJD2:
             widen(objective.parameters())
         return objective
 
-    def _pieces(self, model: Backbone, objective: Objective, step: int, seed: int) -> Iterator[Piece]:
+    def _pieces(self, model: ImageModel, objective: Objective, step: int, seed: int) -> Iterator[Piece]:
         """Yield this process's micro-batches of a step: shares of the mean over all wanted tokens of the whole batch."""
         rng = step_rng(seed, step)
         data_seed = int(rng.integers(2**62))
@@ -201,7 +201,7 @@ class FinetuneSJD2:
     @torch.no_grad()
     def validate(
         self,
-        model: Backbone,
+        model: ImageModel,
         seed: int,
         gate: bool = True,
         through: Callable[[Callable[[], Tensor]], Tensor] | None = None,
@@ -231,7 +231,7 @@ class FinetuneSJD2:
 
     def loss(
         self,
-        model: Backbone,
+        model: ImageModel,
         prompts: list[str],
         codes: Tensor,
         seeds: Sequence[int],
@@ -293,19 +293,19 @@ class FinetuneSJD2:
         wanted = free[1:].expand(len(level), -1)
         return wanted & (level > 0)[:, :-1] if self.context == "windows" else wanted
 
-    def _count(self, model: Backbone, seeds: Sequence[int], steps: int) -> int:
+    def _count(self, model: ImageModel, seeds: Sequence[int], steps: int) -> int:
         """Return how many tokens a whole batch predicts, one seed per sample, without running it."""
         free = model.layout.free
         level = self._segments(Draws(seeds, len(seeds)), len(free), steps).level * free
         return int(self._wanted(level, free).sum())
 
-    def _space(self, model: Backbone) -> EmbeddingSpace:
+    def _space(self, model: ImageModel) -> EmbeddingSpace:
         """Return the space of the noise; its mean and deviation are constants to the gradient."""
         with torch.no_grad():
             return EmbeddingSpace(model, normalised=self.adapter.normalised)
 
     @torch.no_grad()
-    def _clean_pass(self, model: Backbone, tokens: Tensor, prompt: Tensor, lengths: Tensor) -> tuple[Past, Tensor]:
+    def _clean_pass(self, model: ImageModel, tokens: Tensor, prompt: Tensor, lengths: Tensor) -> tuple[Past, Tensor]:
         """Run the clean image once without a gradient -> (its keys and values, the states before tokens 1.. [B, N - 1, D])."""
         rows, n = tokens.shape
         width = prompt.shape[1]
@@ -316,7 +316,7 @@ class FinetuneSJD2:
         hidden = model.forward(x, positions, cache, causal_mask(lengths, width, n))
         return Past.of(cache, width + n), hidden[:, width:-1]
 
-    def _prompts(self, model: Backbone, prompts: list[str], draws: Draws) -> tuple[Tensor, Tensor]:
+    def _prompts(self, model: ImageModel, prompts: list[str], draws: Draws) -> tuple[Tensor, Tensor]:
         """Encode prompts, a share of them replaced by the unconditional one: [B, P, D], [B]."""
         condition = model.encode(prompts)
         drop = (draws.rand() < self.unconditional).to(model.device)
@@ -326,7 +326,7 @@ class FinetuneSJD2:
         return torch.where(drop[:, None, None], pad[1], pad[0]), lengths
 
     @torch.no_grad()
-    def _corrupt(self, model: Backbone, tokens: Tensor, hidden: Tensor, first: Tensor, draws: Draws) -> Tensor:
+    def _corrupt(self, model: ImageModel, tokens: Tensor, hidden: Tensor, first: Tensor, draws: Draws) -> Tensor:
         """Replace tokens in windows by draws from the model's own law, more of them further from the start.
 
         hidden [B, N - 1, D]: the clean states before tokens 1..
@@ -345,7 +345,7 @@ class FinetuneSJD2:
         return torch.where(wrong, torch.cat([tokens[:, :1], drawn], 1), tokens)
 
     def _noisy(
-        self, model: Backbone, space: EmbeddingSpace, tokens: Tensor, level: Tensor, steps: int, draws: Draws
+        self, model: ImageModel, space: EmbeddingSpace, tokens: Tensor, level: Tensor, steps: int, draws: Draws
     ) -> Tensor:
         """Return the inputs of the windows, noisy where the level says so: [B, N, D]."""
         times = self.schedule.times(steps).to(tokens.device)
@@ -362,7 +362,7 @@ class FinetuneSJD2:
 
     def _append(
         self,
-        model: Backbone,
+        model: ImageModel,
         space: EmbeddingSpace,
         x: Tensor,
         positions: Tensor,
@@ -385,7 +385,7 @@ class FinetuneSJD2:
         return x, positions, visible, torch.cat([act, act.new_ones(rows, steps)], 1)
 
 
-def _cross_entropy(model: Backbone, hidden: Tensor, target: Tensor, count: int | None) -> Tensor:
+def _cross_entropy(model: ImageModel, hidden: Tensor, target: Tensor, count: int | None) -> Tensor:
     """Sum the cross-entropy of states [M, D] and tokens [M] over `count` (None: M); many logits are made twice, not kept."""
     size = max(1, AT_ONCE // model.layout.vocabulary)
     if len(target) <= size and count is None:

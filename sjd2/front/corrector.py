@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sjd2.checkpoints import read_part
 from sjd2.errors import UserError
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 SETTINGS, WEIGHTS = "front.json", "front.safetensors"
 
@@ -101,7 +101,7 @@ class Corrector(nn.Module):
         )
 
     @classmethod
-    def load(cls, folder: Path, model: Backbone) -> Corrector:
+    def load(cls, folder: Path, model: ImageModel) -> Corrector:
         """Load the corrector in `folder` for this model. Raises `UserError` if the two do not fit."""
         settings = read_settings(folder)
         try:
@@ -117,6 +117,6 @@ class Corrector(nn.Module):
         return corrector.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
 
 
-def embedding_width(model: Backbone) -> int:
+def embedding_width(model: ImageModel) -> int:
     """Return D, the width of the model's inputs and hidden states."""
     return model.embed(torch.zeros(1, dtype=torch.long, device=model.device)).shape[-1]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from sjd2.decoding.interfaces import Draft, Drafter, Outcome, State
 from sjd2.decoding.noise import Purpose
-from sjd2.decoding.sampling import Sampling, draw, draw_tokens
+from sjd2.decoding.sampling import SamplingParams, draw, draw_tokens
 from sjd2.decoding.verify import Exact, residual, take
 from sjd2.errors import UserError
 from sjd2.front.corrector import SETTINGS, WEIGHTS, Corrector, read_settings
 from sjd2.front.front_shape import Level, chain_slots, shape
-from sjd2.models.base import Backbone, ImageModel
+from sjd2.models.base import ImageModel
 from sjd2.models.weights import Source, check_part, locate_part
 
 
@@ -94,7 +94,7 @@ class Front(Drafter):
     def forwards(self, window: int) -> int:
         return self.corrected
 
-    def prepare(self, model: Backbone) -> None:
+    def prepare(self, model: ImageModel) -> None:
         self.chain.prepare(model)
         if self.chain.extra:
             raise UserError("the front cannot be put before an adapter with appended timestep tokens.")
@@ -103,10 +103,10 @@ class Front(Drafter):
         self.shape = None
         self.corrector = None if self.weights is None else Corrector.load(locate_part(self._source()), model)
 
-    def open(self, model: ImageModel, rows: int, capacity: int, law: Sampling) -> Memory | None:
+    def open(self, model: ImageModel, rows: int, capacity: int, sampling: SamplingParams) -> Memory | None:
         if self.corrector is None:
             return None
-        width, branches = self.corrector.depth, 2 if law.guided else 1
+        width, branches = self.corrector.depth, 2 if sampling.guided else 1
         zeros = torch.zeros(rows, self.corrected, dtype=torch.long, device=model.device)
         stale = torch.zeros(branches * rows, self.corrected, width, dtype=model.dtype, device=model.device)
         return Memory(stale, zeros, zeros.bool(), stale[:, 0].clone())
@@ -182,7 +182,7 @@ class Front(Drafter):
         embed = self.model.embed(torch.cat([old, new], 1)).repeat(branches, 1, 1)
         hidden = self.corrector(stale, source, embed[:, :families], embed[:, families:])
         hidden = torch.where(changed.repeat(branches, 1)[..., None], hidden, stale)
-        mended = torch.where(changed[..., None], state.sampling.law(self.model.logits(hidden)).to(law), law)
+        mended = torch.where(changed[..., None], state.sampling.probs(self.model.logits(hidden)).to(law), law)
         place = (state.cached + depth)[:, None].expand(-1, families)
         if state.sampling.sampler == "gumbel":
             moved = draw_tokens(mended, state.noise, place, Purpose.SAMPLE, 0, "gumbel")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sjd2.checkpoints import read_part, write_tensors
 from sjd2.denoising.embedding_space import AdditiveCode
 from sjd2.errors import UserError, choose
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 SETTINGS, WEIGHTS = "sjd2.json", "sjd2.safetensors"
 VQ = "vqmodel."  # the image encoder inside some decoders, which is no part of the language model
@@ -58,7 +58,7 @@ def read_settings(folder: Path) -> AdapterSettings:
 class Adapter(nn.Module):
     """A fine-tuning that has been put into a model's backbone; `set_gate` says before each forward where it acts."""
 
-    def __init__(self, settings: AdapterSettings, model: Backbone) -> None:
+    def __init__(self, settings: AdapterSettings, model: ImageModel) -> None:
         super().__init__()
         self.settings = settings
         self._backbone = [model.decoder]  # in a list: the backbone's weights are not this module's to save
@@ -132,7 +132,7 @@ class Adapter(nn.Module):
         write_tensors(folder / WEIGHTS, self.tensors(), dtype, write)
 
     @classmethod
-    def load(cls, folder: Path, model: Backbone) -> Adapter:
+    def load(cls, folder: Path, model: ImageModel) -> Adapter:
         """Put the fine-tuning in `folder` into the model. Raises `UserError` if the two do not fit."""
         adapter = cls(read_settings(folder), model)
         own = adapter.tensors()

@@ -1,4 +1,4 @@
-"""What the decoders know of a model (`ImageModel`), and its parts that all transformers backbones share (`Backbone`).
+"""What the engine knows of a model: `ImageModel`, which every family derives from, and `ModelSpec`, its settings without weights.
 
 # B samples, R model rows (2B with guidance, else B), S slots of a pass, P prompt tokens, V image vocabulary, D width, N tokens
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,30 +37,6 @@ class Condition:
         return len(self.lengths)
 
 
-class ImageModel(Protocol):
-    """An autoregressive text-to-image model as the engine sees it. Token ids are local (layout.py)."""
-
-    layout: TokenGrid
-    codebook: Tensor  # [V, C], for neighbour tables
-    device: torch.device
-    dtype: torch.dtype
-
-    def encode(self, prompts: list[str]) -> Condition: ...
-    def embed(self, tokens: Tensor) -> Tensor: ...
-    def starts(self, lengths: Tensor) -> Tensor: ...
-    def cache(self, rows: int, capacity: int) -> RowCache: ...
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        cache: RowCache | None,
-        visible: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
-    def decode(self, tokens: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What a configuration says of a model, checked without loading a weight; families add their own settings.
@@ -89,7 +65,7 @@ class ModelSpec:
         """Return where each part of the weights lies, the language model first."""
         raise NotImplementedError
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> Backbone:
+    def build(self, device: torch.device, dtype: torch.dtype) -> ImageModel:
         """Load everything but the adapter."""
         raise NotImplementedError
 
@@ -108,7 +84,7 @@ class ModelSpec:
         """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""
         return digest(*map(locate, self.sources()), locate_part(self._adapter()) if self.adapter else None)
 
-    def load(self, device: str = "cpu", dtype: str = "float32") -> Backbone:
+    def load(self, device: str = "cpu", dtype: str = "float32") -> ImageModel:
         """Load all weights: dtype is a torch dtype's name. Raises `UserError` if a file does not fit."""
         from sjd2.models.adapter import Adapter
 
@@ -122,12 +98,14 @@ class ModelSpec:
         return Source(str(self.adapter), "model.adapter", files=("sjd2.json",))
 
 
-class Backbone:
-    """The part of an `ImageModel` that every transformers decoder shares; families add prompts, tables and pixels.
+class ImageModel:
+    """An autoregressive text-to-image model as the engine sees it; families add prompts, embeddings, the head and pixels.
 
-    `decoder` is what `get_decoder()` returns: calling below `ForConditionalGeneration` keeps PEFT, quantisation and sharding,
+    Token ids are local (layout.py). codebook: [V, C], for neighbour tables. `decoder` is what `get_decoder()` returns: calling below `ForConditionalGeneration` keeps PEFT, quantisation and sharding,
     and avoids heads that mask image logits.
     """
+
+    codebook: Tensor
 
     def __init__(self, decoder: nn.Module, layout: TokenGrid) -> None:
         self.decoder = decoder
@@ -142,6 +120,22 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.dtype
+
+    def encode(self, prompts: list[str]) -> Condition:
+        """Encode prompts for both guidance branches, right-padded."""
+        raise NotImplementedError
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the model inputs of local token ids: [B, S] -> [B, S, D]."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the image vocabulary in float32, from the image rows of the head only: [..., D] -> [..., V]."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return pixels of whole images: [B, N] -> uint8 [B, 3, H, W]."""
+        raise NotImplementedError
 
     def starts(self, lengths: Tensor) -> Tensor:
         """Return the position id of the image's first token behind prompts of `lengths` tokens: [R] -> [R].

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.base import Condition, ImageModel, ModelSpec
 from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, locate, pretrained, stored_shape
 
@@ -70,7 +70,7 @@ class ChameleonSpec(ModelSpec):
         return Chameleon(self, device, dtype)
 
 
-class Chameleon(Backbone):
+class Chameleon(ImageModel):
     """A loaded Chameleon text-to-image model (contract: `ImageModel`)."""
 
     def __init__(self, spec: ChameleonSpec, device: torch.device, dtype: torch.dtype) -> None:

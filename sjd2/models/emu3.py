@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sjd2.errors import UserError, choose
-from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.base import Condition, ImageModel, ModelSpec
 from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, fit, locate, pretrained, read_config, tokenizer
 
@@ -100,7 +100,7 @@ def cut_as_published(words: PreTrainedTokenizerBase) -> None:
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
 
 
-class Emu3(Backbone):
+class Emu3(ImageModel):
     """A loaded Emu3-Gen (contract: `ImageModel`)."""
 
     def __init__(self, spec: Emu3Spec, device: torch.device, dtype: torch.dtype) -> None:

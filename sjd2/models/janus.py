@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.base import Condition, ImageModel, ModelSpec
 from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, locate, pretrained, read_config, tokenizer
 
@@ -62,7 +62,7 @@ class JanusSpec(ModelSpec):
         return Janus(self, device, dtype)
 
 
-class Janus(Backbone):
+class Janus(ImageModel):
     """A loaded Janus-Pro (contract: `ImageModel`)."""
 
     def __init__(self, spec: JanusSpec, device: torch.device, dtype: torch.dtype) -> None:

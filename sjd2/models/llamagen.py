@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.models.base import Backbone, Condition, ModelSpec
+from sjd2.models.base import Condition, ImageModel, ModelSpec
 from sjd2.models.layout import TokenGrid
 from sjd2.models.weights import Source, assembled, fit, locate, read_tensors
 
@@ -104,7 +104,7 @@ class LlamaGenSpec(ModelSpec):
         return LlamaGen(self, device, dtype)
 
 
-class LlamaGen(Backbone):
+class LlamaGen(ImageModel):
     """A loaded LlamaGen text-to-image model (contract: `ImageModel`)."""
 
     def __init__(self, spec: LlamaGenSpec, device: torch.device, dtype: torch.dtype) -> None:

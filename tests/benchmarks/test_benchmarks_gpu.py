@@ -16,7 +16,7 @@ from benchmarks.timing import Budget, graphed, measure
 from sjd2.decoding.generate import Decoder, generate
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 
 CPU = torch.device("cpu")
@@ -98,9 +98,9 @@ def test_full_sizes_are_the_published_ones(name: str) -> None:
 def test_narrow_models_draw_whole_images(name: str) -> None:
     plan = ARCHITECTURES[name].small()
     model = plan.build(CPU, torch.float32)
-    law = Sampling(guidance_scale=plan.guidance, top_k=plan.top_k)
+    sampling = SamplingParams(guidance_scale=plan.guidance, top_k=plan.top_k)
     decoder = Decoder(name="scd", window=6, lossless=True, drafter=Jacobi(), verifier=Exact(), refiner=Coupled())
-    tokens = generate(model, decoder, plan.condition(model, 2), [1, 2], law=law).tokens
+    tokens = generate(model, decoder, plan.condition(model, 2), [1, 2], sampling=sampling).tokens
     forced = plan.layout.forced()
     assert (tokens[:, forced >= 0] == forced[forced >= 0]).all()
     assert (tokens[:, forced < 0] < plan.layout.vocabulary).all()

@@ -12,7 +12,7 @@ from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
-from sjd2.decoding.sampling import Sampling, draw
+from sjd2.decoding.sampling import SamplingParams, draw
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.denoising.embedding_space import EmbeddingSpace
@@ -25,7 +25,7 @@ from tests.helpers.toy import Toy, adapted_toy
 
 GRID = TokenGrid(4, 6, 12, prefix=(20, 21), row_end=22, suffix=(23,))  # N = 31, 24 free
 PROMPTS = ["one", "two words", "three short words", "four", "five is more"]
-LAW = Sampling(guidance_scale=2.0, top_k=7)
+LAW = SamplingParams(guidance_scale=2.0, top_k=7)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def sjd2(window: int = 6, refiner: object = None, **drafter) -> Decoder:
     )  # fmt: skip
 
 
-def decode(model: Toy, decoder: Decoder, law: Sampling = LAW, prompts: list[str] = PROMPTS, seeds=None):
+def decode(model: Toy, decoder: Decoder, sampling: SamplingParams = LAW, prompts: list[str] = PROMPTS, seeds=None):
     seeds = seeds or list(range(1, len(prompts) + 1))
-    return generate(model, decoder, model.encode(prompts), seeds, law=law)
+    return generate(model, decoder, model.encode(prompts), seeds, sampling=sampling)
 
 
 DECODERS = [
@@ -97,7 +97,7 @@ def test_refilled_rows_give_the_same_images(model: Toy, decoder: Decoder, rows: 
     law = replace(LAW, sampler=sampler)
     expected = decode(model, decoder, law).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
-    got = dict(stream(model, decoder, requests, rows=rows, law=law))
+    got = dict(stream(model, decoder, requests, rows=rows, sampling=law))
     assert sorted(got) == list(range(len(PROMPTS)))
     for index, sample in got.items():
         assert (sample.tokens == expected[index].tokens).all()
@@ -160,7 +160,7 @@ def test_window_passes_equal_single_passes_after_roll_back(model: Toy) -> None:
 def test_both_branches_in_one_batch_equal_two_passes(model: Toy) -> None:
     condition = model.encode(["two words"])
     tokens = decode(model, AR, prompts=["two words"], seeds=[5]).tokens
-    guided = nll(model, condition, tokens, Sampling(guidance_scale=2.0))
+    guided = nll(model, condition, tokens, SamplingParams(guidance_scale=2.0))
     x = model.embed(tokens)[:, :-1]
     logits = []
     for embeds in (condition.embeds, condition.uncond_embeds):
@@ -240,8 +240,8 @@ def test_random_numbers_are_uniform_and_distinct() -> None:
         (lambda: sjd2(levels="ages"), "did you mean 'age'"),
         (lambda: sjd(init="lift"), "did you mean 'left'"),
         (lambda: Coupled(coupling="max"), "maximal"),
-        (lambda: Sampling(top_p=0), "top_p"),
-        (lambda: Sampling(top_k=13).check(12), "vocabulary of 12"),
+        (lambda: SamplingParams(top_p=0), "top_p"),
+        (lambda: SamplingParams(top_k=13).check(12), "vocabulary of 12"),
         (lambda: Decoder(name="x", window=4, lossless=True), "needs a drafter"),
         (lambda: AdapterSettings(kind="full"), "gated=false"),
     ],

@@ -10,7 +10,7 @@ import torch
 from sjd2.decoding.generate import Decoder, generate
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Keep, Resample
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.models.adapter import Adapter, AdapterSettings
@@ -22,8 +22,8 @@ PROMPT = "a b"
 GRID = TokenGrid(1, 5, 3)
 # a header, row ends inside the window and a footer: 5 free tokens of 9
 FORCED = TokenGrid(2, 2, 3, prefix=(20,), row_end=21, suffix=(22, 23))
-GUIDED = Sampling(guidance_scale=2.0)
-CUT = Sampling(temperature=0.7, top_k=2)
+GUIDED = SamplingParams(guidance_scale=2.0)
+CUT = SamplingParams(temperature=0.7, top_k=2)
 
 
 def toy(grid: TokenGrid = GRID, code: str = "additive") -> Toy:
@@ -49,16 +49,18 @@ def noisy(window: int, refiner: object, rule: str = "exact", lossless: bool = Tr
     )  # fmt: skip
 
 
-def z_score(decoder: Decoder, law: Sampling, grid: TokenGrid = GRID, code: str = "additive", start: int = 0) -> float:
-    """Decode SAMPLES images and compare their frequencies with the enumerated law."""
+def z_score(
+    decoder: Decoder, sampling: SamplingParams, grid: TokenGrid = GRID, code: str = "additive", start: int = 0
+) -> float:
+    """Decode SAMPLES images and compare their frequencies with the enumerated distribution."""
     model = toy(grid, code)
-    _, probs = enumerate_law(model, PROMPT, law)
+    _, probs = enumerate_law(model, PROMPT, sampling)
     free = model.layout.free
     digits = 3 ** torch.arange(int(free.sum()) - 1, -1, -1)
     tokens = []
     for part in range(0, SAMPLES, 4000):
         seeds = list(range(start + part, start + part + 4000))
-        tokens.append(generate(model, decoder, model.encode([PROMPT] * 4000), seeds, law=law).tokens)
+        tokens.append(generate(model, decoder, model.encode([PROMPT] * 4000), seeds, sampling=sampling).tokens)
     counts = torch.bincount((torch.cat(tokens)[:, free] * digits).sum(1), minlength=len(probs))
     assert torch.equal(torch.cat(tokens)[0, ~free], model.layout.forced()[~free])
     return chi_square_z(counts, probs)
@@ -70,7 +72,7 @@ EXACT = {
     "ar cut": (AR, CUT),
     "jacobi": (jacobi(3, Resample(record=False)), GUIDED),
     "sjd": (jacobi(3, Resample()), GUIDED),
-    "sjd wide": (jacobi(8, Resample()), Sampling()),
+    "sjd wide": (jacobi(8, Resample()), SamplingParams()),
     "sjd left": (jacobi(4, Resample(), "left"), CUT),
     "sjd up": (jacobi(4, Resample(), "up"), GUIDED),
     "scd": (jacobi(4, Coupled()), GUIDED),

@@ -17,7 +17,7 @@ from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.generate import CHECK_EVERY, Decoder, DecodeResult, generate, stream
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
-from sjd2.decoding.sampling import Sampling, draw
+from sjd2.decoding.sampling import SamplingParams, draw
 from sjd2.decoding.window import Decoding
 from sjd2.errors import UserError
 from sjd2.files import ROOT
@@ -35,7 +35,7 @@ pytestmark = [
 DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
 PROMPTS = ["a small red circle", "a large blue square left of a green ring", "a yellow triangle"]
 SEEDS = [11, 12, 13]
-CDF = Sampling(guidance_scale=3.0, top_k=100, temperature=0.9)
+CDF = SamplingParams(guidance_scale=3.0, top_k=100, temperature=0.9)
 GUMBEL = replace(CDF, sampler="gumbel")
 MANY = ("ar", "sjd", "sjd2", "sjd-fc", "eagle")
 
@@ -52,16 +52,16 @@ def half() -> ImageModel:
     return api.load("tiny", device="cuda", dtype="bfloat16")
 
 
-def decode(model: ImageModel, decoder: Decoder, law: Sampling, graphs: Graphs | None = None) -> DecodeResult:
+def decode(model: ImageModel, decoder: Decoder, sampling: SamplingParams, graphs: Graphs | None = None) -> DecodeResult:
     with torch.inference_mode():
         condition = model.encode(PROMPTS)
-    return generate(model, decoder, condition, SEEDS, law=law, graphs=graphs)
+    return generate(model, decoder, condition, SEEDS, sampling=sampling, graphs=graphs)
 
 
-def serves(decoder: Decoder, law: Sampling) -> bool:
-    """Say whether a decoder can sample from a law."""
+def serves(decoder: Decoder, sampling: SamplingParams) -> bool:
+    """Say whether a decoder can sample with these parameters."""
     try:
-        decoder.check_law(law)
+        decoder.check_sampling(sampling)
     except UserError:
         return False
     return True
@@ -78,11 +78,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def begun(model: ImageModel, decoder: Decoder, law: Sampling) -> Decoding:
+def begun(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Decoding:
     """Open a loop on the prompts and run the first passes, in which parts may build their tables."""
     with torch.inference_mode():
         condition = model.encode(PROMPTS)
-    decoding = decoder.start(model, len(SEEDS), condition.embeds.shape[1], law)
+    decoding = decoder.start(model, len(SEEDS), condition.embeds.shape[1], sampling)
     decoding.admit(list(range(len(SEEDS))), condition, SEEDS)
     decoding.step()
     decoding.step()
@@ -93,11 +93,11 @@ def begun(model: ImageModel, decoder: Decoder, law: Sampling) -> Decoding:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("law", [CDF, GUMBEL], ids=["cdf", "gumbel"])
-def test_float64_gives_the_tokens_of_the_cpu(wide: dict[str, ImageModel], name: str, law: Sampling) -> None:
-    if not serves(api.decoder(name), law):
+@pytest.mark.parametrize("sampling", [CDF, GUMBEL], ids=["cdf", "gumbel"])
+def test_float64_gives_the_tokens_of_the_cpu(wide: dict[str, ImageModel], name: str, sampling: SamplingParams) -> None:
+    if not serves(api.decoder(name), sampling):
         pytest.skip("sampler=gumbel leaves nothing to relax")
-    here, there = (decode(model, api.decoder(name), law) for model in wide.values())
+    here, there = (decode(model, api.decoder(name), sampling) for model in wide.values())
     assert torch.equal(here.tokens, there.tokens)
     assert [s.accepted for s in here.samples] == [s.accepted for s in there.samples]
 
@@ -123,8 +123,11 @@ def test_laws_and_draws_of_large_vocabularies_are_the_cpus(vocabulary: int) -> N
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 33, vocabulary, generator=generator, dtype=torch.float64) * 4
     u = torch.rand(4, 33, generator=generator, dtype=torch.float64)
-    for law in (Sampling(guidance_scale=3.0, top_k=min(2000, vocabulary - 1)), Sampling(guidance_scale=2.0, top_p=0.9)):
-        expected, got = law.law(logits), law.law(logits.cuda())
+    for law in (
+        SamplingParams(guidance_scale=3.0, top_k=min(2000, vocabulary - 1)),
+        SamplingParams(guidance_scale=2.0, top_p=0.9),
+    ):
+        expected, got = law.probs(logits), law.probs(logits.cuda())
         assert torch.allclose(expected, got.cpu(), atol=1e-12)
         assert torch.equal(draw(expected, u), draw(got, u.cuda()).cpu())
         single = draw(got.float(), u.cuda().float())
@@ -149,7 +152,7 @@ def test_neither_batch_nor_refilling_changes_a_token(wide: dict[str, ImageModel]
     model, decoder = wide["cuda"], api.decoder(name)
     together = decode(model, decoder, CDF)
     for rows in (1, 2):
-        for index, sample in stream(model, decoder, zip(PROMPTS, SEEDS, strict=True), rows=rows, law=CDF):
+        for index, sample in stream(model, decoder, zip(PROMPTS, SEEDS, strict=True), rows=rows, sampling=CDF):
             assert (sample.tokens == together.samples[index].tokens).all()
             assert sample.accepted == together.samples[index].accepted
 
@@ -194,7 +197,7 @@ def test_lossless_decoders_have_the_enumerated_law(decoder: Decoder, replayed: b
     model, graphs = OnGpu.of(plain), Graphs() if replayed else None
     tokens = [
         generate(
-            model, decoder, model.encode([PROMPT] * 4000), list(range(at, at + 4000)), law=GUIDED, graphs=graphs
+            model, decoder, model.encode([PROMPT] * 4000), list(range(at, at + 4000)), sampling=GUIDED, graphs=graphs
         ).tokens
         for at in range(0, 12_000, 4000)
     ]
@@ -286,7 +289,7 @@ def test_refilled_rows_may_be_replayed(wide: dict[str, ImageModel]) -> None:
     model, decoder, graphs = wide["cuda"], api.decoder("sjd2"), Graphs()
     plain = decode(model, decoder, CDF)
     requests = zip(PROMPTS, SEEDS, strict=True)
-    for index, sample in stream(model, decoder, requests, rows=2, law=CDF, graphs=graphs):
+    for index, sample in stream(model, decoder, requests, rows=2, sampling=CDF, graphs=graphs):
         assert (sample.tokens == plain.samples[index].tokens).all()
 
 
@@ -312,10 +315,10 @@ def test_every_family_draws(name: str, graph: bool) -> None:
     plan = ARCHITECTURES[name].small()
     model = plan.build(torch.device("cuda"), torch.bfloat16)
     model.adapter = Adapter(AdapterSettings(rank=2), model).eval().requires_grad_(False)
-    law = Sampling(guidance_scale=plan.guidance, top_k=plan.top_k)
+    sampling = SamplingParams(guidance_scale=plan.guidance, top_k=plan.top_k)
     for decoder in (api.decoder("ar"), api.decoder("sjd2", window=6)):
         condition = plan.condition(model, 2)
-        result = generate(model, decoder, condition, [1, 2], law=law, graphs=Graphs() if graph else None)
+        result = generate(model, decoder, condition, [1, 2], sampling=sampling, graphs=Graphs() if graph else None)
         forced = plan.layout.forced()
         assert (result.tokens[:, forced >= 0] == forced[forced >= 0]).all()
         assert (result.tokens[:, forced < 0] < plan.layout.vocabulary).all()

@@ -51,13 +51,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_replayed_passes_give_the_tokens_of_the_plain_loop(model: Toy, name: str, nets: dict[str, str]) -> None:
     decoder, graphs = DECODERS[name](nets), Graphs(tape.record)
-    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, law=LAW)
+    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=LAW)
     with as_on_a_gpu():
         # the second batch has a longer prompt: keys and values move; the third finds everything in place
-        first = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], law=LAW, graphs=graphs)
+        first = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=LAW, graphs=graphs)
         loop = graphs.kept
-        then = generate(model, decoder, model.encode(PROMPTS[2:4]), SEEDS[2:4], law=LAW, graphs=graphs)
-        again = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], law=LAW, graphs=graphs)
+        then = generate(model, decoder, model.encode(PROMPTS[2:4]), SEEDS[2:4], sampling=LAW, graphs=graphs)
+        again = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=LAW, graphs=graphs)
     assert isinstance(loop, Replayed)
     assert loop is graphs.kept
     assert any(loop.graphs.values())
@@ -70,11 +70,11 @@ def test_replayed_passes_give_the_tokens_of_the_plain_loop(model: Toy, name: str
 @pytest.mark.parametrize("name", ["sjd2"])
 def test_refilled_rows_may_be_replayed(model: Toy, name: str, nets: dict[str, str]) -> None:
     decoder = DECODERS[name](nets)
-    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, law=replace(LAW, sampler="gumbel"))
+    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=replace(LAW, sampler="gumbel"))
     with as_on_a_gpu():
         requests = zip(PROMPTS, SEEDS, strict=True)
         law = replace(LAW, sampler="gumbel")
-        for index, sample in stream(model, decoder, requests, rows=2, law=law, graphs=Graphs(tape.record)):
+        for index, sample in stream(model, decoder, requests, rows=2, sampling=law, graphs=Graphs(tape.record)):
             assert (sample.tokens == plain.samples[index].tokens).all()
 
 
@@ -106,10 +106,10 @@ def test_a_part_that_keeps_tensors_of_its_own_is_found_out(model: Toy) -> None:
         refiner = Resample(record=False)
         return Decoder(name="x", window=6, lossless=True, drafter=Remembers(), verifier=Exact(), refiner=refiner)
 
-    plain = generate(model, decoder(), model.encode(PROMPTS), SEEDS, law=LAW)
+    plain = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=LAW)
     with as_on_a_gpu():
-        eager = generate(model, decoder(), model.encode(PROMPTS), SEEDS, law=LAW)
-        graph = generate(model, decoder(), model.encode(PROMPTS), SEEDS, law=LAW, graphs=Graphs(tape.record))
+        eager = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=LAW)
+        graph = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=LAW, graphs=Graphs(tape.record))
     assert torch.equal(eager.tokens, plain.tokens)
     assert [s.accepted for s in graph.samples] != [s.accepted for s in plain.samples]
 
@@ -117,7 +117,7 @@ def test_a_part_that_keeps_tensors_of_its_own_is_found_out(model: Toy) -> None:
 def test_ar_costs_a_graph_per_bound(model: Toy) -> None:
     graphs = Graphs(tape.record)
     with as_on_a_gpu():
-        generate(model, AR, model.encode(PROMPTS[:1]), [1], law=LAW, graphs=graphs)
+        generate(model, AR, model.encode(PROMPTS[:1]), [1], sampling=LAW, graphs=graphs)
     # prompt and image are 33 tokens; a bound's first pass is not replayed
     assert sorted(graphs.kept.graphs) == [16, 32, 33]
     assert [level for level, replay in graphs.kept.graphs.items() if replay] == [16, 32]

@@ -11,7 +11,7 @@ from baselines.lookup import Lookup
 from sjd2.decoding.generate import Decoder, generate, stream
 from sjd2.decoding.interfaces import Draft, State
 from sjd2.decoding.noise import Noise
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
@@ -28,12 +28,12 @@ def lookup(window: int, drafter: Lookup | None = None, context: int = 2) -> Deco
 
 
 @pytest.mark.parametrize(
-    ("decoder", "law", "grid"),
+    ("decoder", "sampling", "grid"),
     [(lookup(3), GUIDED, BLOCK), (lookup(8, context=1), CUT, BLOCK), (lookup(4), GUIDED, FORCED)],
     ids=["narrow", "wide cut", "forced"],
 )
-def test_lookup_has_the_enumerated_law(decoder: Decoder, law: Sampling, grid: TokenGrid) -> None:
-    assert abs(z_score(decoder, law, grid)) < 5
+def test_lookup_has_the_enumerated_law(decoder: Decoder, sampling: SamplingParams, grid: TokenGrid) -> None:
+    assert abs(z_score(decoder, sampling, grid)) < 5
 
 
 class Claimed(Lookup):
@@ -58,8 +58,8 @@ def model() -> Toy:
     return Toy(GRID, dtype=torch.float64, width=16)
 
 
-def decode(model: Toy, decoder: Decoder, law: Sampling = LAW):
-    return generate(model, decoder, model.encode(PROMPTS), list(range(1, len(PROMPTS) + 1)), law=law)
+def decode(model: Toy, decoder: Decoder, sampling: SamplingParams = LAW):
+    return generate(model, decoder, model.encode(PROMPTS), list(range(1, len(PROMPTS) + 1)), sampling=sampling)
 
 
 MANY = [lookup(2), lookup(6, context=1), lookup(40, context=3)]
@@ -79,7 +79,7 @@ def test_gumbel_matching_returns_the_very_tokens_of_ar(model: Toy, decoder: Deco
 def test_lookup_does_not_depend_on_batch_or_refilling(model: Toy, decoder: Decoder, rows: int) -> None:
     expected = decode(model, decoder).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
-    for index, sample in stream(model, decoder, requests, rows=rows, law=LAW):
+    for index, sample in stream(model, decoder, requests, rows=rows, sampling=LAW):
         assert (sample.tokens == expected[index].tokens).all()
         assert sample.accepted == expected[index].accepted
 
@@ -98,7 +98,7 @@ def guesses(tokens: list[int], window: int, context: int = 2, grid: TokenGrid = 
     count = torch.tensor([n])
     state = State(
         tokens=board, committed=count, cached=count - 1, iteration=count, forced=forced, noise=Noise(count),
-        sampling=Sampling(), window=window, starts=count,
+        sampling=SamplingParams(), window=window, starts=count,
     )  # fmt: skip
     filled = drafter.fill(Draft(board[:, n - 1 : n], None), torch.zeros(1, 1, dtype=torch.bool), state)
     assert filled.probs is None

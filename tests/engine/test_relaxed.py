@@ -19,7 +19,7 @@ from sjd2.decoding.generate import generate
 from sjd2.decoding.interfaces import Draft
 from sjd2.decoding.noise import Noise
 from sjd2.decoding.refine import Resample
-from sjd2.decoding.sampling import Sampling, draw
+from sjd2.decoding.sampling import SamplingParams, draw
 from sjd2.decoding.verify import Exact, residual
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
@@ -311,7 +311,7 @@ def test_wrong_settings_are_refused(make: object, part: str) -> None:
 def state(rows: int) -> SimpleNamespace:
     """What `Reuse` reads of a state."""
     place, noise = torch.ones(rows, 1, dtype=torch.long), Noise(torch.arange(rows), torch.float64)
-    return SimpleNamespace(guesses=lambda draft: place, iteration=place[:, 0], noise=noise, sampling=Sampling())
+    return SimpleNamespace(guesses=lambda draft: place, iteration=place[:, 0], noise=noise, sampling=SamplingParams())
 
 
 def reused(p: Tensor, q: Tensor, threshold: float, rows: int = 40_000) -> tuple[Tensor, Tensor]:
@@ -353,7 +353,7 @@ def test_reuse_needs_the_laws() -> None:
     ("decoder", "law"),
     [
         (jacobi(4, Reuse(threshold=0.3)), GUIDED),
-        (jacobi(8, Reuse(threshold=0.1)), Sampling()),
+        (jacobi(8, Reuse(threshold=0.1)), SamplingParams()),
         (jacobi(5, Reuse(), "left"), CUT),
     ],
     ids=["guided", "wide", "cut"],
@@ -390,6 +390,6 @@ def test_smallest_settings_decode_as_sjd(name: str) -> None:
     toy = Toy(TokenGrid(2, 5, 9, row_end=20), dtype=torch.float64)
     prompts, seeds = ["a b", "b", "c a d"] * 4, list(range(12))
     sjd, other = jacobi(4, Resample()), jacobi(4, Resample(), verifier=EXACT[name], lossless=False)
-    wanted, got = (generate(toy, decoder, toy.encode(prompts), seeds, law=GUIDED) for decoder in (sjd, other))
+    wanted, got = (generate(toy, decoder, toy.encode(prompts), seeds, sampling=GUIDED) for decoder in (sjd, other))
     assert torch.equal(got.tokens, wanted.tokens)
     assert [s.accepted for s in got.samples] == [s.accepted for s in wanted.samples]

@@ -23,7 +23,7 @@ from sjd2.decoding.generate import Decoder, generate, stream
 from sjd2.decoding.interfaces import Draft, State
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Resample
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.decoding.window import Decoding
 from sjd2.files import ROOT
@@ -38,10 +38,10 @@ __all__ = ["nets"]
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
 LAWS = {
-    "cdf": Sampling(guidance_scale=3.0, top_k=100, temperature=0.9),
-    "plain": Sampling(top_p=0.9),
-    "gumbel": Sampling(guidance_scale=3.0, sampler="gumbel"),
-    "greedy": Sampling(temperature=0.0),
+    "cdf": SamplingParams(guidance_scale=3.0, top_k=100, temperature=0.9),
+    "plain": SamplingParams(top_p=0.9),
+    "gumbel": SamplingParams(guidance_scale=3.0, sampler="gumbel"),
+    "greedy": SamplingParams(temperature=0.0),
 }
 PASSES = [(name, "cdf") for name in DECODERS]
 PASSES += [
@@ -115,12 +115,12 @@ def meta() -> ImageModel:
     return model
 
 
-def begin(model: ImageModel, decoder: Decoder, law: Sampling) -> Decoding:
+def begin(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Decoding:
     """Open a loop of two rows, admit prompts and run the first two passes: they may still build tables."""
     width = model.embed(torch.zeros(1, 1, dtype=torch.long, device="meta")).shape[-1]
     lengths = torch.zeros(2, dtype=torch.long, device="meta")
     embeds = torch.zeros(2, 6, width, device="meta")
-    decoding = decoder.start(model, 2, 6, law)
+    decoding = decoder.start(model, 2, 6, sampling)
     decoding.admit([0, 1], Condition(embeds, lengths, embeds[:1, :2], lengths[:1]), [1, 2])
     decoding.step()
     decoding.step()
@@ -245,9 +245,9 @@ MANY = {
 def test_a_bound_instead_of_the_lengths_changes_no_token(model: Toy, name: str, nets: dict[str, str]) -> None:
     seeds, decoder = list(range(1, len(PROMPTS) + 1)), MANY[name](nets)
     with as_on_a_gpu():
-        bounded = generate(model, decoder, model.encode(PROMPTS), seeds, law=LAW)
-        refilled = dict(stream(model, decoder, zip(PROMPTS, seeds, strict=True), rows=2, law=LAW))
-    exact = generate(model, decoder, model.encode(PROMPTS), seeds, law=LAW)
+        bounded = generate(model, decoder, model.encode(PROMPTS), seeds, sampling=LAW)
+        refilled = dict(stream(model, decoder, zip(PROMPTS, seeds, strict=True), rows=2, sampling=LAW))
+    exact = generate(model, decoder, model.encode(PROMPTS), seeds, sampling=LAW)
     assert torch.equal(bounded.tokens, exact.tokens)
     for index, sample in refilled.items():
         assert (sample.tokens == exact.samples[index].tokens).all()

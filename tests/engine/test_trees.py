@@ -165,8 +165,8 @@ def model() -> Toy:
     return Toy(GRID, dtype=torch.float64, width=16)
 
 
-def decode(model: Toy, decoder: Decoder, law=LAW):
-    return generate(model, decoder, model.encode(PROMPTS), list(range(1, len(PROMPTS) + 1)), law=law)
+def decode(model: Toy, decoder: Decoder, sampling=LAW):
+    return generate(model, decoder, model.encode(PROMPTS), list(range(1, len(PROMPTS) + 1)), sampling=sampling)
 
 
 MANY = [
@@ -192,7 +192,7 @@ def test_trees_do_not_depend_on_batch_or_refilling(model: Toy, make, rows: int, 
     decoder = make(nets)
     expected = decode(model, decoder).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
-    for index, sample in stream(model, decoder, requests, rows=rows, law=LAW):
+    for index, sample in stream(model, decoder, requests, rows=rows, sampling=LAW):
         assert (sample.tokens == expected[index].tokens).all()
         assert sample.accepted == expected[index].accepted
         assert sample.draft_forwards == (sample.forwards - 1) * decoder.forwards

@@ -10,7 +10,7 @@ import torch
 
 from baselines.zipar import ZipAR
 from sjd2.decoding.generate import Decoder, generate, stream
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
 from tests.helpers.toy import Toy, chi_square_z, enumerate_law
@@ -19,7 +19,7 @@ SAMPLES = 12_000
 PROMPT = "a b"
 PROMPTS = ["one", "two words", "three short words", "four", "five is more"]
 AR = Decoder(name="ar", window=1, lossless=True)
-LAW = Sampling(guidance_scale=2.0, top_k=7)
+LAW = SamplingParams(guidance_scale=2.0, top_k=7)
 PLAIN = TokenGrid(4, 6, 12)
 FORCED = TokenGrid(4, 6, 12, prefix=(20, 21), row_end=22, suffix=(23,))  # N = 31, 24 free
 
@@ -28,8 +28,10 @@ def zipar(window_size: int, adaptive: bool = True) -> ZipAR:
     return ZipAR(name="zipar", lossless=False, window_size=window_size, adaptive=adaptive)
 
 
-def decode(model: Toy, decoder: ZipAR | Decoder, law: Sampling = LAW, prompts: list[str] = PROMPTS, seeds=None):
-    return generate(model, decoder, model.encode(prompts), seeds or list(range(1, len(prompts) + 1)), law=law)
+def decode(
+    model: Toy, decoder: ZipAR | Decoder, sampling: SamplingParams = LAW, prompts: list[str] = PROMPTS, seeds=None
+):
+    return generate(model, decoder, model.encode(prompts), seeds or list(range(1, len(prompts) + 1)), sampling=sampling)
 
 
 @pytest.fixture(scope="module", params=[PLAIN, FORCED], ids=["plain", "forced"])
@@ -60,7 +62,7 @@ def test_tokens_do_not_depend_on_the_batch_or_on_refilling(model: Toy, decoder: 
     alone = [decode(model, decoder, law, [prompt], [row + 1]).samples[0] for row, prompt in enumerate(PROMPTS)]
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
     for rows in (1, 3):
-        refilled = dict(stream(model, decoder, requests, rows=rows, law=law))
+        refilled = dict(stream(model, decoder, requests, rows=rows, sampling=law))
         for row, sample in enumerate(together):
             for other in (alone[row], refilled[row]):
                 assert (other.tokens == sample.tokens).all()
@@ -130,8 +132,8 @@ class Turn:
 class Book:
     """ZipAR by its description: one forward over all that was ever fed, no cache, every outcome followed."""
 
-    def __init__(self, model: Toy, law: Sampling, window_size: int, adaptive: bool) -> None:
-        self.model, self.grid, self.law = model, model.layout, law
+    def __init__(self, model: Toy, sampling: SamplingParams, window_size: int, adaptive: bool) -> None:
+        self.model, self.grid, self.sampling = model, model.layout, sampling
         self.window_size, self.adaptive = min(window_size, model.layout.columns), adaptive
         self.forced = model.layout.forced().tolist()
 
@@ -149,7 +151,7 @@ class Book:
             for entry, (_, _, others) in enumerate(fed):
                 saw[page, entry, list(others)] = True
         branches = [(condition.embeds, condition.lengths), (condition.uncond_embeds, condition.uncond_lengths)]
-        for embeds, lengths in branches[: 2 if self.law.guided else 1]:
+        for embeds, lengths in branches[: 2 if self.sampling.guided else 1]:
             n = int(lengths[0])
             visible = torch.ones(len(many), n + size, n + size, dtype=torch.bool)
             visible[:, :n] = torch.ones(n, n + size).tril().bool()
@@ -157,7 +159,7 @@ class Book:
             x = torch.cat([embeds[:1, :n].expand(len(many), -1, -1), self.model.embed(tokens)], 1)
             positions = torch.cat([torch.arange(n).expand(len(many), -1), n + places], 1)
             logits.append(self.model.logits(self.model.forward(x, positions, None, visible))[:, n - 1 :])
-        return self.law.law(torch.cat(logits)).double()
+        return self.sampling.probs(torch.cat(logits)).double()
 
     def run(self, prompt: str) -> dict[tuple[int, ...], float]:
         """Return the probability of every outcome, codes in raster order."""
@@ -242,33 +244,33 @@ class Book:
 SMALL = TokenGrid(3, 3, 2)
 WIDE = TokenGrid(2, 4, 2)
 ENDED = TokenGrid(2, 4, 2, prefix=(20, 21), row_end=22, suffix=(23,))
-GUIDED = Sampling(guidance_scale=2.0)
+GUIDED = SamplingParams(guidance_scale=2.0)
 CASES = {
     "fixed": (SMALL, 1, False, GUIDED),
     "adaptive": (SMALL, 1, True, GUIDED),
-    "adaptive wide": (WIDE, 1, True, Sampling(temperature=0.8)),
+    "adaptive wide": (WIDE, 1, True, SamplingParams(temperature=0.8)),
     "fixed 2": (WIDE, 2, False, GUIDED),
     "row ends, fixed": (ENDED, 1, False, GUIDED),
     "row ends, adaptive": (ENDED, 1, True, GUIDED),
 }
 
 
-def counts(model: Toy, decoder: ZipAR, law: Sampling) -> torch.Tensor:
+def counts(model: Toy, decoder: ZipAR, sampling: SamplingParams) -> torch.Tensor:
     """Decode SAMPLES images and count every outcome, in the order of `enumerate_law`."""
     free = model.layout.free
     digits = model.layout.vocabulary ** torch.arange(int(free.sum()) - 1, -1, -1)
     tokens = []
     for part in range(0, SAMPLES, 4000):
         seeds = list(range(part, part + 4000))
-        tokens.append(generate(model, decoder, model.encode([PROMPT] * 4000), seeds, law=law).tokens)
+        tokens.append(generate(model, decoder, model.encode([PROMPT] * 4000), seeds, sampling=sampling).tokens)
     found = torch.bincount(
         (torch.cat(tokens)[:, free] * digits).sum(1), minlength=model.layout.vocabulary ** len(digits)
     )
     return found
 
 
-def by_the_book(model: Toy, law: Sampling, window_size: int, adaptive: bool) -> torch.Tensor:
-    book = Book(model, law, window_size, adaptive).run(PROMPT)
+def by_the_book(model: Toy, sampling: SamplingParams, window_size: int, adaptive: bool) -> torch.Tensor:
+    book = Book(model, sampling, window_size, adaptive).run(PROMPT)
     codes = itertools.product(range(model.layout.vocabulary), repeat=int(model.layout.free.sum()))
     return torch.tensor([book.get(code, 0.0) for code in codes], dtype=torch.float64)
 

@@ -749,11 +749,11 @@ def test_a_training_whose_processes_are_all_killed_ends_with_the_same_weights(
 
 def test_the_result_decodes(place: Path, trained: SimpleNamespace) -> None:
     from sjd2.decoding.generate import generate
-    from sjd2.decoding.sampling import Sampling
+    from sjd2.decoding.sampling import SamplingParams
 
     loaded = replace(spec(place), adapter=str(trained.out / "final")).load("cpu", "float32")
     decoder = instantiate(settings("decoder=sjd2", "decoder.rule=paper", "decoder.steps=2", "decoder.window=8").decoder)
-    done = generate(loaded, decoder, loaded.encode(["a red circle"]), [3], law=Sampling())
+    done = generate(loaded, decoder, loaded.encode(["a red circle"]), [3], sampling=SamplingParams())
     assert done.tokenised.shape == (1, loaded.layout.length)
     assert loaded.decode(done.tokens).shape == (1, 3, SIDE, SIDE)
 

@@ -213,7 +213,7 @@ def test_the_run_folder(cli: Cli) -> None:
 def test_the_warm_up_is_short_and_leaves_no_record(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
 
-    def spy(model, decoder, cond, seeds, *, law, on_step=None, graphs=None):
+    def spy(model, decoder, cond, seeds, *, sampling, on_step=None, graphs=None):
         passes.append(0)
 
         def count(step):
@@ -221,7 +221,7 @@ def test_the_warm_up_is_short_and_leaves_no_record(cli: Cli, monkeypatch: pytest
             if on_step is not None:
                 on_step(step)
 
-        return generate(model, decoder, cond, seeds, law=law, on_step=count, graphs=graphs)
+        return generate(model, decoder, cond, seeds, sampling=sampling, on_step=count, graphs=graphs)
 
     monkeypatch.setattr(sampling, "generate", spy)
     assert cli("decoder=ar", "limit=6") == 0

@@ -19,9 +19,9 @@ from sjd2.decoding.generate import Decoder, generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.refine import Resample
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.adapter import Adapter, AdapterSettings
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 LOSSLESS = {
     "jacobi": {"window": 6},
@@ -34,7 +34,7 @@ LOSSLESS = {
 LOSSY = ("gsd", "zipar", "relaxed")
 
 
-def branches(model: Backbone, prompts: list[str]) -> list[Tensor]:
+def branches(model: ImageModel, prompts: list[str]) -> list[Tensor]:
     """Return the prompts of both guidance branches without padding, conditional ones first: [1, P, D] each."""
     condition = model.encode(prompts)
     count = len(prompts)
@@ -43,7 +43,7 @@ def branches(model: Backbone, prompts: list[str]) -> list[Tensor]:
     return [row[None, : int(length)] for row, length in zip(embeds, lengths, strict=True)]
 
 
-def images(model: Backbone, count: int, seed: int = 0) -> Tensor:
+def images(model: ImageModel, count: int, seed: int = 0) -> Tensor:
     """Draw complete random token sequences, forced tokens in their places: [B, N]."""
     generator = torch.Generator().manual_seed(seed)
     layout = model.layout
@@ -53,7 +53,7 @@ def images(model: Backbone, count: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def window_passes_equal_one_pass(model: Backbone, prompts: list[str]) -> None:
+def window_passes_equal_one_pass(model: ImageModel, prompts: list[str]) -> None:
     """Feed images through the cache in windows of changing width, rejected garbage between; compare with plain forwards."""
     tokens = images(model, len(prompts)).repeat(2, 1)
     x = model.embed(tokens)
@@ -92,7 +92,7 @@ def lossy(name: str, folder: Path) -> Decoder:
     )
 
 
-def with_parts(model: Backbone, folder: Path) -> Iterator[Decoder]:
+def with_parts(model: ImageModel, folder: Path) -> Iterator[Decoder]:
     """Yield the lossless decoders that need a trained part, on random parts; the last puts an adapter into the model."""
     torch.manual_seed(1)
     head = EagleHead(EagleSettings(), model)
@@ -108,38 +108,38 @@ def with_parts(model: Backbone, folder: Path) -> Iterator[Decoder]:
 
 
 def lossless_decoders_return_the_tokens_of_ar(
-    model: Backbone, decoders: Iterator[Decoder], prompts: list[str], law: Sampling
+    model: ImageModel, decoders: Iterator[Decoder], prompts: list[str], sampling: SamplingParams
 ) -> None:
     """With noise fixed per position every lossless decoder draws AR's very tokens (in float64), in fewer passes."""
-    law = replace(law, sampler="gumbel")
+    sampling = replace(sampling, sampler="gumbel")
     seeds = list(range(len(prompts)))
-    ar = generate(model, decoder("ar"), model.encode(prompts), seeds, law=law)
+    ar = generate(model, decoder("ar"), model.encode(prompts), seeds, sampling=sampling)
     assert all(sample.forwards == model.layout.length for sample in ar.samples)
     for other in decoders:
-        found = generate(model, other, model.encode(prompts), seeds, law=law)
+        found = generate(model, other, model.encode(prompts), seeds, sampling=sampling)
         assert torch.equal(found.tokens, ar.tokens), other.name
         assert sum(s.forwards for s in found.samples) < sum(s.forwards for s in ar.samples), other.name
 
 
-def draws_whole_images(model: Backbone, chosen: Decoder, prompts: list[str], law: Sampling) -> None:
+def draws_whole_images(model: ImageModel, chosen: Decoder, prompts: list[str], sampling: SamplingParams) -> None:
     """Every position is decoded once: forced tokens where they belong, codes elsewhere."""
     forced = model.layout.forced()
-    for sample in generate(model, chosen, model.encode(prompts), list(range(len(prompts))), law=law).samples:
+    for sample in generate(model, chosen, model.encode(prompts), list(range(len(prompts))), sampling=sampling).samples:
         tokens = torch.from_numpy(sample.tokens)
         assert torch.equal(tokens[forced >= 0], forced[forced >= 0])
         assert tokens[forced < 0].max() < model.layout.vocabulary
         assert sum(sample.accepted) == model.layout.length
 
 
-def rows_do_not_depend_on_their_neighbours(model: Backbone, prompts: list[str], law: Sampling) -> None:
+def rows_do_not_depend_on_their_neighbours(model: ImageModel, prompts: list[str], sampling: SamplingParams) -> None:
     """Prompts of different lengths give the same tokens and likelihoods alone, in a batch, and refilled into two rows."""
     chosen = decoder("scd", window=6)
     seeds = list(range(len(prompts)))
-    together = generate(model, chosen, model.encode(prompts), seeds, law=law)
-    refilled = dict(stream(model, chosen, list(zip(prompts, seeds, strict=True)), rows=2, law=law))
-    likely = nll(model, model.encode(prompts), together.tokens, law)
+    together = generate(model, chosen, model.encode(prompts), seeds, sampling=sampling)
+    refilled = dict(stream(model, chosen, list(zip(prompts, seeds, strict=True)), rows=2, sampling=sampling))
+    likely = nll(model, model.encode(prompts), together.tokens, sampling)
     for row, prompt in enumerate(prompts):
-        alone = generate(model, chosen, model.encode([prompt]), [row], law=law)
+        alone = generate(model, chosen, model.encode([prompt]), [row], sampling=sampling)
         assert torch.equal(alone.tokens[0], together.tokens[row])
         assert (refilled[row].tokens == together.samples[row].tokens).all()
-        assert torch.allclose(nll(model, model.encode([prompt]), alone.tokens, law)[0], likely[row], atol=1e-6)
+        assert torch.allclose(nll(model, model.encode([prompt]), alone.tokens, sampling)[0], likely[row], atol=1e-6)

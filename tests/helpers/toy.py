@@ -1,4 +1,4 @@
-"""A causal toy model whose law can be enumerated: a random Chameleon of width 16 behind the same `Backbone` and cache."""
+"""A causal toy model whose law can be enumerated: a random Chameleon of width 16 behind the same `ImageModel` and cache."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import ChameleonConfig, ChameleonModel
 
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.adapter import Adapter, AdapterSettings
-from sjd2.models.base import Backbone, Condition
+from sjd2.models.base import Condition, ImageModel
 from sjd2.models.layout import TokenGrid
 
 
-class Toy(Backbone):
+class Toy(ImageModel):
     """V codes on a grid of rows x columns, prompts are words hashed to one of 7 vectors; sharp enough to tell laws apart."""
 
     def __init__(self, grid: TokenGrid, *, dtype: torch.dtype = torch.float32, width: int = 16, seed: int = 0) -> None:
@@ -58,7 +58,7 @@ class Toy(Backbone):
 
 
 @torch.inference_mode()
-def enumerate_law(model: Toy, prompt: str, law: Sampling) -> tuple[Tensor, Tensor]:
+def enumerate_law(model: Toy, prompt: str, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
     """Return all free token sequences [K, F] and the exact probability of each [K], by plain forwards without a cache."""
     free = model.layout.free
     sequences = torch.tensor(list(itertools.product(range(model.layout.vocabulary), repeat=int(free.sum()))))
@@ -67,12 +67,12 @@ def enumerate_law(model: Toy, prompt: str, law: Sampling) -> tuple[Tensor, Tenso
     condition = model.encode([prompt])
     rows = []
     branches = [(condition.embeds, condition.lengths), (condition.uncond_embeds, condition.uncond_lengths)]
-    for embeds, lengths in branches[: 2 if law.guided else 1]:
+    for embeds, lengths in branches[: 2 if sampling.guided else 1]:
         head = embeds[:1, : int(lengths[0])].expand(len(tokens), -1, -1)
         x = torch.cat([head, model.embed(tokens)], 1)[:, :-1]
         hidden = model.forward(x, torch.arange(x.shape[1]).expand(len(x), -1), None)
         rows.append(model.logits(hidden[:, int(lengths[0]) - 1 :]))
-    probs = law.law(torch.cat(rows)).double()
+    probs = sampling.probs(torch.cat(rows)).double()
     picked = probs[:, free].gather(-1, sequences[..., None])[..., 0]
     return sequences, picked.prod(1)
 

@@ -20,7 +20,7 @@ from sjd2 import api
 from sjd2.decoding.generate import Decoder, generate
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.errors import UserError
 from sjd2.models import vqgan
@@ -32,7 +32,7 @@ from tests.helpers.plain_chameleon import Plain
 from tests.models.test_lumina import index_bytes, public
 
 PROMPTS = ["a red cat in the hat", "Two dogs!"]
-LAW = Sampling(guidance_scale=3.0, top_k=2000)
+LAW = SamplingParams(guidance_scale=3.0, top_k=2000)
 GREEDY, MATCH = replace(LAW, temperature=0.0), replace(LAW, sampler="gumbel")
 AR = Decoder(name="ar", window=1, lossless=True)
 
@@ -56,7 +56,7 @@ def plain(folder: Path) -> Plain:
 
 
 def test_greedy_ar_is_a_plain_forward_over_lanterns_prompts(model: Chameleon, plain: Plain) -> None:
-    tokens = generate(model, AR, model.encode(PROMPTS), [1, 2], law=GREEDY).tokens
+    tokens = generate(model, AR, model.encode(PROMPTS), [1, 2], sampling=GREEDY).tokens
     for row, text in enumerate(PROMPTS):
         conditional, image = [0, *plain.text(text), 8710, 8197], []
         for _ in range(16):
@@ -83,7 +83,9 @@ def test_decoders_run_on_it(model: Chameleon, name: str, tmp_path: Path) -> None
     """Lossless ones return AR's tokens; an EAGLE head has the norms per head that the model has."""
     condition = model.encode(PROMPTS)
     if name == "zipar":
-        tokens = generate(model, ZipAR(name=name, lossless=False, window_size=2), condition, [1, 2], law=LAW).tokens
+        tokens = generate(
+            model, ZipAR(name=name, lossless=False, window_size=2), condition, [1, 2], sampling=LAW
+        ).tokens
         assert model.decode(tokens).shape == (2, 3, 64, 64)
         return
     head = EagleHead(EagleSettings(), model)
@@ -92,7 +94,7 @@ def test_decoders_run_on_it(model: Chameleon, name: str, tmp_path: Path) -> None
     drafter = {"scd": Jacobi(), "eagle": Eagle(weights=str(tmp_path), depth=3, top_k=4)}[name]
     refiner = Coupled() if name == "scd" else None
     decoder = Decoder(name=name, window=8, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner)
-    tokens = [generate(model, each, condition, [1, 2], law=MATCH).tokens for each in (AR, decoder)]
+    tokens = [generate(model, each, condition, [1, 2], sampling=MATCH).tokens for each in (AR, decoder)]
     assert torch.equal(*tokens)
 
 

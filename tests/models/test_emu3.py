@@ -16,7 +16,7 @@ from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3Processor
 
 from sjd2.api import _compose, decoder, generate, load
 from sjd2.config import instantiate
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.files import ROOT
 from sjd2.models.emu3 import NEGATIVE, POSITIVE, WORDS, Emu3, Emu3Spec, grid
@@ -24,7 +24,7 @@ from sjd2.models.weights import tokenizer
 from tests.helpers import checkpoints_emu3, family_checks
 
 PROMPTS = ["a red fox under the bridge", "two dogs", "a cat and a bad hand, lowres"]
-LAW = Sampling(guidance_scale=3.0, top_k=20)
+LAW = SamplingParams(guidance_scale=3.0, top_k=20)
 KEYS = ROOT / "tests" / "fixtures" / "keys" / "emu3.txt"
 
 

@@ -13,14 +13,14 @@ from transformers import JanusConfig, JanusForConditionalGeneration, JanusProces
 
 from sjd2.api import _compose, decoder, generate, load
 from sjd2.config import instantiate
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.files import ROOT
 from sjd2.models.janus import Janus, JanusSpec
 from tests.helpers import checkpoints_janus, family_checks
 
 PROMPTS = ["a red fox under the bridge", "two dogs", " a cat and a bad hand, lowres "]
-LAW = Sampling(guidance_scale=5.0, top_k=20)
+LAW = SamplingParams(guidance_scale=5.0, top_k=20)
 KEYS = ROOT / "tests" / "fixtures" / "keys"
 SIZES = {"1b": (2048, 5632, 24, 16), "7b": (4096, 11008, 30, 32)}  # width, inner width, layers, heads
 

@@ -15,7 +15,7 @@ from baselines.eagle.train import make_pairs, predict
 from sjd2 import api
 from sjd2.decoding.generate import Decoder, generate, stream
 from sjd2.decoding.likelihood import nll
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.files import ROOT
 from sjd2.finetune.front_pairs import Images
@@ -29,7 +29,7 @@ from tests.helpers import checkpoints_llamagen as small
 from tests.helpers.plain_llamagen import Reference, book, draw, read
 
 PROMPTS = ["a red cat", "The blue dog on a green circle!", "x", "circles of the cats"]
-LAW = Sampling(guidance_scale=7.5, top_k=20)
+LAW = SamplingParams(guidance_scale=7.5, top_k=20)
 GREEDY = replace(LAW, temperature=0.0)
 AR = Decoder(name="ar", window=1, lossless=True)
 KEYS = ROOT / "tests" / "fixtures" / "keys"
@@ -64,8 +64,8 @@ def wanted(reference: Reference) -> Tensor:
     return reference.greedy(PROMPTS, SIDE * SIDE, LAW.guidance_scale)
 
 
-def decode(model: LlamaGen, decoder: object, law: Sampling = GREEDY, prompts: list[str] = PROMPTS) -> Tensor:
-    return generate(model, decoder, model.encode(prompts), list(range(1, len(prompts) + 1)), law=law).tokens
+def decode(model: LlamaGen, decoder: object, sampling: SamplingParams = GREEDY, prompts: list[str] = PROMPTS) -> Tensor:
+    return generate(model, decoder, model.encode(prompts), list(range(1, len(prompts) + 1)), sampling=sampling).tokens
 
 
 # ---- the law
@@ -161,7 +161,7 @@ def test_lossless_decoders_return_the_tokens_of_ar(tuned: LlamaGen, name: str) -
     expected = decode(tuned, AR, law)
     assert torch.equal(decode(tuned, decoder, law), expected)
     seeds = list(enumerate(PROMPTS, 1))
-    requests = dict(stream(tuned, decoder, [(prompt, seed) for seed, prompt in seeds], rows=2, law=law))
+    requests = dict(stream(tuned, decoder, [(prompt, seed) for seed, prompt in seeds], rows=2, sampling=law))
     assert all((requests[i].tokens == expected[i].numpy()).all() for i in range(len(PROMPTS)))
 
 
@@ -176,13 +176,13 @@ def test_drafts_of_a_head_leave_the_tokens_alone(model: LlamaGen, tmp_path: Path
     law = replace(LAW, sampler="gumbel")
     expected = decode(model, AR, law)
     requests = [(prompt, seed) for seed, prompt in enumerate(PROMPTS, 1)]
-    for index, sample in stream(model, api.decoder(name, **more), requests, rows=2, law=law):
+    for index, sample in stream(model, api.decoder(name, **more), requests, rows=2, sampling=law):
         assert (sample.tokens == expected[index].numpy()).all()
 
 
 def test_jacobi_needs_fewer_passes_than_ar(model: LlamaGen) -> None:
     law = replace(LAW, temperature=0.3)
-    result = generate(model, api.decoder("scd", window=8), model.encode(PROMPTS), [1, 2, 3, 4], law=law)
+    result = generate(model, api.decoder("scd", window=8), model.encode(PROMPTS), [1, 2, 3, 4], sampling=law)
     assert sum(sample.forwards for sample in result.samples) < len(PROMPTS) * SIDE * SIDE
 
 
@@ -202,7 +202,7 @@ def test_relaxed_decoders_run_and_end_in_the_exact_one(model: LlamaGen, wanted: 
 
 def test_zipar_of_a_whole_row_is_ar(model: LlamaGen, wanted: Tensor) -> None:
     assert torch.equal(decode(model, api.decoder("zipar", window_size=SIDE)), wanted)
-    narrow = generate(model, api.decoder("zipar", window_size=2), model.encode(PROMPTS), [1, 2, 3, 4], law=LAW)
+    narrow = generate(model, api.decoder("zipar", window_size=2), model.encode(PROMPTS), [1, 2, 3, 4], sampling=LAW)
     assert all(sample.forwards < SIDE * SIDE for sample in narrow.samples)
 
 

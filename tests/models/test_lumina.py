@@ -27,7 +27,7 @@ from sjd2.decoding.generate import Decoder, generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.refine import Coupled, Keep, Resample
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.errors import UserError
@@ -46,7 +46,7 @@ from tests.helpers.plain_chameleon import Plain
 
 KEYS = ROOT / "tests" / "fixtures" / "keys"
 PROMPTS = ["a red cat in the hat", "Two dogs!"]
-LAW = Sampling(guidance_scale=3.0, top_k=2000)
+LAW = SamplingParams(guidance_scale=3.0, top_k=2000)
 GREEDY, MATCH = replace(LAW, temperature=0.0), replace(LAW, sampler="gumbel")
 AR = Decoder(name="ar", window=1, lossless=True)
 CONTEXTS = {"start_token": [], "sep_token": [8710]}  # ids before the image in the unconditional row
@@ -114,14 +114,14 @@ def test_greedy_ar_is_the_reference_solver(
     model: Chameleon, plain: Plain, context: str, size: str, width: int, height: int
 ) -> None:
     drawing = at(model, context, size)
-    tokens = generate(drawing, AR, drawing.encode(PROMPTS), [1, 2], law=GREEDY).tokens
+    tokens = generate(drawing, AR, drawing.encode(PROMPTS), [1, 2], sampling=GREEDY).tokens
     for row, text in enumerate(PROMPTS):
         assert drawing.ids[tokens[row]].tolist() == reference_greedy(plain, text, width, height, CONTEXTS[context])
 
 
 def test_the_two_contexts_are_two_laws(model: Chameleon) -> None:
     tokens = [
-        generate(other, AR, other.encode(PROMPTS), [1, 2], law=GREEDY).tokens
+        generate(other, AR, other.encode(PROMPTS), [1, 2], sampling=GREEDY).tokens
         for other in (at(model, context) for context in CONTEXTS)
     ]
     assert not torch.equal(*tokens)
@@ -129,7 +129,7 @@ def test_the_two_contexts_are_two_laws(model: Chameleon) -> None:
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_likelihoods_are_those_of_plain_forwards(model: Chameleon, plain: Plain, context: str) -> None:
-    drawing, law = at(model, context), Sampling(guidance_scale=3.0, temperature=0.8, top_k=4000)
+    drawing, law = at(model, context), SamplingParams(guidance_scale=3.0, temperature=0.8, top_k=4000)
     codes = torch.randint(8192, (2, 16), generator=torch.Generator().manual_seed(0))
     tokens = drawing.layout.tokens(codes)
     expected = []
@@ -228,8 +228,8 @@ def test_lossless_decoders_return_the_tokens_of_ar(
     """With gated weights in place too: what is committed comes from the untouched model."""
     drawing = at(tuned, context)
     condition = drawing.encode(PROMPTS)
-    expected = generate(drawing, AR, condition, [1, 2], law=MATCH)
-    got = generate(drawing, lossless(parts)[name], condition, [1, 2], law=MATCH)
+    expected = generate(drawing, AR, condition, [1, 2], sampling=MATCH)
+    got = generate(drawing, lossless(parts)[name], condition, [1, 2], sampling=MATCH)
     assert torch.equal(got.tokens, expected.tokens)
     assert sum(sample.forwards for sample in got.samples) < sum(sample.forwards for sample in expected.samples)
 
@@ -249,7 +249,7 @@ def test_lossy_decoders_draw_whole_images(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     drawing, forced = at(tuned, context), tuned.layout.forced()
-    tokens = generate(drawing, LOSSY[name](), drawing.encode(PROMPTS), [1, 2], law=LAW).tokens
+    tokens = generate(drawing, LOSSY[name](), drawing.encode(PROMPTS), [1, 2], sampling=LAW).tokens
     assert torch.equal(tokens[:, forced >= 0], forced[forced >= 0].expand(2, -1))
     assert tokens[:, forced < 0].max() < 8192
     assert drawing.decode(tokens).shape == (2, 3, 64, 64)
@@ -261,7 +261,7 @@ def test_zipar_with_whole_rows_is_ar(model: Chameleon, context: str) -> None:
     drawing = at(model, context)
     whole = ZipAR(name="zipar", lossless=False, window_size=4)
     condition = drawing.encode(PROMPTS)
-    tokens = [generate(drawing, each, condition, [1, 2], law=MATCH).tokens for each in (AR, whole)]
+    tokens = [generate(drawing, each, condition, [1, 2], sampling=MATCH).tokens for each in (AR, whole)]
     assert torch.equal(*tokens)
 
 
@@ -274,7 +274,8 @@ def test_timestep_tokens_stand_where_an_empty_prompt_ends(folder: Path, model: C
     sjd2 = chain("sjd2", 8, refiner=Coupled(), drafter=Denoise(steps=2))
     condition = model.encode(PROMPTS)
     tokens = [
-        generate(each, decoder, condition, [1, 2], law=MATCH).tokens for each, decoder in ((model, AR), (tuned, sjd2))
+        generate(each, decoder, condition, [1, 2], sampling=MATCH).tokens
+        for each, decoder in ((model, AR), (tuned, sjd2))
     ]
     assert torch.equal(*tokens)
 
@@ -282,8 +283,8 @@ def test_timestep_tokens_stand_where_an_empty_prompt_ends(folder: Path, model: C
 def test_rows_that_are_refilled_draw_the_same(model: Chameleon) -> None:
     scd = chain("scd", 8, refiner=Coupled())
     prompts, seeds = [*PROMPTS, "x"], [1, 2, 3]
-    expected = generate(model, scd, model.encode(prompts), seeds, law=LAW).tokens
-    got = dict(stream(model, scd, zip(prompts, seeds, strict=True), rows=2, law=LAW))
+    expected = generate(model, scd, model.encode(prompts), seeds, sampling=LAW).tokens
+    got = dict(stream(model, scd, zip(prompts, seeds, strict=True), rows=2, sampling=LAW))
     assert all((got[row].tokens == expected[row].numpy()).all() for row in range(3))
 
 
@@ -469,7 +470,7 @@ def test_layers_and_head_that_lie_elsewhere_change_no_token(folder: Path, model:
     spread.full = dispatch_model(spread.full, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert spread.full.lm_head.weight.device.type == "meta"
     condition = model.encode(PROMPTS)
-    drawn = [generate(each, AR, condition, [1, 2], law=LAW).tokens for each in (model, spread)]
+    drawn = [generate(each, AR, condition, [1, 2], sampling=LAW).tokens for each in (model, spread)]
     assert torch.equal(*drawn)
 
 

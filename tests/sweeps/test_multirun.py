@@ -47,10 +47,10 @@ def records(cli: Cli) -> int:
 def break_jobs(monkeypatch: pytest.MonkeyPatch, breaking: Callable[[], None], window: int) -> None:
     """Make every job of one window break after its warm-up."""
 
-    def broken(model, decoder, cond, seeds, *, law, on_step=None, graphs=None):
+    def broken(model, decoder, cond, seeds, *, sampling, on_step=None, graphs=None):
         if decoder.window == window and any(seeds):
             breaking()
-        return generate(model, decoder, cond, seeds, law=law, on_step=on_step, graphs=graphs)
+        return generate(model, decoder, cond, seeds, sampling=sampling, on_step=on_step, graphs=graphs)
 
     monkeypatch.setattr(sampling, "generate", broken)
 

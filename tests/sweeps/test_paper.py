@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import sjd2
 from harness.flops import gflops_per_token
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sweeps.runs import read_run
 from sweeps.tables import paper
@@ -109,9 +109,9 @@ def test_operations_are_those_of_the_weights_and_of_attention() -> None:
     attention = 4 * model.decoder.config.hidden_size * model.decoder.config.num_hidden_layers  # per token seen
     seen = sum(prompt + n for n in range(tokens))
     by_hand = 2 * tokens * 2 * (weights + head) + 2 * attention * seen  # two guidance branches, a prompt shorter in one
-    counted = gflops_per_token(model, sjd2.decoder("ar"), "a red circle", Sampling(guidance_scale=3.0), 0)
+    counted = gflops_per_token(model, sjd2.decoder("ar"), "a red circle", SamplingParams(guidance_scale=3.0), 0)
     assert counted * tokens * 1e9 == pytest.approx(by_hand, rel=0.03)
-    assert gflops_per_token(model, sjd2.decoder("ar"), "a red circle", Sampling(), 0) == pytest.approx(
+    assert gflops_per_token(model, sjd2.decoder("ar"), "a red circle", SamplingParams(), 0) == pytest.approx(
         counted / 2, rel=0.05
     )
 

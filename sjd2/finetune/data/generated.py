@@ -19,12 +19,12 @@ from torch import Tensor
 
 from sjd2.decoding.generate import Decoder, generate
 from sjd2.decoding.noise import sample_seed
-from sjd2.decoding.sampling import Sampling
+from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.files import find
 from sjd2.finetune import distributed
 from sjd2.finetune.trainer import write_atomically
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 fill the unit interval evenly, however many are taken
 SAVE_S = 60.0  # seconds between two saves of the unfinished file; more where saving takes over a twentieth of the time
@@ -98,7 +98,7 @@ class Generated:
         if not self.decoder.lossless:
             raise UserError("data.decoder must be a lossless one: others do not draw from the model's own law.")
 
-    def prepare(self, model: Backbone, out: Path) -> None:
+    def prepare(self, model: ImageModel, out: Path) -> None:
         """Draw what the file does not hold yet, training images first; a killed drawing goes on from the last save."""
         folder = find(self.folder) if self.folder is not None else out
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class Generated:
         return [str(stored["captions"][i]) for i in picked], self.layout.codes(tokens).flatten(1), scales
 
     def _complete(
-        self, model: Backbone, file: Path, stored: dict[str, np.ndarray], name: str, total: int
+        self, model: ImageModel, file: Path, stored: dict[str, np.ndarray], name: str, total: int
     ) -> dict[str, np.ndarray]:
         """Draw batch after batch until the set `name` has `total` images -> its captions, tokens [M, N], scales [M]."""
         captions = self.captions.captions(total, self.seed, held_out=name == "held_out")
@@ -153,14 +153,14 @@ class Generated:
         scales = np.array([self._scale(index) for index in range(total)])
         return {"captions": np.array(captions), "tokens": np.stack(tokens), "scales": scales}
 
-    def _draw(self, model: Backbone, captions: list[str], batch: range, name: str) -> list[np.ndarray]:
+    def _draw(self, model: ImageModel, captions: list[str], batch: range, name: str) -> list[np.ndarray]:
         """Draw the images of one batch -> tokens [N] of each."""
         # the purpose keeps the two sets and the images of runs (whose repeats count from 0) apart
         purpose = -2 if name == "held_out" else -1
         seeds = [sample_seed(self.seed, index, purpose) for index in batch]
-        law = self._law(model, self._scale(batch.start))
+        sampling = self._law(model, self._scale(batch.start))
         prompts = model.encode([captions[index] for index in batch])
-        return list(generate(model, self.decoder, prompts, seeds, law=law).tokens.numpy())
+        return list(generate(model, self.decoder, prompts, seeds, sampling=sampling).tokens.numpy())
 
     def _scale(self, index: int) -> float:
         """Return the guidance scale of an image: that of its batch, in the order of a low-discrepancy sequence."""
@@ -168,11 +168,11 @@ class Generated:
         place = (index // self.batch_size + 0.5) * GOLDEN % 1
         return float(self.scales[int(np.searchsorted(shares.cumsum() / shares.sum(), place, side="right"))])
 
-    def _law(self, model: Backbone, scale: float) -> Sampling:
+    def _law(self, model: ImageModel, scale: float) -> SamplingParams:
         usual = dict(getattr(getattr(model, "spec", None), "sampling", {}))
-        return Sampling(**(usual | {"guidance_scale": scale}))
+        return SamplingParams(**(usual | {"guidance_scale": scale}))
 
-    def _key(self, model: Backbone) -> str:
+    def _key(self, model: ImageModel) -> str:
         """Return 12 hex digits over what the tokens depend on; their number is left out, more images extend the file."""
         spec = getattr(model, "spec", None)
         facts = {
@@ -189,7 +189,7 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _digest(model: Backbone) -> str:
+def _digest(model: ImageModel) -> str:
     """Return a digest of a model that did not come from files."""
     total = hashlib.blake2b(digest_size=6)
     for tensor in model.decoder.state_dict().values():

@@ -29,7 +29,7 @@ from sjd2.files import digest, find
 from sjd2.finetune import distributed
 from sjd2.finetune.data.images import BROKEN, Part, Sample, find_parts, find_shards, number, pixels
 from sjd2.finetune.trainer import write_atomically
-from sjd2.models.base import Backbone
+from sjd2.models.base import ImageModel
 from sjd2.models.weights import locate
 
 SMALL = "too small"  # skipped as asked for, which is no damage
@@ -81,7 +81,7 @@ class ImageTokens:
 
     # ---- making them
 
-    def prepare(self, model: Backbone, out: Path) -> None:
+    def prepare(self, model: ImageModel, out: Path) -> None:
         """Encode what is not kept yet, each process other parts; raises `UserError` if too many pictures are damaged."""
         # one process lists, the others take its word: a list must not change between two looks at it
         parts = distributed.from_first(lambda: find_parts(str(find(self.images)), self.captions))
@@ -104,7 +104,7 @@ class ImageTokens:
         self._open(model, folder, len(parts))
 
     def _encode_part(
-        self, model: Backbone, part: Part, file: Path, size: tuple[int, int], pool: ThreadPoolExecutor
+        self, model: ImageModel, part: Part, file: Path, size: tuple[int, int], pool: ThreadPoolExecutor
     ) -> None:
         """Decode, scale and encode the pictures of a part; threads work on the next ones while the model encodes."""
         codes, lines, waiting = [], [], None
@@ -139,7 +139,7 @@ class ImageTokens:
 
     # ---- reading them
 
-    def _open(self, model: Backbone, folder: Path, parts: int) -> None:
+    def _open(self, model: ImageModel, folder: Path, parts: int) -> None:
         """Map the kept tokens into memory and report what was skipped."""
         self._codes, self._texts, rows, skipped = [], [], {False: [], True: []}, []
         for i in range(parts):
@@ -224,17 +224,17 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(handle, array)
 
 
-def _kind(model: Backbone) -> type[np.unsignedinteger]:
+def _kind(model: ImageModel) -> type[np.unsignedinteger]:
     return np.uint16 if model.layout.vocabulary <= 2**16 else np.uint32
 
 
-def _encode(model: Backbone, pictures: np.ndarray) -> np.ndarray:
+def _encode(model: ImageModel, pictures: np.ndarray) -> np.ndarray:
     """Encode pictures uint8 [n, H, W, 3] -> codes [n, L]."""
     images = torch.from_numpy(pictures).to(model.vq.codebook.device).permute(0, 3, 1, 2) / 127.5 - 1
     return model.vq.encode(images).flatten(1).cpu().numpy().astype(_kind(model))
 
 
-def _size(model: Backbone) -> tuple[int, int]:
+def _size(model: ImageModel) -> tuple[int, int]:
     """Return the pixels (H, W) of the model's pictures: those of one that it draws."""
     if not hasattr(model, "vq"):
         raise UserError("this model has no image tokeniser that encodes, so it cannot be trained on pictures.")
@@ -242,7 +242,7 @@ def _size(model: Backbone) -> tuple[int, int]:
     return tuple(model.decode(model.layout.tokens(codes)).shape[2:])
 
 
-def _key(model: Backbone, parts: list[Part], *more: int) -> str:
+def _key(model: ImageModel, parts: list[Part], *more: int) -> str:
     """Return 12 hex digits over what the tokens depend on."""
     sources = {source.key: source for source in model.spec.sources()}
     tokeniser = sources.get("model.vq_weights", sources["model.weights"])  # some models carry theirs in their own files
