@@ -161,7 +161,7 @@ class ZipDecoding:
             place = index + branch * len(state.committed)
             ends.append(self._prefill(embeds, lengths, place).expand(len(rows), -1))
             state.begins[place] = lengths - len(layout.prefix)  # header tokens keep their place in the raster
-            state.starts[place] = self.model.starts(lengths - len(layout.prefix))
+            state.starts[place] = self.model.image_start(lengths - len(layout.prefix))
         law = self.sampling.probs(self.model.logits(torch.cat(ends)[:, None]))  # [b, 1, V]
         first = torch.full((len(rows), 1), len(layout.prefix), device=index.device)
         noise = Noise(state.noise.seeds[index], state.noise.dtype)

@@ -77,7 +77,7 @@ class Architecture:
 
     def condition(self, model: ImageModel, batch: int) -> Condition:
         """Return random prompts [B, P, D] of equal length and the unconditional one."""
-        width = model.decoder.get_input_embeddings().weight.shape[1]
+        width = model.transformer.get_input_embeddings().weight.shape[1]
         # Janus and LlamaGen have an unconditional prompt for each prompt
         alone = 1 if self.family in ("chameleon", "emu3") else batch
         settings = {"device": model.device, "dtype": model.dtype}
@@ -185,7 +185,7 @@ def _ids(layout: TokenGrid, first: int) -> torch.Tensor:
 
 def weight_bytes(model: ImageModel) -> dict[str, int]:
     """Return the bytes of weights that one pass reads: transformer layers with the last norm, image rows of the head."""
-    layers = _bytes(model.decoder.layers) + _bytes(model.decoder.norm)
+    layers = _bytes(model.transformer.layers) + _bytes(model.transformer.norm)
     head = model.head_module
     if isinstance(head, nn.Linear):
         return {"layers": layers, "head": model.layout.vocabulary * head.in_features * head.weight.element_size()}
@@ -194,7 +194,7 @@ def weight_bytes(model: ImageModel) -> dict[str, int]:
 
 def entry_bytes(model: ImageModel) -> int:
     """Return the bytes of keys and values of one token in one model row."""
-    config = model.decoder.config.get_text_config()
+    config = model.transformer.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         2

@@ -74,7 +74,7 @@ class Work:
 def work(model: ImageModel, rows: int, slots: int, context: int) -> Work:
     """Count a pass of `slots` slots in `rows` model rows of `context` cached tokens: weights once, keys and values once."""
     weights = weight_bytes(model)
-    config = model.decoder.config.get_text_config()
+    config = model.transformer.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = torch.empty(0, dtype=model.dtype).element_size()
     attention = 4 * config.num_attention_heads * width * config.num_hidden_layers * (context + slots)

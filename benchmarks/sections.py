@@ -150,7 +150,7 @@ class Bench:
         repeated: keys and values copied for each head of a group, as transformers does under a mask. folded: the heads of a
         group stand as further slots before the one set of keys that they share.
         """
-        config, rows = self.model.decoder.config.get_text_config(), 2 * batch
+        config, rows = self.model.transformer.config.get_text_config(), 2 * batch
         heads, own = config.num_attention_heads, config.num_key_value_heads
         width, shared = config.hidden_size // heads, heads // own
         settings = {"device": self.device, "dtype": self.model.dtype}

@@ -51,14 +51,14 @@ class EagleHead(nn.Module):
 
     def __init__(self, settings: EagleSettings, model: ImageModel) -> None:
         super().__init__()
-        decoder = model.decoder
-        config = decoder.config.get_text_config()
-        width = decoder.get_input_embeddings().weight.shape[1]
+        transformer = model.transformer
+        config = transformer.config.get_text_config()
+        width = transformer.get_input_embeddings().weight.shape[1]
         self.settings = settings
         self._model = [model]  # in a list: its weights are not this module's to save
         self.fc = nn.Linear(2 * width, width)
-        self.layer = type(decoder.layers[0])(config, 0)
-        self.norm = copy.deepcopy(decoder.norm) if settings.norm else nn.Identity()
+        self.layer = type(transformer.layers[0])(config, 0)
+        self.norm = copy.deepcopy(transformer.norm) if settings.norm else nn.Identity()
         self.to(device=model.device, dtype=model.dtype).requires_grad_(True)
 
     @torch.no_grad()
@@ -66,13 +66,13 @@ class EagleHead(nn.Module):
         """Set first weights: the state passes through fc unchanged; the layer is a copy of the model's last, or random."""
         model = self._model[0]
         if choose("finetune.start", layer, ("last", "random")) == "last":
-            source = dict(model.decoder.layers[-1].named_parameters())
+            source = dict(model.transformer.layers[-1].named_parameters())
             for name, parameter in self.layer.named_parameters():
                 if not source[name].is_floating_point():
                     raise UserError("a quantised model's last layer cannot be copied; set finetune.start=random.")
                 parameter.copy_(source[name])  # norms that all heads share (Lumina-mGPT) go to every head
         else:
-            spread = model.decoder.config.get_text_config().initializer_range
+            spread = model.transformer.config.get_text_config().initializer_range
             for module in self.layer.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=spread)
@@ -80,9 +80,9 @@ class EagleHead(nn.Module):
         self.fc.weight[:, width:] = torch.eye(width)
         nn.init.zeros_(self.fc.bias)
 
-    def starts(self, lengths: Tensor) -> Tensor:
+    def image_start(self, lengths: Tensor) -> Tensor:
         """Return the position id of the image's first token, as the model has it: [R] -> [R]."""
-        return self._model[0].starts(lengths)
+        return self._model[0].image_start(lengths)
 
     def cache(self, rows: int, capacity: int) -> PairCache:
         """Return an empty cache for `rows` model rows of up to `capacity` pairs, tree nodes of a pass included.
@@ -107,7 +107,7 @@ class EagleHead(nn.Module):
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
-            position_embeddings=self._model[0].decoder.rotary_emb(x, position_ids=positions),
+            position_embeddings=self._model[0].transformer.rotary_emb(x, position_ids=positions),
         )
         return self.norm(out[0] if isinstance(out, tuple) else out)
 
@@ -130,7 +130,7 @@ class EagleHead(nn.Module):
         out = self(following, states, positions, scratch, mask)
         scratch.lengths = lengths
         cache.take_rows(rows, scratch, index)
-        cache.shift[rows] = self.starts(lengths) - lengths
+        cache.shift[rows] = self.image_start(lengths) - lengths
         return out[index, last]
 
     def extend(self, cache: PairCache, tokens: Tensor, states: Tensor, count: Tensor) -> Tensor:

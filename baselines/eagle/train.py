@@ -65,7 +65,7 @@ def make_pairs(model: ImageModel, prompt: Tensor, lengths: Tensor, tokens: Tenso
     rows, n = tokens.shape
     width = prompt.shape[1]
     start = torch.arange(width, device=tokens.device).expand(rows, -1)
-    positions = torch.cat([start, model.starts(lengths)[:, None] + torch.arange(n - 1, device=tokens.device)], 1)
+    positions = torch.cat([start, model.image_start(lengths)[:, None] + torch.arange(n - 1, device=tokens.device)], 1)
     embeds = model.embed(tokens[:, :-1])
     hidden = model.forward(torch.cat([prompt, embeds], 1), positions, None, causal_mask(lengths, width, n - 1))
     last = hidden[torch.arange(rows, device=tokens.device), (lengths - 1).clamp(min=0)]
@@ -83,7 +83,7 @@ def predict(head: EagleHead, pairs: Pairs, depth: int, noise: Tensor | None = No
     width, n = pairs.prompt_states.shape[1], pairs.embeds.shape[1]
     place = torch.arange(n, device=pairs.embeds.device)
     prompt = torch.arange(width, device=place.device).expand(len(pairs.lengths), -1)
-    positions = head.starts(pairs.lengths)[:, None] - 1 + place
+    positions = head.image_start(pairs.lengths)[:, None] - 1 + place
     states = pairs.states[:, :-1] if noise is None else pairs.states[:, :-1] + noise
     cache = Past.empty(1)
     dtype = pairs.embeds.dtype
@@ -183,9 +183,9 @@ class FinetuneEagle:
     ) -> dict[str, float]:
         """Train and write the head to out/final/; return the overlap of its laws with the model's, by scale and depth."""
         self.data.prepare(model, out)
-        attention = model.decoder.config._attn_implementation
+        attention = model.transformer.config._attn_implementation
         if model.device.type == "cpu":  # torch's fused attention is several times slower backwards on a CPU
-            model.decoder.set_attn_implementation("eager")
+            model.transformer.set_attn_implementation("eager")
         torch.manual_seed(seed)
         head = EagleHead(
             self.head, model
@@ -207,7 +207,7 @@ class FinetuneEagle:
         if distributed.first():
             head.save(out / "final", torch.bfloat16)
         figures = self.validate(model, head)
-        model.decoder.set_attn_implementation(attention)
+        model.transformer.set_attn_implementation(attention)
         return figures
 
     def _pieces(self, model: ImageModel, head: EagleHead, step: int, seed: int) -> Iterator[Piece]:

@@ -46,5 +46,5 @@ def _hidden(model: ImageModel, prompt: Tensor, lengths: Tensor, x: Tensor) -> Te
     start = model.forward(prompt, torch.arange(width, device=x.device).expand(rows, -1), cache)[index, lengths - 1]
     cache.lengths = lengths  # right padding is overwritten by the image
     cache.bound = width
-    positions = model.starts(lengths)[:, None] + torch.arange(x.shape[1], device=x.device)
+    positions = model.image_start(lengths)[:, None] + torch.arange(x.shape[1], device=x.device)
     return torch.cat([start[:, None], model.forward(x, positions, cache)], 1)

@@ -91,7 +91,7 @@ class Decoding:
         for branch, (embeds, lengths) in enumerate(prompts[: self.branches]):
             place = index + branch * len(state.committed)
             hidden.append(self._prefill(embeds, lengths, place))
-            state.starts[place] = self.model.starts(lengths)
+            state.starts[place] = self.model.image_start(lengths)
         ends = [
             h[torch.arange(len(h), device=device), lengths - 1]
             for h, (_, lengths) in zip(hidden, prompts, strict=False)

@@ -36,7 +36,7 @@ class Images:
         self.lengths = torch.cat([condition.lengths, condition.uncond_lengths.expand(rows)])
         self.width = width
         self.own = torch.arange(n, device=tokens.device).expand(2 * rows, -1)
-        self.place = model.starts(self.lengths)[:, None] + self.own
+        self.place = model.image_start(self.lengths)[:, None] + self.own
         self.cache = model.cache(2 * rows, width + 3 * n)
         start = torch.arange(width, device=tokens.device).expand(2 * rows, -1)
         x = torch.cat([prompt, model.embed(tokens).repeat(2, 1, 1)], 1)

@@ -127,9 +127,9 @@ class FinetuneSJD2:
             prepare(model, out)
         steps = self._steps()
         torch.manual_seed(seed)
-        attention = model.decoder.config._attn_implementation
+        attention = model.transformer.config._attn_implementation
         if model.device.type == "cpu":  # torch's fused attention is several times slower backwards on a CPU
-            model.decoder.set_attn_implementation("eager")
+            model.transformer.set_attn_implementation("eager")
         model.adapter = adapter = Adapter(self.adapter, model).train()
         objective = self._objective(model, adapter)
         optimizer = torch.optim.AdamW(
@@ -149,7 +149,7 @@ class FinetuneSJD2:
         )  # fmt: skip
         adapter.save(out / "final", torch.bfloat16, write=distributed.first())
         figures = self.validate(model, seed, through=objective)
-        model.decoder.set_attn_implementation(attention)
+        model.transformer.set_attn_implementation(attention)
         return figures | {f"{name}_untuned": value for name, value in untuned.items()}
 
     def _steps(self) -> int:
@@ -166,13 +166,13 @@ class FinetuneSJD2:
         for parameter in adapter.trainable():
             parameter.requires_grad_(True)
         if self.machine.checkpointing:
-            recompute(model.decoder.layers)
+            recompute(model.transformer.layers)
         heads = [model.head_module] if full and model.head_module is not None else []
-        objective = Objective(adapter, *([model.decoder] if full else []), *heads)
+        objective = Objective(adapter, *([model.transformer] if full else []), *heads)
         if full and distributed.joined():
             from sjd2.finetune.sharding import shard
 
-            shard(objective, model.decoder.layers, model.device, self.bf16)
+            shard(objective, model.transformer.layers, model.device, self.bf16)
         else:
             widen(objective.parameters())
         return objective
@@ -262,7 +262,7 @@ class FinetuneSJD2:
             drafts = torch.where(free, self._corrupt(model, tokens, hidden, first, draws), tokens)
         space = self._space(model)
         x = self._noisy(model, space, drafts, level, steps, draws)
-        place = model.starts(lengths)[:, None] + torch.arange(n, device=tokens.device)
+        place = model.image_start(lengths)[:, None] + torch.arange(n, device=tokens.device)
         act = level > 0
         if self.context == "windows":
             positions, visible = place, window_mask(lengths, width, first)
@@ -311,7 +311,7 @@ class FinetuneSJD2:
         width = prompt.shape[1]
         cache = model.cache(rows, width + n)
         start = torch.arange(width, device=tokens.device).expand(rows, -1)
-        positions = torch.cat([start, model.starts(lengths)[:, None] + torch.arange(n, device=tokens.device)], 1)
+        positions = torch.cat([start, model.image_start(lengths)[:, None] + torch.arange(n, device=tokens.device)], 1)
         x = torch.cat([prompt, model.embed(tokens)], 1)
         hidden = model.forward(x, positions, cache, causal_mask(lengths, width, n))
         return Past.of(cache, width + n), hidden[:, width:-1]
@@ -376,7 +376,7 @@ class FinetuneSJD2:
         rows, size = x.shape[:2]
         codes = space.model_input(sinusoid(self.schedule.times(steps)[1:].to(x.device), x.shape[2])).to(x.dtype)
         x = torch.cat([x, codes.expand(rows, -1, -1)], 1)
-        positions = torch.cat([positions, model.starts(lengths)[:, None].expand(-1, steps)], 1)
+        positions = torch.cat([positions, model.image_start(lengths)[:, None].expand(-1, steps)], 1)
         own = torch.zeros(rows, size, steps, dtype=torch.bool, device=x.device)
         own[:, -level.shape[1] :] = level[..., None] == torch.arange(1, steps + 1, device=x.device)
         seen = visible.shape[2]

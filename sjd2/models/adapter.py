@@ -61,19 +61,19 @@ class Adapter(nn.Module):
     def __init__(self, settings: AdapterSettings, model: ImageModel) -> None:
         super().__init__()
         self.settings = settings
-        self._backbone = [model.decoder]  # in a list: the backbone's weights are not this module's to save
+        self._transformer = [model.transformer]  # in a list: its weights are not this module's to save
         self._head = [] if model.head_module is None else [model.head_module]
         self._gate: Tensor | None = None
         self._on = True
-        width = model.decoder.get_input_embeddings().weight.shape[1]
+        width = model.transformer.get_input_embeddings().weight.shape[1]
         self.code = AdditiveCode(width) if settings.code == "additive" else None
         self.layers: list[nn.Module] = []
         if settings.kind == "lora":
-            self._inject(model.decoder)
+            self._inject(model.transformer)
         if self.code is not None:
             self.code.to(device=model.device, dtype=model.dtype)
 
-    def _inject(self, decoder: nn.Module) -> None:
+    def _inject(self, transformer: nn.Module) -> None:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -81,8 +81,8 @@ class Adapter(nn.Module):
             r=self.settings.rank, lora_alpha=self.settings.rank, target_modules=list(self.settings.targets)
         )
         # each LoRA lands on its layer's device, in its dtype: layers may lie on several GPUs, or be quantised
-        inject_adapter_in_model(config, decoder, adapter_name="sjd2")
-        for name, module in decoder.named_modules():
+        inject_adapter_in_model(config, transformer, adapter_name="sjd2")
+        for name, module in transformer.named_modules():
             if isinstance(module, BaseTunerLayer):
                 self.layers.append(module)
                 # registered under this module too, so that state_dict() and parameters() are the adapter's
@@ -108,7 +108,7 @@ class Adapter(nn.Module):
         """Return the parameters that fine-tuning changes."""
         mine = list(self.parameters())
         if self.settings.kind == "full":
-            mine += [p for name, p in self._backbone[0].named_parameters() if not name.startswith(VQ)]
+            mine += [p for name, p in self._transformer[0].named_parameters() if not name.startswith(VQ)]
             mine += [p for head in self._head for p in head.parameters()]
         return mine
 
@@ -116,7 +116,7 @@ class Adapter(nn.Module):
         """Return everything that belongs into a file: this module's weights, and the model's where all were tuned."""
         state = dict(self.state_dict())
         if self.settings.kind == "full":
-            state |= {f"decoder.{k}": v for k, v in self._backbone[0].state_dict().items() if not k.startswith(VQ)}
+            state |= {f"decoder.{k}": v for k, v in self._transformer[0].state_dict().items() if not k.startswith(VQ)}
             for head in self._head:
                 state |= {f"head.{k}": v for k, v in head.state_dict().items()}
         return state

@@ -101,25 +101,26 @@ class ModelSpec:
 class ImageModel:
     """An autoregressive text-to-image model as the engine sees it; families add prompts, embeddings, the head and pixels.
 
-    Token ids are local (layout.py). codebook: [V, C], for neighbour tables. `decoder` is what `get_decoder()` returns: calling below `ForConditionalGeneration` keeps PEFT, quantisation and sharding,
-    and avoids heads that mask image logits.
+    Token ids are local (layout.py). codebook: [V, C], for neighbour tables. transformer: what transformers' `get_decoder()`
+    returns; calling below `ForConditionalGeneration` keeps PEFT, quantisation and sharding, and avoids heads that mask image
+    logits.
     """
 
     codebook: Tensor
 
-    def __init__(self, decoder: nn.Module, layout: TokenGrid) -> None:
-        self.decoder = decoder
+    def __init__(self, transformer: nn.Module, layout: TokenGrid) -> None:
+        self.transformer = transformer
         self.layout = layout
         self.adapter: Adapter | None = None  # where a fine-tuning is loaded
         self.head_module: nn.Module | None = None  # output weights, for fine-tunings that change all weights
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.device
+        return self.transformer.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.dtype
+        return self.transformer.dtype
 
     def encode(self, prompts: list[str]) -> Condition:
         """Encode prompts for both guidance branches, right-padded."""
@@ -137,7 +138,7 @@ class ImageModel:
         """Return pixels of whole images: [B, N] -> uint8 [B, 3, H, W]."""
         raise NotImplementedError
 
-    def starts(self, lengths: Tensor) -> Tensor:
+    def image_start(self, lengths: Tensor) -> Tensor:
         """Return the position id of the image's first token behind prompts of `lengths` tokens: [R] -> [R].
 
         The token count itself, but for models whose prompts fill a fixed number of places (LlamaGen).
@@ -146,7 +147,7 @@ class ImageModel:
 
     def cache(self, rows: int, capacity: int) -> RowCache:
         """Return an empty cache for `rows` model rows of up to `capacity` tokens."""
-        return RowCache(self.decoder.config.get_text_config().num_hidden_layers, rows, capacity, self.device)
+        return RowCache(self.transformer.config.get_text_config().num_hidden_layers, rows, capacity, self.device)
 
     def forward(
         self,
@@ -171,7 +172,7 @@ class ImageModel:
             mask = mask.expand(len(x), 1, size, size)
         if self.adapter is not None:
             self.adapter.set_gate(gate)
-        return self.decoder(
+        return self.transformer(
             inputs_embeds=x,
             position_ids=positions,
             attention_mask=mask,

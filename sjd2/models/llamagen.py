@@ -144,7 +144,7 @@ class LlamaGen(ImageModel):
         """The VQ code vectors, of length 1: [V, C]."""
         return self.vq.codebook
 
-    def starts(self, lengths: Tensor) -> Tensor:
+    def image_start(self, lengths: Tensor) -> Tensor:
         """Return the place of the image's first token: behind all caption places, however many are in use."""
         return torch.full_like(lengths, PLACES)
 

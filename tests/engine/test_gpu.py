@@ -175,7 +175,7 @@ class OnGpu(Toy):
     def of(cls, toy: Toy) -> OnGpu:
         moved = copy.deepcopy(toy)
         moved.__class__ = cls
-        for module in (moved.decoder, moved.adapter):
+        for module in (moved.transformer, moved.adapter):
             module.to("cuda")
         for name in ("table", "head", "words", "codebook"):
             setattr(moved, name, getattr(moved, name).cuda())

@@ -345,9 +345,9 @@ def test_recomputed_layers_give_the_same_gradients(name: str, monkeypatch: pytes
     plain, loss, _ = gradients(recipe(machine={"micro_batch": 2}, **VARIANTS[name]))
     monkeypatch.setattr(next_clean, "AT_ONCE", 12 * 5)  # pieces of 5 tokens, made twice as well
     calls = []
-    real = type(Toy(GRID).decoder.layers[0].mlp).forward
+    real = type(Toy(GRID).transformer.layers[0].mlp).forward
     monkeypatch.setattr(
-        type(Toy(GRID).decoder.layers[0].mlp), "forward", lambda s, x: calls.append(x.shape[1]) or real(s, x)
+        type(Toy(GRID).transformer.layers[0].mlp), "forward", lambda s, x: calls.append(x.shape[1]) or real(s, x)
     )
     again, other, _ = gradients(recipe(machine={"micro_batch": 2, "checkpointing": True}, **VARIANTS[name]))
     assert other == pytest.approx(loss, rel=1e-12)
@@ -376,7 +376,7 @@ def test_frozen_weights_may_be_bfloat16_but_not_what_is_trained(place: Path, tmp
     made = recipe(Codes(), bf16=True, machine={"micro_batch": 2})
     made.run(model=half, out=tmp_path, log=None, device="cpu", seed=0)
     assert {p.dtype for p in half.adapter.parameters()} == {torch.float32}
-    assert half.decoder.dtype == torch.bfloat16
+    assert half.transformer.dtype == torch.bfloat16
     loaded = replace(spec(place), adapter=str(tmp_path / "final")).load("cpu", "bfloat16")
     assert {p.dtype for p in loaded.adapter.parameters()} == {torch.bfloat16}
     for mine, theirs in zip(half.adapter.parameters(), loaded.adapter.parameters(), strict=True):
@@ -427,7 +427,7 @@ def test_every_family_is_tokenised_and_tuned(name: str, place: Path, tmp_path: P
         made = recipe(data, validation_images=2, **more, **VARIANTS[kind])
         figures = made.run(model=model, out=out, log=None, device="cpu", seed=0)
         assert all(np.isfinite(value) for value in figures.values())
-        before = {key: t.clone() for key, t in fresh.decoder.state_dict(prefix="decoder.").items()}
+        before = {key: t.clone() for key, t in fresh.transformer.state_dict(prefix="decoder.").items()}
         loaded, tuned = Adapter.load(out / "final", fresh).tensors(), model.adapter.tensors()
         assert all(torch.equal(loaded[key].bfloat16(), tuned[key].bfloat16()) for key in tuned)
         if kind == "full":
@@ -487,7 +487,7 @@ def member(place: Path, out: Path) -> None:
     """One of two processes: train both kinds, and say what of the weights lies here."""
     with distributed.processes("cpu") as device:
         model, _ = kinds(place, out, device)["full"]
-        layer = model.decoder.layers[0].mlp.up_proj.weight
+        layer = model.transformer.layers[0].mlp.up_proj.weight
         facts = {"type": type(layer).__name__, "here": layer.to_local().numel(), "whole": layer.numel()}
         facts["norm"] = norm(place, device)
         (out / f"{distributed.rank()}.json").write_text(json.dumps(facts))

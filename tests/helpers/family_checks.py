@@ -62,7 +62,7 @@ def window_passes_equal_one_pass(model: ImageModel, prompts: list[str]) -> None:
     for prompt, row in zip(prompts_alone, x, strict=True):
         joined = torch.cat([prompt, row[None]], 1)
         positions = torch.arange(joined.shape[1])[None]
-        hidden = model.decoder(inputs_embeds=joined, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = model.transformer(inputs_embeds=joined, position_ids=positions, use_cache=False).last_hidden_state
         whole.append(hidden[:, prompt.shape[1] :])
     lengths = torch.tensor([prompt.shape[1] for prompt in prompts_alone])
     longest = int(lengths.max())

@@ -26,8 +26,8 @@ class Toy(ImageModel):
             attn_implementation="sdpa",
         )  # fmt: skip
         torch.manual_seed(seed)
-        decoder = ChameleonModel(config).to(dtype).eval()
-        super().__init__(decoder, grid)
+        transformer = ChameleonModel(config).to(dtype).eval()
+        super().__init__(transformer, grid)
         generator = torch.Generator().manual_seed(seed)
         v = grid.vocabulary
         self.table = torch.randn(v + len(grid.forced_ids), width, generator=generator).to(dtype)
@@ -35,7 +35,7 @@ class Toy(ImageModel):
         self.words = torch.randn(7, width, generator=generator).to(dtype)
         self.codebook = torch.randn(v, 4, generator=generator)
         with torch.no_grad():  # small initial weights make a model that hardly looks at its past
-            for parameter in decoder.layers.parameters():
+            for parameter in transformer.layers.parameters():
                 if parameter.ndim == 2:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5 * 1.5)
 

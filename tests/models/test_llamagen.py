@@ -119,7 +119,7 @@ def test_window_passes_equal_single_passes_after_roll_back(model: LlamaGen) -> N
         return cache
 
     def run(cache: object, begin: int, size: int) -> Tensor:
-        positions = model.starts(lengths)[:, None] + torch.arange(begin, begin + size)
+        positions = model.image_start(lengths)[:, None] + torch.arange(begin, begin + size)
         return model.forward(x[:, begin : begin + size], positions, cache)
 
     single, cache = [], start()
@@ -235,7 +235,7 @@ class Spy(torch.nn.Module):
 @pytest.mark.parametrize("context", ["windows", "in_place", "appended"])
 def test_fine_tuning_puts_image_tokens_at_their_places(folder: Path, context: str) -> None:
     model = load(folder, "float32")
-    model.decoder.rotary_emb = spy = Spy(model.decoder.rotary_emb)
+    model.transformer.rotary_emb = spy = Spy(model.transformer.rotary_emb)
     settings = AdapterSettings(
         rank=2, gated=context != "in_place", code="appended" if context == "appended" else "additive"
     )

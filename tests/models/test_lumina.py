@@ -183,7 +183,7 @@ def parts(model: Chameleon, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     corrector.save(folder / "front")
     tuned = copy.copy(model)
     tuned.full = copy.deepcopy(model.full)
-    tuned.decoder, tuned.head_module = tuned.full.get_decoder(), tuned.full.lm_head
+    tuned.transformer, tuned.head_module = tuned.full.get_decoder(), tuned.full.lm_head
     adapter = Adapter(AdapterSettings(rank=2), tuned)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -103,10 +103,10 @@ def test_geneval_has_a_counterpart_on_the_embedded_model(tmp_path: Path) -> None
 
 def test_operations_are_those_of_the_weights_and_of_attention() -> None:
     model = sjd2.load("tiny", adapter=None)
-    weights = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if "norm" not in name)
-    head = model.layout.vocabulary * model.decoder.config.hidden_size
+    weights = sum(p.numel() for name, p in model.transformer.layers.named_parameters() if "norm" not in name)
+    head = model.layout.vocabulary * model.transformer.config.hidden_size
     tokens, prompt = model.layout.length, int(model.encode(["a red circle"]).lengths[0])
-    attention = 4 * model.decoder.config.hidden_size * model.decoder.config.num_hidden_layers  # per token seen
+    attention = 4 * model.transformer.config.hidden_size * model.transformer.config.num_hidden_layers  # per token seen
     seen = sum(prompt + n for n in range(tokens))
     by_hand = 2 * tokens * 2 * (weights + head) + 2 * attention * seen  # two guidance branches, a prompt shorter in one
     counted = gflops_per_token(model, sjd2.decoder("ar"), "a red circle", SamplingParams(guidance_scale=3.0), 0)

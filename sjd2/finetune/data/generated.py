@@ -192,7 +192,7 @@ def _number(text: str) -> int:
 def _digest(model: ImageModel) -> str:
     """Return a digest of a model that did not come from files."""
     total = hashlib.blake2b(digest_size=6)
-    for tensor in model.decoder.state_dict().values():
+    for tensor in model.transformer.state_dict().values():
         total.update(tensor.detach().float().cpu().numpy().tobytes())
     return total.hexdigest()
 
