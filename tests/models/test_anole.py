@@ -29,7 +29,7 @@ from sjd2.models.chameleon_lm import ChameleonLM
 from sjd2.models.vqgan import VQGAN, _taming
 from tests.helpers import checkpoints_chameleon as small
 from tests.helpers.plain_chameleon import Plain
-from tests.models.test_lumina import index_bytes, public
+from tests.helpers.public_names import index_bytes, public
 
 PROMPTS = ["a red cat in the hat", "Two dogs!"]
 LAW = SamplingParams(guidance_scale=3.0, top_k=2000)

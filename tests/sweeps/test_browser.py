@@ -17,7 +17,7 @@ from PIL import Image
 from evaluation.run_folder import RunFolder
 from sweeps.report.page import make_report
 from tests.helpers.browser import BROWSER, Browser
-from tests.sweeps.test_table import ar, make
+from tests.helpers.table_runs import ar, make
 
 pytestmark = [
     pytest.mark.browser,

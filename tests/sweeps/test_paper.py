@@ -16,7 +16,7 @@ from sweeps.runs import read_run
 from sweeps.tables import paper
 from sweeps.tables.published import read
 from tests.helpers.cli import Cli
-from tests.sweeps.test_table import make
+from tests.helpers.table_runs import make
 
 
 def lumina(runs_dir: Path, decoder: str, *, adapter: str | None = None, prompts: str = "coco2017") -> Path:

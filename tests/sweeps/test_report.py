@@ -27,7 +27,7 @@ from sweeps.report.trajectories import CHANGED, COMMITTED, FINAL, NOTHING, OTHER
 from sweeps.runs import groups, read_runs
 from sweeps.tables.published import select
 from tests.helpers.cli import Cli
-from tests.sweeps.test_table import ar, make
+from tests.helpers.table_runs import ar, make
 
 EVIL = '<script>alert("x")</script> & "quotes" </script>'
 AR = [(0.1 * step, step + 1) for step in range(1, 16)]

@@ -1,0 +1,220 @@
+"""What tables are written to: failed jobs, the end of a multirun, Markdown, LaTeX and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from sjd2.errors import UserError
+from sweeps.multirun import callback
+from sweeps.runs import read_run
+from sweeps.tables import figures
+from sweeps.tables.formats import Table, escape, latex, markdown
+from sweeps.tables.plots import Point, front
+from sweeps.tables.rows import make_rows
+from sweeps.tables.table import make_tables, show
+from tests.helpers.table_runs import CPU, ar, cells, make, table
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the pictures out of tests about numbers."""
+    if "with_pictures" not in request.fixturenames:
+        monkeypatch.setattr(figures, "draw", lambda *_args, **_settings: figures.Drawn())
+
+
+@pytest.fixture
+def with_pictures() -> None:
+    """Let this test draw."""
+
+
+def test_a_sweep_that_was_cut_names_what_it_sweeps(tmp_path: Path) -> None:
+    jobs = [
+        {"status": "failed", "reason": "window must be 1 or more.", "overrides": ["decoder=sjd", "decoder.window=-1"]},
+        {"status": "failed", "reason": "has not started: it waits.", "overrides": ["decoder=sjd", "decoder.window=16"]},
+    ]
+    text = make_tables([make(tmp_path / "runs", "sjd")], tmp_path / "out", jobs)
+    assert "| sjd window=9 | yes |" in text
+    assert "| sjd window=-1 | failed: window must be 1 or more. |" in text
+    assert "| sjd window=16 | has not started: it waits. |" in text
+
+
+def test_failed_jobs_are_rows(tmp_path: Path) -> None:
+    job = {"status": "failed", "reason": "window 999 exceeds | 144\ntokens.", "run_dir": None}
+    job["overrides"] = ["decoder=sjd", "decoder.window=999", "seed=1"]
+    text, rows = table(tmp_path, ar(tmp_path / "runs"), failed=(job,))
+    assert "| sjd window=999 seed=1 | failed: window 999 exceeds \\| 144 tokens. |" in text
+    assert rows[1] == dict.fromkeys(rows[1], "") | {
+        "label": "sjd window=999 seed=1", "status": "failed", "reason": "window 999 exceeds | 144 tokens.",
+    }  # fmt: skip
+    assert "failed: window 999" in (tmp_path / "out" / "table.tex").read_text()
+
+
+def test_only_failed_jobs(tmp_path: Path) -> None:
+    text, rows = table(tmp_path, failed=({"status": "failed", "reason": "no weights.", "overrides": ["decoder=sjd2"]},))
+    assert "| sjd2 | failed: no weights. |" in text
+    assert len(rows) == 1
+
+
+def test_an_unreadable_folder_does_not_hide_the_others(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    (tmp_path / "runs" / "old" / "config.yaml").write_text("decoder: {name: sjd}\n")
+    text, _ = table(tmp_path, ar(tmp_path / "runs"), tmp_path / "runs" / "old")
+    assert "| old | failed:" in text
+    assert "no identity" in text
+    assert cells(text, "ar")["N"] == "4"
+
+
+def test_nothing_to_show_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder here holds an image"):
+        make_tables([], tmp_path)
+
+
+def sweep(folder: Path, *jobs: dict[str, Any] | None) -> Path:
+    for number, job in enumerate(jobs):
+        (folder / str(number)).mkdir(parents=True)
+        if job is not None:
+            (folder / str(number) / "status.json").write_text(json.dumps(job))
+    return folder
+
+
+def ok(path: Path) -> dict[str, Any]:
+    return {"status": "ok", "reason": None, "run_dir": str(path), "overrides": []}
+
+
+def test_callback_tabulates_all_jobs_and_counts_the_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    ar(runs)  # made as a baseline, so no job names it
+    ar(runs, batch_size=8)  # of other settings: stays out
+    failed = {"status": "failed", "reason": "out of memory.", "run_dir": None, "overrides": ["decoder=scd"]}
+    monkeypatch.setattr(callback.Tables, "failed", 0)
+    folder = sweep(
+        tmp_path / "sweep", ok(make(runs, "sjd")), failed, None, *(ok(make(runs, f"d{i}")) for i in range(9))
+    )
+    callback.Tables().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+    assert callback.Tables.failed == 2
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert [row["decoder"] for row in rows if row["status"] == "ok"] == ["ar", *(f"d{i}" for i in range(9)), "sjd"]
+    assert [row["reason"] for row in rows if row["status"] == "failed"] == ["out of memory.", callback.KILLED]
+    assert "out of memory." in capsys.readouterr().out
+    assert callback.main([str(folder)]) == 1
+    assert callback.main([str(folder / "nowhere")]) == 2
+
+
+def test_callback_of_a_multirun_without_runs_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callback.Tables, "failed", 0)
+    folder = sweep(tmp_path / "sweep", ok(tmp_path))  # e.g. stage=bench: its folder is no run folder
+    callback.Tables().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+    assert callback.Tables.failed == 0
+    assert not (folder / "table.md").exists()
+
+
+def test_jobs_are_in_order_of_number(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, *({"status": "ok", "run_dir": None, "overrides": [str(i)]} for i in range(12)))
+    assert [job["overrides"][0] for job in callback.statuses(folder)] == [str(i) for i in range(12)]
+
+
+def test_failed_jobs_are_named_by_what_differs(tmp_path: Path) -> None:
+    jobs = [["decoder=sjd", "limit=4", f"decoder.window={w}"] for w in (0, 8)]
+    folder = sweep(
+        tmp_path, *({"status": "failed", "reason": "x.", "run_dir": None, "overrides": o} for o in jobs), None
+    )
+    assert [job["overrides"] for job in callback.statuses(folder)] == [
+        ["decoder=sjd", "decoder.window=0"], ["decoder=sjd", "decoder.window=8"], ["job 2"],
+    ]  # fmt: skip
+
+
+def test_latex_escapes() -> None:
+    assert escape("a_b & 50% $x$ #1 {y} ~ ^ \\ <1>") == (
+        r"a\_b \& 50\% \$x\$ \#1 \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{} \textless{}1\textgreater{}"
+    )
+    assert (
+        escape("2.0 ± 0.1, 3×, Δ ↓ **lossy** †")
+        == r"2.0 $\pm$ 0.1, 3$\times$, $\Delta$ $\downarrow$ \textbf{lossy} $\dagger$"
+    )
+
+
+def test_latex_table_has_as_many_cells_as_columns() -> None:
+    text = latex(Table("t_1", ["a", "b", "c"], [["1", "2", "3"]], notes=["50 %"], failed=[("x_y", "it & that")]))
+    assert r"\begin{tabular}{lrr}" in text
+    assert r"1 & 2 & 3 \\" in text
+    assert r"x\_y & \multicolumn{2}{p{0.7\linewidth}}{failed: it \& that} \\" in text
+    assert r"50 \%" in text
+    assert text.count("{") == text.count("}")
+
+
+def test_markdown_rows_are_one_line_each() -> None:
+    text = markdown(Table("t", ["a", "b"], [["x|y", "1\n2"]], failed=[("j", "r")]))
+    assert "| x\\|y | 1 2 |\n| j | failed: r |\n" in text
+
+
+def test_show_prints_plain_text_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show("## t\n\n| a |\n| :--- |\n| 1 |\n\n![grid](grid.png)\n")
+    assert capsys.readouterr().out == "## t\n\n| a |\n| :--- |\n| 1 |\n"
+
+
+def test_pareto_front() -> None:
+    a, b, c = Point("a", 1.0, 5.0, True), Point("b", 2.0, 3.0, True), Point("c", 3.0, 4.0, True)
+    assert front([c, b, a], lower_is_better=True) == [a, b]
+    assert front([c, b, a], lower_is_better=False) == [a]
+
+
+def test_the_image_grid_takes_only_equal_seeds(tmp_path: Path) -> None:
+    runs = [read_run(make(tmp_path, "sjd", n=2)), read_run(ar(tmp_path)), read_run(make(tmp_path, "sjd", seed=3))]
+    alike, ids = figures.same_seeds(runs)
+    assert alike == runs[:2]
+    assert ids == [(0, 0), (1, 0)]
+
+
+def test_accepted_counts_leave_the_prefill_out(tmp_path: Path) -> None:
+    assert figures.accepted_counts(read_run(make(tmp_path, "sjd", n=2))) == {3: 2, 4: 2, 8: 2}
+
+
+@pytest.mark.usefixtures("with_pictures")
+def test_pictures_are_drawn_and_earlier_ones_do_not_stay(tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    known = {"fid": 2.0, "fid_extractor": "net a", "kid": 0.1, "kid_std": 0.02}
+    text, _ = table(tmp_path, ar(runs, metrics=known), make(runs, "sjd", metrics=known | {"fid": 3.0}))
+    for name in ("pareto", "grid", "acceptance", "accepted"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(10**7)) > 10
+        assert f"({name}.png)" in text
+    text, _ = table(tmp_path, ar(runs))  # nothing to compare any more
+    assert {path.name for path in out.glob("*.png")} == {"grid.png"}
+    assert "pareto" not in text
+
+
+def test_the_pareto_plot_mixes_neither_networks_nor_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict] = []
+    monkeypatch.setattr(figures, "pareto", lambda panels, *_args, **_settings: drawn.append(panels))
+    for first, second in (({"fid_extractor": "a"}, {"fid_extractor": "b"}), ({}, {"n": 6}), ({}, {})):
+        runs = [
+            ar(tmp_path, metrics={"fid": 1.0} | first),
+            make(tmp_path, "sjd", n=second.pop("n", 4), metrics={"fid": 2.0} | second),
+        ]
+        figures._pareto(make_rows([read_run(path) for path in runs], (CPU, 2)), tmp_path / "x.png", "t")
+        for path in runs:
+            shutil.rmtree(path)
+    assert [list(panels) for panels in drawn] == [[figures.LIKELIHOOD]] * 2 + [["FID"]]
+
+
+def test_acceptance_counts_the_passes_a_guess_waited(tmp_path: Path) -> None:
+    # window 9 holds 8 guesses: after the prefill 1..8, of which 1..3 commit; then 4..11, of which 4..7; then 8..15
+    waited = figures.mean_waiting(read_run(make(tmp_path, "sjd", n=2)))
+    assert waited.tolist() == [0] * 4 + [1] * 4 + [2] + [1] * 3 + [0] * 4
+
+
+def test_shell_completion_stays_quick() -> None:
+    code = "import sys, sweeps.multirun.callback; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,152 @@
+"""Tables of run folders: every number, score and label."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.run_folder import RunFolder
+from evaluation.score import keep_scores
+from sweeps.tables import figures
+from sweeps.tables.rows import standard_error
+from tests.helpers.table_runs import CPU, TOKENS, ar, cells, make, table
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the pictures out of tests about numbers."""
+    if "with_pictures" not in request.fixturenames:
+        monkeypatch.setattr(figures, "draw", lambda *_args, **_settings: figures.Drawn())
+
+
+def test_every_number_of_two_runs(tmp_path: Path) -> None:
+    text, rows = table(tmp_path, make(tmp_path / "runs", "sjd", nll=36.0, drafts=2), ar(tmp_path / "runs"))
+    base, ours = rows
+    assert (base["decoder"], ours["decoder"]) == ("ar", "sjd")
+    assert float(base["forwards_mean"]) == 16
+    assert float(base["step_compression"]) == 1
+    assert float(ours["forwards_mean"]) == 4
+    assert float(ours["draft_forwards_mean"]) == 2
+    assert float(ours["step_compression"]) == 4
+    assert float(ours["step_compression_se"]) == 0
+    assert float(ours["latency_s_median"]) == 1.5  # 1, 1, 2, 2
+    assert float(base["latency_s_median"]) == 4.5  # 4, 4, 5, 5
+    assert float(ours["speedup"]) == 3
+    assert ours["speedup_images"] == "4"
+    assert float(ours["images_per_s"]) == 4 / (2 + 3)  # encoding and pixels take 1 s more per batch
+    assert float(ours["nll_per_token"]) == pytest.approx((36 + 37 + 38 + 39) / 4 / TOKENS)
+    assert float(ours["nll_per_token_difference"]) == pytest.approx(4 / TOKENS)
+    assert float(ours["nll_per_token_low"]) == pytest.approx(4 / TOKENS)  # every prompt differs by the same 4 nats
+    assert (ours["n"], ours["batch_size"], ours["hardware"], ours["window"]) == ("4", "2", CPU, "9")
+    shown = cells(text, "sjd")
+    assert shown["passes"] == "4.0 + 2.0 draft"
+    assert shown["step compression"] == "4.00"
+    assert shown["latency s"] == "1.5"
+    assert shown["speed-up"] == "3.00×"
+    assert shown["NLL/token (Δ to AR)"] == "2.344 (+0.250 [+0.250, +0.250])"
+    assert (shown["N"], shown["batch"], shown["lossless"]) == ("4", "2", "yes")
+    assert "FID" not in "".join(shown)  # no run has one
+    assert f"Times: {CPU}, torch 2.15.0, float32" in text
+    assert "Counts include forced" in text
+    assert text.count("Warning: all rows: with fewer than 16 images") == 1
+    assert text.count("Warning: speed-ups of sjd rest on 2 timings each") == 1
+    assert text.count("Warning") == 2
+
+
+def test_standard_error_counts_repeats_of_a_prompt_once() -> None:
+    assert standard_error({(0, 0): 1.0, (0, 1): 3.0, (1, 0): 4.0}) == pytest.approx(1.0)  # means 2 and 4
+    assert standard_error({(0, 0): 1.0, (0, 1): 3.0}) is None
+
+
+def test_scores_stand_with_what_made_them(tmp_path: Path) -> None:
+    scores = {
+        "fid": 12.345, "fid_extractor": "net abc", "fid_reference": "held-out", "kid": 0.01234, "kid_std": 0.002,
+        "alignment": 0.81, "alignment_ceiling": 0.97, "alignment_chance": 0.31, "clip_score": 31.2,
+        "clip_model": "ViT-B-32", "step_compression_free": 3.9, "fid_warning": "N=4 is few for 64 features.",
+    }  # fmt: skip
+    runs = tmp_path / "runs"
+    text, rows = table(
+        tmp_path, ar(runs, metrics=scores), make(runs, "sjd", metrics=scores | {"alignment_chance": 0.33})
+    )
+    shown = cells(text, "sjd")
+    assert shown["FID (net) ↓"] == "12.35" or shown["FID (net) ↓"] == "12.34"
+    assert shown["KID ↓"] == "0.0123 ± 0.0020"
+    assert shown["CLIP score (ViT-B-32) ↑"] == "31.20"
+    assert shown["alignment ↑"] == "0.810"
+    assert shown["step compression"] == "4.00 (3.90)"
+    assert rows[1]["fid"] == "12.345"
+    assert rows[1]["fid_extractor"] == "net abc"
+    assert "features of net abc, reference held-out" in text
+    assert "ceiling (VQ reconstructions) 0.970" in text
+    assert "chance 0.310 to 0.330" in text
+    assert "Warning: FID: N=4 is few for 64 features." in text
+
+
+def test_paired_differences_of_scores(tmp_path: Path) -> None:
+    paths = [
+        ar(tmp_path / "runs", metrics={"alignment": 0.5}),
+        make(tmp_path / "runs", "sjd", metrics={"alignment": 0.75}),
+    ]
+    for path, value in zip(paths, (0.5, 0.75), strict=True):
+        keep_scores(RunFolder(path), {"alignment": {(i, 0): value + 0.1 * i for i in range(4)}})
+    text, rows = table(tmp_path, *paths)
+    assert float(rows[1]["alignment_difference"]) == pytest.approx(0.25)
+    assert rows[0]["alignment_difference"] == ""
+    assert "| sjd | 4 | +0.250 [+0.250, +0.250] |" in text
+
+
+def test_scores_of_fewer_images_are_marked(tmp_path: Path) -> None:
+    path = make(tmp_path / "runs", "sjd", metrics={"fid": 9.0, "fid_extractor": "net abc", "n_images": 3})
+    text, rows = table(tmp_path, path)
+    assert cells(text, "sjd")["FID (net) ↓"] == "9.00 (N=3)"
+    assert rows[0]["n_scored"] == "3"
+    assert "sjd: scored on 3 images only" in text
+
+
+def test_a_lossy_decoder_is_labelled_whatever_its_yaml_says(tmp_path: Path) -> None:
+    path = make(tmp_path / "runs", "sjd2", lossless=True, parts={"rule": "paper"})
+    text, rows = table(tmp_path, path, make(tmp_path / "runs", "lantern", lossless=False))
+    assert cells(text, "sjd2 rule=paper")["lossless"] == "**lossy**"
+    assert cells(text, "lantern")["lossless"] == "**lossy**"
+    assert {row["lossless"] for row in rows} == {"False"}
+    assert "**lossy**: the decoder does not sample" in text
+    assert r"\textbf{lossy}" in (tmp_path / "out" / "table.tex").read_text()
+
+
+def test_verdicts_and_rewards_of_single_images_are_paired(tmp_path: Path) -> None:
+    paths = [ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd")]
+    for path, right in zip(paths, (1.0, 0.0), strict=True):
+        values = {(i, 0): right if i == 0 else 1.0 for i in range(4)}
+        keep_scores(RunFolder(path), {"geneval": values, "hpsv2": {key: 20 + value for key, value in values.items()}})
+    text, rows = table(tmp_path, *paths)
+    assert "| images in both | geneval_correct | hpsv2 |" in text
+    row = next(row for row in rows if row["label"] == "sjd")
+    assert float(row["geneval_correct_difference"]) == float(row["hpsv2_difference"]) == -0.25
+
+
+def test_labels_name_what_differs(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    windows = [make(runs, "sjd", parts={"window": w}) for w in (16, 8, 32)]
+    _, rows = table(tmp_path, *windows, make(runs, "scd"), ar(runs))
+    assert [row["label"] for row in rows] == ["ar", "scd", "sjd window=8", "sjd window=16", "sjd window=32"]
+    _, rows = table(tmp_path, make(runs, "sjd", seed=1), make(runs, "sjd"), ar(runs))
+    assert [row["label"] for row in rows] == ["ar seed=0", "sjd seed=0", "sjd seed=1"]
+    parts = [{"drafter": {"_target_": "a.b.Jacobi"}}, {"drafter": {"_target_": "a.b.Denoise", "levels": 4}}]
+    _, rows = table(tmp_path, *(make(runs, "sjd2", parts=p) for p in parts))
+    assert [row["label"] for row in rows] == ["sjd2 drafter=Denoise", "sjd2 drafter=Jacobi"]
+
+
+def test_labels_name_parts_that_are_not_the_decoders_own(tmp_path: Path) -> None:
+    relaxed = [{"verifier": {"_target_": "baselines.lantern.Relaxed", "lam": lam}} for lam in (2, 3)]
+    exact = {"verifier": {"_target_": "sjd2.decoding.verify.Exact"}}
+    _, rows = table(tmp_path, make(tmp_path / "alone", "sjd2", parts=relaxed[0]))
+    assert [row["label"] for row in rows] == ["sjd2 verifier=relaxed"]
+    _, rows = table(tmp_path, *(make(tmp_path / "runs", "sjd2", parts=p) for p in (exact, *relaxed)))
+    labels = ["sjd2", "sjd2 verifier=relaxed verifier.lam=2", "sjd2 verifier=relaxed verifier.lam=3"]
+    assert [row["label"] for row in rows] == labels
+
+
+def test_twins_are_told_apart(tmp_path: Path) -> None:
+    _, rows = table(tmp_path, make(tmp_path / "a", "sjd"), make(tmp_path / "b", "sjd"))
+    assert len(rows) == 2
