@@ -18,6 +18,11 @@ def unknown(kind: str, value: object, valid: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} '{value}'{hint} Valid: {', '.join(valid)}.")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, its class name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def choose(kind: str, value: str, valid: Iterable[str]) -> str:
     """Return `value` if it is one of `valid`, else raise `UserError` that lists them."""
     valid = list(valid)

@@ -19,7 +19,7 @@ from sjd2.decoding.shapes import Tree
 from sjd2.decoding.verify import take
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
-from sjd2.models.weights import Source, check_part, locate_part
+from sjd2.models.hub import WeightSource, check_part, locate_part
 
 
 @dataclass
@@ -82,8 +82,8 @@ class Eagle(Drafter):
                 f"{window - 1}; take a smaller window or more of either."
             )
 
-    def _source(self) -> Source:
-        return Source(str(self.weights), "decoder.drafter.weights", files=(SETTINGS, WEIGHTS))
+    def _source(self) -> WeightSource:
+        return WeightSource(str(self.weights), "decoder.drafter.weights", required=(SETTINGS, WEIGHTS))
 
     def carried(self, window: int) -> int:
         return 1

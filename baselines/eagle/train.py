@@ -24,8 +24,9 @@ from sjd2.finetune.draws import Draws
 from sjd2.finetune.objective import recompute, widen
 from sjd2.finetune.trainer import Piece, step_rng, train, warmup_decay
 from sjd2.finetune.windows import Past, causal_mask
-from sjd2.models.base import ImageModel, ModelSpec
+from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import additive
+from sjd2.models.spec import ModelSpec
 
 AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
 

@@ -25,7 +25,8 @@ from sjd2.finetune.objective import Objective, is_sharded, recompute, widen
 from sjd2.finetune.trainer import Piece, step_rng, train, warmup_decay
 from sjd2.finetune.windows import Past, Segments, causal_mask, draw_segments, window_mask
 from sjd2.models.adapter import Adapter, AdapterSettings
-from sjd2.models.base import ImageModel, ModelSpec
+from sjd2.models.base import ImageModel
+from sjd2.models.spec import ModelSpec
 
 AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
 

@@ -21,7 +21,7 @@ from sjd2.errors import UserError
 from sjd2.front.corrector import SETTINGS, WEIGHTS, Corrector, read_settings
 from sjd2.front.front_shape import Level, chain_slots, shape
 from sjd2.models.base import ImageModel
-from sjd2.models.weights import Source, check_part, locate_part
+from sjd2.models.hub import WeightSource, check_part, locate_part
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Front(Drafter):
         if self.weights is not None:
             check_part(self._source(), read_settings)
 
-    def _source(self) -> Source:
-        return Source(str(self.weights), "decoder.drafter.weights", files=(SETTINGS, WEIGHTS))
+    def _source(self) -> WeightSource:
+        return WeightSource(str(self.weights), "decoder.drafter.weights", required=(SETTINGS, WEIGHTS))
 
     def carried(self, window: int) -> int:
         return chain_slots(window, self.siblings, self.copies, self.full)

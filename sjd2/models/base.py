@@ -1,20 +1,18 @@
-"""What the engine knows of a model: `ImageModel`, which every family derives from, and `ModelSpec`, its settings without weights.
+"""What the engine knows of a loaded model: `ImageModel`, which every family derives from, and `Condition`, its prompts.
 
 # B samples, R model rows (2B with guidance, else B), S slots of a pass, P prompt tokens, V image vocabulary, D width, N tokens
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from sjd2.files import digest
 from sjd2.models.kv_cache import RowCache, additive
 from sjd2.models.layout import TokenGrid
-from sjd2.models.weights import Source, check_loading, check_part, locate, locate_part, reach
 
 if TYPE_CHECKING:
     from sjd2.models.adapter import Adapter
@@ -35,67 +33,6 @@ class Condition:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """What a configuration says of a model, checked without loading a weight; families add their own settings.
-
-    weights: local folder or hub id. vocabulary: V. adapter: folder or hub id of an SJD2 fine-tuning. attention: kernel of
-    transformers. revision: of `weights` on the hub. device_map, quantisation: how transformers loads (null: all on one
-    device, in `dtype`). sampling: the model's customary law.
-    """
-
-    name: str
-    weights: str
-    vocabulary: int
-    adapter: str | None = None
-    attention: str = "sdpa"
-    revision: str | None = None
-    device_map: str | None = None
-    quantisation: str | None = None
-    sampling: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def layout(self) -> TokenGrid:
-        """Return which token stands where."""
-        raise NotImplementedError
-
-    def sources(self) -> list[Source]:
-        """Return where each part of the weights lies, the language model first."""
-        raise NotImplementedError
-
-    def build(self, device: torch.device, dtype: torch.dtype) -> ImageModel:
-        """Load everything but the adapter."""
-        raise NotImplementedError
-
-    def check(self) -> None:
-        """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
-        from sjd2.models.adapter import read_settings
-
-        check_loading(self.quantisation, self.device_map)
-        _ = self.layout
-        if self.adapter is not None:  # first: it is mostly local, while the next lines may ask the hub
-            check_part(self._adapter(), read_settings)
-        for source in self.sources():
-            reach(source)
-
-    def digest(self) -> str:
-        """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""
-        return digest(*map(locate, self.sources()), locate_part(self._adapter()) if self.adapter else None)
-
-    def load(self, device: str = "cpu", dtype: str = "float32") -> ImageModel:
-        """Load all weights: dtype is a torch dtype's name. Raises `UserError` if a file does not fit."""
-        from sjd2.models.adapter import Adapter
-
-        self.check()
-        model = self.build(torch.device(device), getattr(torch, dtype))
-        if self.adapter is not None:
-            model.adapter = Adapter.load(locate_part(self._adapter()), model)
-        return model
-
-    def _adapter(self) -> Source:
-        return Source(str(self.adapter), "model.adapter", files=("sjd2.json",))
 
 
 class ImageModel:

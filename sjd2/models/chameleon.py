@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.models.base import Condition, ImageModel, ModelSpec
+from sjd2.models.base import Condition, ImageModel
+from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
-from sjd2.models.weights import Source, locate, pretrained, stored_shape
+from sjd2.models.loading import load_pretrained
+from sjd2.models.spec import ModelSpec
+from sjd2.models.tensors import stored_shape
 
 BOS = "<s>"  # id 0; the configs of Chameleon, Anole and Lumina-mGPT say 1, which is <pad>
 logger = logging.getLogger(__name__)
@@ -58,13 +61,19 @@ class ChameleonSpec(ModelSpec):
     def layout(self) -> TokenGrid:
         return TokenGrid(self.rows, self.columns, self.vocabulary, tuple(self.prefix), self.row_end, tuple(self.suffix))
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[WeightSource]:
         words = () if self.text_weights else ("tokenizer.json",)
-        model = Source(self.weights, "model.weights", files=("config.json", *words), revision=self.revision)
-        vq = Source(self.vq_weights, "model.vq_weights", patterns=("*.json", "*.safetensors", "*.ckpt"), single=True)
+        model = WeightSource(self.weights, "model.weights", required=("config.json", *words), revision=self.revision)
+        vq = WeightSource(
+            self.vq_weights, "model.vq_weights", patterns=("*.json", "*.safetensors", "*.ckpt"), may_be_file=True
+        )
         if self.text_weights is None:
             return [model, vq]
-        return [model, vq, Source(self.text_weights, "model.text_weights", single=True, inside="tokenizer.json")]
+        return [
+            model,
+            vq,
+            WeightSource(self.text_weights, "model.text_weights", may_be_file=True, file_inside="tokenizer.json"),
+        ]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Chameleon:
         return Chameleon(self, device, dtype)
@@ -84,7 +93,7 @@ class Chameleon(ImageModel):
         names = settings.get("vocabulary_map") or self.words.get_vocab()
         ids = self._token_ids(names)
         config = drawing_config(settings, names, _norm_rows(folder, spec))
-        self.full = pretrained(ChameleonLM, folder, spec, device, dtype, config=config)
+        self.full = load_pretrained(ChameleonLM, folder, spec.load_options(device, dtype), config)
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.lm_head
         self.vq = VQGAN.load(vq, spec.vocabulary).to(self.device)  # float32 in every dtype

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sjd2.errors import UserError, choose
-from sjd2.models.base import Condition, ImageModel, ModelSpec
+from sjd2.models.base import Condition, ImageModel
+from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
-from sjd2.models.weights import Source, fit, locate, pretrained, read_config, tokenizer
+from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
+from sjd2.models.spec import ModelSpec
+from sjd2.models.tensors import load_exactly
 
 if TYPE_CHECKING:
     from transformers import Emu3VQVAE, Emu3VQVAEConfig, PreTrainedTokenizerBase
@@ -65,8 +68,8 @@ class Emu3Spec(ModelSpec):
     def layout(self) -> TokenGrid:
         return TokenGrid(*grid(self.size), self.vocabulary, (), self.row_end, tuple(self.suffix))
 
-    def sources(self) -> list[Source]:
-        return [Source(self.weights, "model.weights", ("config.json", "tokenizer.json"), revision=self.revision)]
+    def sources(self) -> list[WeightSource]:
+        return [WeightSource(self.weights, "model.weights", ("config.json", "tokenizer.json"), revision=self.revision)]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Emu3:
         return Emu3(self, device, dtype)
@@ -109,11 +112,11 @@ class Emu3(ImageModel):
         (folder,) = map(locate, spec.sources())
         read_config(folder, "model.weights", "emu3", "BAAI/Emu3-Gen-hf")
         self.spec = spec
-        self.tokenizer = tokenizer(folder, "model.weights")
+        self.tokenizer = load_tokenizer(folder, "model.weights")
         if spec.words == "original":
             cut_as_published(self.tokenizer)
         ids = self._token_ids()
-        self.full = pretrained(Emu3ForConditionalGeneration, folder, spec, device, dtype)
+        self.full = load_pretrained(Emu3ForConditionalGeneration, folder, spec.load_options(device, dtype))
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.lm_head
         self.first = ids[0]
@@ -197,7 +200,7 @@ class Pixels(nn.Module):
                     if part := re.fullmatch(r"(?:model\.)?vqmodel\.(.+)", name):
                         tensor = file.get_tensor(name)
                         tensors[part[1]] = tensor.float() if tensor.is_floating_point() else tensor
-        fit(vae, tensors, "model.weights")
+        load_exactly(vae, tensors, f"model.weights={folder}")
         return cls(vae.eval().requires_grad_(False))
 
     @property

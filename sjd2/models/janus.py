@@ -19,9 +19,11 @@ from torch.nn import functional as F
 
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.models.base import Condition, ImageModel, ModelSpec
+from sjd2.models.base import Condition, ImageModel
+from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
-from sjd2.models.weights import Source, locate, pretrained, read_config, tokenizer
+from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
+from sjd2.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
@@ -42,8 +44,8 @@ class JanusSpec(ModelSpec):
     def layout(self) -> TokenGrid:
         return TokenGrid(self.size // DOWN, self.size // DOWN, self.vocabulary)
 
-    def sources(self) -> list[Source]:
-        return [Source(self.weights, "model.weights", ("config.json", "tokenizer.json"), revision=self.revision)]
+    def sources(self) -> list[WeightSource]:
+        return [WeightSource(self.weights, "model.weights", ("config.json", "tokenizer.json"), revision=self.revision)]
 
     def check(self) -> None:
         """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
@@ -71,13 +73,14 @@ class Janus(ImageModel):
         (folder,) = map(locate, spec.sources())
         read_config(folder, "model.weights", "janus", "deepseek-community/Janus-Pro-1B")
         self.spec = spec
-        self.tokenizer = tokenizer(folder, "model.weights")
+        self.tokenizer = load_tokenizer(folder, "model.weights")
         self.start = self.tokenizer.convert_tokens_to_ids(START)
         if self.start is None or None in (self.tokenizer.bos_token_id, self.tokenizer.pad_token_id):
             raise UserError(
                 f"the tokenizer of {spec.weights} lacks {START}, a bos or a pad token, so it is not Janus's."
             )
-        self.full = pretrained(JanusForConditionalGeneration, folder, spec, device, dtype, lacking="")
+        options = spec.load_options(device, dtype)
+        self.full = load_pretrained(JanusForConditionalGeneration, folder, options, optional=None)
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.model.generation_head
         self.vq = Pixels(self.full.model.vqmodel)

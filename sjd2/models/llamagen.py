@@ -19,9 +19,12 @@ from torch.nn import functional as F
 
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.models.base import Condition, ImageModel, ModelSpec
+from sjd2.models.base import Condition, ImageModel
+from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
-from sjd2.models.weights import Source, assembled, fit, locate, read_tensors
+from sjd2.models.loading import load_assembled
+from sjd2.models.spec import ModelSpec
+from sjd2.models.tensors import load_exactly, read_tensors
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -86,16 +89,16 @@ class LlamaGenSpec(ModelSpec):
     def layout(self) -> TokenGrid:
         return TokenGrid(self.size // PIXELS, self.size // PIXELS, self.vocabulary)
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[WeightSource]:
         """Return the language model, the image tokeniser and the text encoder."""
         file = FILES.get(self.size)
         return [
-            Source(self.weights, "model.weights", revision=self.revision, single=True, inside=file),
-            Source(self.vq_weights, "model.vq_weights", single=True, inside=VQ_FILE),
-            Source(
+            WeightSource(self.weights, "model.weights", revision=self.revision, may_be_file=True, file_inside=file),
+            WeightSource(self.vq_weights, "model.vq_weights", may_be_file=True, file_inside=VQ_FILE),
+            WeightSource(
                 self.text_weights,
                 "model.text_weights",
-                files=("config.json", "tokenizer.json"),
+                required=("config.json", "tokenizer.json"),
                 patterns=("*.json", "*.safetensors"),
             ),
         ]
@@ -119,7 +122,7 @@ class LlamaGen(ImageModel):
             raise UserError(
                 f"the checkpoint has {config.vocab_size} image codes, model.vocabulary says {spec.vocabulary}."
             )
-        self.full = assembled(LlamaForCausalLM, config, tensors, spec, device, dtype)
+        self.full = load_assembled(LlamaForCausalLM, config, tensors, spec.load_options(device, dtype))
         decoder, layout = self.full.get_decoder(), spec.layout
         decoder.rotary_emb = GridRotary(layout, config.head_dim).to(decoder.device)
         super().__init__(decoder, layout)
@@ -184,7 +187,7 @@ class CaptionEmbedder(nn.Module):
         self.fc1 = nn.Linear(features, width, bias=False)
         self.fc2 = nn.Linear(width, width, bias=False)
         self.uncond_embedding = nn.Buffer(torch.zeros(PLACES, features))
-        fit(self, tensors, "model.weights")
+        load_exactly(self, tensors, "model.weights")
         self.eval().requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sjd2.errors import UserError
-from sjd2.models.weights import free_bytes, stored_bytes, tokenizer
+from sjd2.models.loading import free_bytes, load_tokenizer
+from sjd2.models.tensors import stored_bytes
 
 KEY = "model.text_weights"
 _FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -166,7 +167,7 @@ class TextEncoder:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{KEY}={folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         self.model.to(device).eval().requires_grad_(False)
-        self.tokenizer = tokenizer(folder, KEY)
+        self.tokenizer = load_tokenizer(folder, KEY)
         self.places = places
 
     @property

@@ -18,7 +18,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from sjd2.errors import UserError
-from sjd2.models.weights import fit, read_tensors
+from sjd2.models.tensors import load_exactly, read_tensors
 
 USAGE = "quantize.codebook_used"  # a counter of training, published with the weights and not needed
 MIDDLE = ("block_1", "attn_1", "block_2")
@@ -68,9 +68,7 @@ class VQ16(nn.Module):
         tensors = read_tensors(path, key)
         tensors.pop(USAGE, None)
         model = cls(_config(tensors, path))
-        own = {public(name): name for name in model.vae.state_dict()}
-        # unknown names stay as they are, so that the error quotes the file
-        fit(model.vae, {own.get(name, name): tensor.float() for name, tensor in tensors.items()}, key)
+        load_exactly(model.vae, tensors, f"{key}={path}", public)
         return model.eval().requires_grad_(False)
 
 

@@ -22,7 +22,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
 from sjd2.errors import UserError
-from sjd2.models.weights import header, read_tensors
+from sjd2.models.tensors import load_exactly, read_header, read_tensors
 
 WEIGHTS = "vqgan.safetensors"
 WITHIN = ("model.vqmodel.", "vqmodel.")  # where a whole model's files hold the tokeniser
@@ -115,8 +115,12 @@ class VQGAN(nn.Module):
         config = (
             ChameleonVQVAEConfig(**json.loads((path / "config.json").read_text())) if own else _shape(tensors, path)
         )
+        if not any(name.startswith("decoder.") for name in tensors):
+            raise UserError(
+                f"{KEY}={path} has no pixel decoder (conversions of Chameleon leave it out); use Meta's vqgan.ckpt instead."
+            )
         model = cls(config)
-        _load_strictly(model, tensors, path)
+        load_exactly(model, tensors, f"{KEY}={path}", lambda name: _taming(name, len(model.decoder.up)))
         if codes is not None and len(model.codebook) != codes:
             raise UserError(f"VQGAN weights {path} have {len(model.codebook)} codes, model.vocabulary says {codes}.")
         return model.eval().requires_grad_(False)
@@ -146,7 +150,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     """Read of a folder's safetensors what can be the tokeniser's: a model of 14 GB around it stays on the disk."""
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
-        names = [name for name in header(file, KEY) if name.startswith((*WITHIN, *PARTS))]
+        names = [name for name in read_header(file, KEY) if name.startswith((*WITHIN, *PARTS))]
         with safe_open(file, "pt") as stored:
             tensors |= {name: stored.get_tensor(name) for name in names}
     if not tensors:
@@ -179,25 +183,3 @@ def _shape(tensors: dict[str, Tensor], path: Path) -> ChameleonVQVAEConfig:
         channel_multiplier=[widths.get(level, base) // base for level in range(levels)],
         num_res_blocks=1 + max((int(match[2]) for match in blocks), default=-1),
     )
-
-
-def _load_strictly(model: VQGAN, tensors: dict[str, Tensor], path: Path) -> None:
-    wanted = {_taming(key, len(model.decoder.up)): key for key in model.state_dict()}
-    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if (
-        missing
-        and all(name.startswith("decoder.") for name in missing)
-        and not any(n.startswith("decoder.") for n in tensors)
-    ):
-        raise UserError(
-            f"VQGAN weights {path} have no decoder (conversions of Chameleon leave it out); give {KEY}= Meta's vqgan.ckpt."
-        )
-    if missing or unknown:
-        what = f"lack {missing[0]!r}" if missing else f"have an unknown {unknown[0]!r}"
-        raise UserError(f"VQGAN weights {path} {what} ({len(missing)} missing, {len(unknown)} unknown keys).")
-    state = model.state_dict()
-    for name, key in wanted.items():
-        if tensors[name].shape != state[key].shape:
-            have, want = tuple(tensors[name].shape), tuple(state[key].shape)
-            raise UserError(f"VQGAN weights {path}: {name!r} has shape {have}, the config wants {want}.")
-    model.load_state_dict({key: tensors[name].float() for name, key in wanted.items()}, strict=True)

@@ -153,9 +153,9 @@ def _drop(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_drop("decoder."), "have no decoder"),
+        (_drop("decoder."), "has no pixel decoder"),
         (_drop("quantize."), "no Chameleon image tokeniser"),
-        (_drop("post_quant_conv.bias"), "lack 'post_quant_conv.bias'"),
+        (_drop("post_quant_conv.bias"), "lacks 'post_quant_conv.bias'"),
         (
             lambda tensors: tensors | {"decoder.up.0.attn.0.q.bias": torch.zeros(1)},
             "unknown 'decoder.up.0.attn.0.q.bias'",

@@ -20,7 +20,7 @@ from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.files import ROOT
 from sjd2.models.emu3 import NEGATIVE, POSITIVE, WORDS, Emu3, Emu3Spec, grid
-from sjd2.models.weights import tokenizer
+from sjd2.models.loading import load_tokenizer
 from tests.helpers import checkpoints_emu3, family_checks
 
 PROMPTS = ["a red fox under the bridge", "two dogs", "a cat and a bad hand, lowres"]
@@ -126,7 +126,9 @@ def test_text_is_cut_as_by_the_original_tokenizer(model: Emu3, folder: Path) -> 
     assert {"-fashioned", "’s", " café", "9"} <= set(pieces)
     ids = [i for piece in pieces for i in merge(piece)]
     assert model.tokenizer(text, add_special_tokens=False)["input_ids"] == ids
-    converted = tokenizer(folder, "model.weights")  # model.words=converted: the tokenizer that the folder describes
+    converted = load_tokenizer(
+        folder, "model.weights"
+    )  # model.words=converted: the tokenizer that the folder describes
     assert converted(text, add_special_tokens=False)["input_ids"] != ids
     with pytest.raises(UserError, match="did you mean 'original'"):
         load_spec(words="orginal")
@@ -284,7 +286,7 @@ def test_what_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_path: Pat
     shutil.copytree(folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "Emu3"}))
-    with pytest.raises(UserError, match=r"holds a 'Emu3' model.*take e.g. BAAI/Emu3-Gen-hf"):
+    with pytest.raises(UserError, match=r"holds a 'Emu3' model.*use e.g. BAAI/Emu3-Gen-hf"):
         load("emu3", **settings | {"weights": str(other)})
     (other / "config.json").write_text(json.dumps(config))
     (other / "model-00001-of-00010.safetensors").unlink()

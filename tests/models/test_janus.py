@@ -228,5 +228,5 @@ def test_what_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_path: Pat
     shutil.copytree(folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "multi_modality"}))
-    with pytest.raises(UserError, match=r"holds a 'multi_modality' model.*take e.g. deepseek-community/Janus-Pro-1B"):
+    with pytest.raises(UserError, match=r"holds a 'multi_modality' model.*use e.g. deepseek-community/Janus-Pro-1B"):
         load("janus", **settings | {"weights": str(other)})

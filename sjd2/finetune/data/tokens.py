@@ -30,7 +30,7 @@ from sjd2.finetune import distributed
 from sjd2.finetune.data.images import BROKEN, Part, Sample, find_parts, find_shards, number, pixels
 from sjd2.finetune.trainer import write_atomically
 from sjd2.models.base import ImageModel
-from sjd2.models.weights import locate
+from sjd2.models.hub import locate
 
 SMALL = "too small"  # skipped as asked for, which is no damage
 VALIDATION = 64  # held-out pictures that an EAGLE head is measured on

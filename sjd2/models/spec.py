@@ -1,0 +1,82 @@
+"""`ModelSpec`: a model's settings, checked without loading a weight; `load` builds the `ImageModel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sjd2.files import digest
+from sjd2.models.adapter import Adapter, read_settings
+from sjd2.models.base import ImageModel
+from sjd2.models.hub import WeightSource, check_part, check_source, locate, locate_part
+from sjd2.models.layout import TokenGrid
+from sjd2.models.loading import LoadOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a configuration says about a model, checked without loading a weight; families add their own settings.
+
+    weights: local folder or hub id. vocabulary: V. adapter: folder or hub id of an SJD2 fine-tuning. attention: kernel of
+    transformers. revision: of `weights` on the hub. device_map, quantisation: how transformers loads (null: all on one
+    device, in `dtype`). sampling: the model's customary sampling parameters.
+    """
+
+    name: str
+    weights: str
+    vocabulary: int
+    adapter: str | None = None
+    attention: str = "sdpa"
+    revision: str | None = None
+    device_map: str | None = None
+    quantisation: str | None = None
+    sampling: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> TokenGrid:
+        """Return which token stands where."""
+        raise NotImplementedError
+
+    def sources(self) -> list[WeightSource]:
+        """Return where each part of the weights is, the language model first."""
+        raise NotImplementedError
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> ImageModel:
+        """Load everything but the adapter."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
+        self.load_options(torch.device("cpu"), torch.float32).check()
+        _ = self.layout
+        if self.adapter is not None:  # first: it is mostly local, while the next lines may ask the hub
+            check_part(self._adapter_source(), read_settings)
+        for source in self.sources():
+            check_source(source)
+
+    def digest(self) -> str:
+        """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""
+        return digest(*map(locate, self.sources()), locate_part(self._adapter_source()) if self.adapter else None)
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> ImageModel:
+        """Load all weights; dtype: a torch dtype's name. Raises `UserError` if a file does not fit."""
+        self.check()
+        model = self.build(torch.device(device), getattr(torch, dtype))
+        if self.adapter is not None:
+            model.adapter = Adapter.load(locate_part(self._adapter_source()), model)
+        return model
+
+    def load_options(self, device: torch.device, dtype: torch.dtype) -> LoadOptions:
+        """Return how transformers is to load the weights."""
+        return LoadOptions(
+            weights=self.weights,
+            device=device,
+            dtype=dtype,
+            attention=self.attention,
+            quantisation=self.quantisation,
+            device_map=self.device_map,
+        )
+
+    def _adapter_source(self) -> WeightSource:
+        return WeightSource(str(self.adapter), "model.adapter", required=("sjd2.json",))
