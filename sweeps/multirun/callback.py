@@ -20,11 +20,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from harness.console import say, sentence
-from sjd2.locks import lock
 from sjd2.errors import UserError
+from sjd2.locks import lock
 from sweeps.multirun import slurm
-from sweeps.tables import table
 from sweeps.multirun.jobs import KILLED, RUNNING, WAITING, is_sweep, statuses
+from sweeps.tables import table
 from sweeps.tables.table import make_tables, show, with_baselines
 
 __all__ = ["KILLED", "Tables", "close", "statuses", "tabulate"]

@@ -28,9 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.console import say, sentence
+from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sjd2.locks import alive
-from sjd2.errors import UserError
 from sweeps.multirun import slurm
 from sweeps.multirun.child import can_isolate, in_child
 
