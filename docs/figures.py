@@ -1,14 +1,23 @@
-"""Draw docs/sjd2.png and docs/sjd-fc.png, the pictures of a pass: python docs/figures.py."""
+"""Draw the figures of the documentation.
+
+python docs/figures.py            # sjd2.png and sjd-fc.png, drawings of a pass
+python docs/figures.py RUNS_DIR   # grid.png: the same seeds under AR, lossless and lossy decoders, from run folders
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 SLOTS = 10
@@ -40,9 +49,9 @@ def sjd2() -> None:
         colour = DONE if slot == 0 else NOISE if AFTER[slot] else CLEAN
         box(axes, x, 0.2, colour, AFTER[slot], "n'" if slot == 0 else f"+{slot}", rng)
     for slot in range(1, ACCEPTED + 2):
-        text, colour = ("ok", DONE) if slot <= ACCEPTED else ("rejected:\nresidual", "#c0392b")
+        text, colour = ("ok", DONE) if slot <= ACCEPTED else ("rejected:\nrecovered", "#c0392b")
         axes.text(slot + 0.43, 3.75, text, ha="center", va="bottom", fontsize=8, color=colour)
-    axes.text(5.93, 3.75, "behind noise: not committed", ha="left", va="bottom", fontsize=8, color="#555555")
+    axes.text(5.93, 3.75, "after a noisy input: not committed", ha="left", va="bottom", fontsize=8, color="#555555")
     for slot in range(ACCEPTED + 1, SLOTS):
         start, end = (slot + 0.43, 2.55), (slot + 0.43, 1.12)
         axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color="#555555", linewidth=0.9))
@@ -62,7 +71,7 @@ def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], 
 
 
 def sjd_fc() -> None:
-    """Draw a pass of SJD-FC: the rejected guess, the stale law behind it, its correction and the branches."""
+    """Draw a pass of SJD-FC: the rejected draft token, the stale distribution after it, its correction, the branches."""
     rng = np.random.default_rng(0)
     figure, axes = plt.subplots(figsize=(9, 4.9))
     stale, rejected, branch = "#f0b429", "#c0392b", "#9b7fd1"
@@ -72,7 +81,7 @@ def sjd_fc() -> None:
     for slot in (1, 2):
         axes.text(slot + 0.43, 7.2, "ok", ha="center", fontsize=8, color=DONE)
     axes.text(3.43, 7.2, "rejected:\ny instead", ha="center", fontsize=8, color=rejected)
-    axes.text(4.0, 8.1, "the law of +4 has seen x, not y", ha="left", fontsize=8, color="#8a6200")
+    axes.text(4.0, 8.1, "the distribution at +4 was computed given x, not y", ha="left", fontsize=8, color="#8a6200")
     arrow(axes, (4.43, 8.0), (4.43, 7.1), "#8a6200")
     axes.text(-0.3, 6.6, "pass t", ha="right", va="center", fontsize=10)
     axes.text(-0.3, 3.0, "pass t + 1", ha="right", va="center", fontsize=10)
@@ -89,9 +98,14 @@ def sjd_fc() -> None:
     arrow(axes, (4.7, 3.46), (5.0, 4.1))
     arrow(axes, (4.43, 6.15), (4.43, 3.5), "#8a6200")
     axes.text(
-        4.6, 5.35, "corrector(state of +4, state that drew y, x, y)\nguess coupled to the corrected law, which is recorded",
-        fontsize=8, va="center", color="#8a6200",
-    )  # fmt: skip
+        4.6,
+        5.35,
+        "corrector(state of +4, state that drew y, x, y);\n"
+        "the draft token is coupled to the corrected distribution, which is recorded",
+        fontsize=8,
+        va="center",
+        color="#8a6200",
+    )
     words = "siblings, without replacement;\ntheir children are corrected too"
     axes.text(7.15, 1.4, words, fontsize=8, color="#5b3fa0", va="center")
     axes.set(xlim=(-1.6, 11.2), ylim=(0.2, 8.6))
@@ -99,6 +113,57 @@ def sjd_fc() -> None:
     figure.savefig(Path(__file__).with_name("sjd-fc.png"), dpi=110, bbox_inches="tight")
 
 
+GROUPS = {  # of decoders, left to right
+    "reference": ("ar",),
+    "lossless: AR's distribution": ("sjd", "scd", "sjd2", "sjd2-fc"),
+    "lossy": ("lantern", "sjd2-paper"),
+}
+COLOURS = {"reference": "#333333", "lossless: AR's distribution": "#2e7d4f", "lossy": "#c0392b"}
+PROMPTS = (0, 2, 3, 5)  # indices of the prompts shown
+
+
+def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of every run in a folder by its decoder's name, each with the path of its image."""
+    runs = {}
+    for settings in sorted(folder.glob("*/config.yaml")):
+        name = yaml.safe_load(settings.read_text(encoding="utf-8"))["decoder"]["name"]
+        lines = (settings.parent / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        records = sorted((json.loads(line) for line in lines), key=lambda record: record["id"])
+        runs[name] = [record | {"image": settings.parent / record["image"]} for record in records]
+    return runs
+
+
+def grid(folder: Path) -> None:
+    """Draw the same prompts and seeds over decoders, grouped by what they promise, with the passes each image took."""
+    runs = read_runs(folder)
+    names = [name for group in GROUPS.values() for name in group]
+    figure, axes = plt.subplots(
+        len(PROMPTS), len(names) + 1, figsize=(11.4, 6.4), gridspec_kw={"wspace": 0.06, "hspace": 0.28}
+    )
+    for row, prompt in enumerate(PROMPTS):
+        axes[row, 0].text(1, 0.5, textwrap.fill(runs["ar"][prompt]["prompt"], 20), ha="right", va="center", fontsize=9)
+        axes[row, 0].axis("off")
+        for axis, name in zip(axes[row, 1:], names, strict=True):
+            record = runs[name][prompt]
+            axis.imshow(plt.imread(record["image"]), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(f"{record['forwards']} passes", fontsize=9, labelpad=3)
+            if row == 0:
+                axis.set_title(name, fontsize=12, fontfamily="monospace")
+    first = 1
+    for title, group in GROUPS.items():
+        left, right = (axes[0, index].get_position() for index in (first, first + len(group) - 1))
+        line = plt.Line2D([left.x0, right.x1], [0.945, 0.945], color=COLOURS[title], linewidth=2)
+        figure.add_artist(line)
+        middle = (left.x0 + right.x1) / 2
+        figure.text(middle, 0.96, title, ha="center", fontsize=12, color=COLOURS[title])
+        first += len(group)
+    figure.savefig(Path(__file__).with_name("grid.png"), dpi=110, bbox_inches="tight", facecolor="white")
+
+
 if __name__ == "__main__":
-    sjd2()
-    sjd_fc()
+    if sys.argv[1:]:
+        grid(Path(sys.argv[1]))
+    else:
+        sjd2()
+        sjd_fc()
