@@ -27,13 +27,14 @@ from evaluation.metrics.alignment import AttributeFeatures, AttributeNet, chance
 from evaluation.metrics.features import save_npz
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.finetune.trainer import Log, step_rng, train, warmup_decay
+from sjd2.finetune.recipe import Training, TrainRecipe
+from sjd2.finetune.trainer import Metrics, Piece, step_rng
 from sjd2.models.tiny import scenes
 from sjd2.models.vqgan import VQGAN
 
 VQ = Path(scenes.__file__).parent / "weights" / "vq"
 CLIP_CONFIG = "open_clip_config.json"
-UNIT_PICTURES = 4000  # rendered training pictures that set the scale of the features
+UNIT_IMAGES = 4000  # rendered training pictures that set the scale of the features
 VALIDATION = 10_000  # added to the seed for pictures that are only looked at
 
 
@@ -78,7 +79,7 @@ class Pool:
         return step_rng(seed, step).choice(len(self.images), size, replace=False)
 
 
-def held_out_pictures(n: int, seed: int, vq: VQGAN) -> tuple[Tensor, Tensor, list[str]]:
+def held_out_images(n: int, seed: int, vq: VQGAN) -> tuple[Tensor, Tensor, list[str]]:
     """Draw n scenes with captions that training never saw -> pictures, their reconstructions, captions."""
     drawn = scenes.held_out(n, seed + VALIDATION)
     images = draw(drawn, seed + VALIDATION)
@@ -87,37 +88,40 @@ def held_out_pictures(n: int, seed: int, vq: VQGAN) -> tuple[Tensor, Tensor, lis
 
 # ---------------------------------------------------------------------------------------------------------- attributes
 @dataclass(kw_only=True)
-class TrainAttributes:
-    """Train the caption verifier.
+class JudgeRecipe(TrainRecipe):
+    """A training on a pool of captioned images.
 
-    `run` writes `out/final/` (config.json, attributes.safetensors) and `out/final/reference.npz`: the features of
-    rendered held-out pictures for FID, and what the verifier scores on real, reconstructed and mismatched pictures.
+    pictures: images of the pool. validation_pictures: held-out images. vq_weights: a tokeniser folder (None: the shipped
+    one). lr, weight_decay: AdamW.
     """
 
-    steps: int
-    batch_size: int
     lr: float
     weight_decay: float
-    warmup: int
-    decay: float
     pictures: int
-    validate_every: int
     validation_pictures: int
-    reference_pictures: int
-    bf16: bool
     vq_weights: str | None = None
 
-    def run(self, *, out: Path, log: Log | None, device: torch.device | str, seed: int) -> dict[str, float]:
-        """Train, write the final files and return the shares of right attributes on held-out pictures."""
-        torch.manual_seed(seed)
+
+@dataclass(kw_only=True)
+class TrainAttributes(JudgeRecipe):
+    """Train the caption verifier.
+
+    The result is config.json, attributes.safetensors and reference.npz: the features of rendered held-out images for FID,
+    and what the verifier scores on real, reconstructed and mismatched images.
+    """
+
+    reference_pictures: int
+
+    def build_training(self, model: None, *, out: Path, device: str, seed: int) -> Training:
+        """Build a verifier; its metrics are the shares of right attributes on held-out images."""
         vq = load_vq(self.vq_weights, device)
         pool = Pool.make(self.pictures, seed, vq)
         target = labels(pool.captions)
         network = AttributeNet().to(device, memory_format=torch.channels_last).train()
-        real, coded, captions = held_out_pictures(self.validation_pictures, seed, vq)
+        real, coded, captions = held_out_images(self.validation_pictures, seed, vq)
         wanted = labels(captions)
 
-        def loss(step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        def loss(step: int) -> Piece:
             chosen = pool.pick(seed, step, self.batch_size)
             images = pool.images[chosen].to(device, memory_format=torch.channels_last)
             truth = target[chosen].to(device)
@@ -126,30 +130,20 @@ class TrainAttributes:
             right = torch.stack([row.argmax(1) == truth[:, k] for k, row in enumerate(scores)])
             return total, {"right": right.float().mean()}
 
-        def after(done: int) -> dict[str, float]:
-            if done % self.validate_every and done != self.steps:
-                return {}
-            return measure(network, real, coded, wanted)
+        def finish(folder: Path) -> Metrics:
+            network.eval().set_units(pool.images[::2][:UNIT_IMAGES])
+            network.save(folder)
+            metrics = measure(AttributeNet.load(folder, device), real, coded, wanted)
+            write_reference(folder, metrics, n=self.reference_pictures, seed=seed, device=device)
+            return metrics
 
-        parameters = torch.optim.AdamW(network.parameters(), self.lr, weight_decay=self.weight_decay)
-        train(
-            network,
-            loss,
-            [parameters],
-            steps=self.steps,
-            out=out,
-            seed=seed,
-            log=log,
-            schedule=warmup_decay(self.steps, self.warmup, self.decay),
-            bf16=self.bf16,
-            after=after,
+        return Training(
+            module=network,
+            optimizers=[torch.optim.AdamW(network.parameters(), self.lr, weight_decay=self.weight_decay)],
+            loss=loss,
+            validate=lambda: measure(network, real, coded, wanted),
+            finish=finish,
         )
-        network.eval().set_units(pool.images[::2][:UNIT_PICTURES])
-        final = out / "final"
-        network.save(final)
-        figures = measure(AttributeNet.load(final, str(device)), real, coded, wanted)
-        write_reference(final, figures, n=self.reference_pictures, seed=seed, device=str(device))
-        return figures
 
 
 @torch.no_grad()
@@ -189,37 +183,25 @@ def write_reference(folder: Path, figures: dict[str, float], *, n: int, seed: in
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP
 @dataclass(kw_only=True)
-class TrainClip:
+class TrainClip(JudgeRecipe):
     """Train a small CLIP of an open_clip architecture of its own, with open_clip's loss.
 
-    `run` writes `out/final/` in open_clip's `local-dir:` form: open_clip_config.json, open_clip_model.safetensors and a
-    tokenizer of the grammar's words (the usual 49,408 words would make up most of the file).
+    The result is in open_clip's `local-dir:` form: open_clip_config.json, open_clip_model.safetensors and a tokenizer of
+    the grammar's words (the usual 49,408 words would make up most of the file).
     """
 
-    steps: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    warmup: int
-    decay: float
-    pictures: int
-    validate_every: int
-    validation_pictures: int
     image_size: int
     image_width: int
     text_width: int
     text_layers: int
     embed_dim: int
-    bf16: bool
-    vq_weights: str | None = None
 
-    def run(self, *, out: Path, log: Log | None, device: torch.device | str, seed: int) -> dict[str, float]:
-        """Train, write the final folder and return what it scores on held-out pictures."""
+    def build_training(self, model: None, *, out: Path, device: str, seed: int) -> Training:
+        """Build a CLIP, written to out/final/ at each validation; its metrics are its scores on held-out images."""
         import open_clip
 
         from evaluation.metrics.clip import Clip, Source
 
-        torch.manual_seed(seed)
         vq, final = load_vq(self.vq_weights, device), out / "final"
         final.mkdir(parents=True, exist_ok=True)
         config = self.architecture()
@@ -228,40 +210,34 @@ class TrainClip:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{final}")
         pool = Pool.make(self.pictures, seed, vq)
         pixels, words = enlarge(pool.images, self.image_size), tokenizer(pool.captions)
-        _, coded, captions = held_out_pictures(self.validation_pictures, seed, vq)
+        _, coded, captions = held_out_images(self.validation_pictures, seed, vq)
         network = open_clip.CLIP(**config["model_cfg"]).to(device).train()
         contrast = open_clip.ClipLoss()
 
-        def loss(step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        def loss(step: int) -> Piece:
             chosen = pool.pick(seed, step, self.batch_size)
             image = network.encode_image(pixels[chosen].to(device) / 127.5 - 1, normalize=True).float()
             text = network.encode_text(words[chosen].to(device), normalize=True).float()
             found = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
             return contrast(image, text, network.logit_scale.exp()), {"found": found.float().mean()}
 
-        def after(done: int) -> dict[str, float]:
+        def after_step(done: int) -> None:
             with torch.no_grad():
                 network.logit_scale.clamp_(0, float(np.log(100)))  # CLIP's own bound
-            if done % self.validate_every and done != self.steps:
-                return {}
-            self.export(network, final)
-            return measure_clip(Clip(Source(f"local-dir:{final}"), str(device)), coded, captions, seed)
 
-        parameters = torch.optim.AdamW(network.parameters(), self.lr, (0.9, 0.98), weight_decay=self.weight_decay)
-        train(
-            network,
-            loss,
-            [parameters],
-            steps=self.steps,
-            out=out,
-            seed=seed,
-            log=log,
-            schedule=warmup_decay(self.steps, self.warmup, self.decay),
-            bf16=self.bf16,
-            after=after,
+        def finish(folder: Path) -> Metrics:
+            self.export(network, folder)
+            return measure_clip(Clip(Source(f"local-dir:{folder}"), device), coded, captions, seed)
+
+        optimizer = torch.optim.AdamW(network.parameters(), self.lr, (0.9, 0.98), weight_decay=self.weight_decay)
+        return Training(
+            module=network,
+            optimizers=[optimizer],
+            loss=loss,
+            validate=lambda: finish(final),
+            finish=finish,
+            after_step=after_step,
         )
-        self.export(network, final)
-        return measure_clip(Clip(Source(f"local-dir:{final}"), str(device)), coded, captions, seed)
 
     def architecture(self) -> dict[str, Any]:
         """Describe the model as open_clip does: a ResNet with attention pooling, a transformer over the words."""

@@ -24,6 +24,8 @@ from harness.tracking import NoTracker
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 from sjd2.finetune import distributed
+from sjd2.finetune.recipe import Recipe
+from sjd2.models.spec import ModelSpec
 
 
 def train(cfg: DictConfig) -> Path:
@@ -40,21 +42,15 @@ def train(cfg: DictConfig) -> Path:
 
 def _train(cfg: DictConfig, device: str) -> Path:
     name, first = HydraConfig.get().runtime.choices["finetune"], distributed.first()
-    recipe, tracker = instantiate(cfg.finetune), build_tracker(cfg) if first else NoTracker()
-    if distributed.size() > 1 and not getattr(recipe, "parallel", False):
+    recipe: Recipe = instantiate(cfg.finetune)
+    tracker = build_tracker(cfg) if first else NoTracker()
+    if distributed.size() > 1 and not recipe.parallel:
         raise UserError(f"finetune={name} trains in one process; start it without torchrun.")
     folder = RunFolder(cfg.run_dir or Path(cfg.runs_dir) / f"finetune-{name}")
     check_writable(folder.path, "runs_dir")
-    chosen = OmegaConf.to_container(cfg.finetune, resolve=True)
-    chosen.pop("machine", None)  # how the machine is used: a training may go on with other values
-    parts, extra = {"recipe": by_content(chosen), "seed": cfg.seed}, {}
-    if getattr(recipe, "needs_model", False):
-        dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-        spec = _spec(cfg, recipe)
-        settings = {key: value for key, value in model_settings(cfg).items() if key != "adapter"}
-        weights = distributed.from_first(spec.digest)  # fetches them: once, not once per process
-        parts |= {"model": settings, "digest": weights} | ({"dtype": dtype} if dtype != "float32" else {})
-    settings = identity(**parts)
+    spec = _spec(cfg, recipe) if recipe.needs_model else None
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    settings = _identity(cfg, spec, dtype)
     failed = True
     try:
         with folder.lock() if first else contextlib.nullcontext():
@@ -64,26 +60,36 @@ def _train(cfg: DictConfig, device: str) -> Path:
                 folder.claim(resolved, settings)
                 tracker.start(about(folder, "finetune"))
             distributed.barrier()
-            if getattr(recipe, "needs_model", False):
-                extra["model"] = spec.load(device, dtype)
-            figures = recipe.run(out=folder.path, log=tracker.log, device=device, seed=cfg.seed, **extra)
+            model = spec.load(device, dtype) if spec is not None else None
+            metrics = recipe.run(model=model, out=folder.path, log=tracker.log, device=device, seed=cfg.seed)
             distributed.barrier()
-        tracker.summary({key: value for key, value in figures.items() if isinstance(value, (int, float, str))})
+        tracker.summary({key: value for key, value in metrics.items() if isinstance(value, (int, float, str))})
         failed = False
     finally:
         tracker.finish(failed=failed)
     return folder.path
 
 
-def _spec(cfg: DictConfig, recipe: Any) -> Any:
+def _identity(cfg: DictConfig, spec: ModelSpec | None, dtype: str) -> dict[str, Any]:
+    """Return what decides the training's result; how the machine is used may change when it is resumed."""
+    chosen: Any = OmegaConf.to_container(cfg.finetune, resolve=True)
+    chosen.pop("machine", None)
+    parts = {"recipe": by_content(chosen), "seed": cfg.seed}
+    if spec is not None:
+        settings = {key: value for key, value in model_settings(cfg).items() if key != "adapter"}
+        weights = distributed.from_first(spec.digest)  # fetches them: once, not once per process
+        parts |= {"model": settings, "digest": weights} | ({"dtype": dtype} if dtype != "float32" else {})
+    return identity(**parts)
+
+
+def _spec(cfg: DictConfig, recipe: Recipe) -> ModelSpec:
     """Return the model to start from, its own weights without an adapter, once recipe and model are checked."""
-    spec = replace(instantiate(cfg.model), adapter=None)
-    if distributed.size() > 1 and getattr(spec, "device_map", None) is not None:
+    spec: ModelSpec = replace(instantiate(cfg.model), adapter=None)
+    if distributed.size() > 1 and spec.device_map is not None:
         raise UserError(
             "model.device_map spreads one model over all GPUs and torchrun loads one on each; leave one of the two out."
         )
-    if (check := getattr(recipe, "check", None)) is not None:
-        check(spec)
+    recipe.check(spec)
     spec.check()
     return spec
 

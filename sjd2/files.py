@@ -7,9 +7,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sjd2.errors import UserError
 
@@ -99,12 +99,18 @@ def _cut_partial_line(path: Path, size: int) -> None:
             file.truncate(end)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file at once: a reader, or a kill, meets the old content or the new, never half of it."""
+def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Replace a file at once: a reader, or a kill, meets the old content or the new, never half of it.
+
+    content: bytes, or a function that writes them to an open file.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             sync(file)
         os.replace(temporary, path)
     finally:

@@ -6,10 +6,10 @@ Pair j of an image joins token x_j with the state that predicted it, H_j, and sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +19,15 @@ from baselines.eagle.head import EagleHead, EagleSettings
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError, choose
 from sjd2.finetune import distributed
-from sjd2.finetune.distributed import Machine, shares
+from sjd2.finetune.data.sources import ScaledData
+from sjd2.finetune.distributed import shares
 from sjd2.finetune.draws import Draws
-from sjd2.finetune.objective import recompute, widen
-from sjd2.finetune.trainer import Piece, step_rng, train, warmup_decay
-from sjd2.finetune.windows import Past, causal_mask
+from sjd2.finetune.objective import AT_ONCE, recompute, widen
+from sjd2.finetune.recipe import ParallelRecipe, Training, positive
+from sjd2.finetune.trainer import Metrics, Piece, step_rng
+from sjd2.finetune.windows import Past, both_branches, causal_mask, one_branch
 from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import additive
-from sjd2.models.spec import ModelSpec
-
-AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
-
-
-class ScaledData(Protocol):
-    """Captioned images as tokens, and the guidance scales under which they were drawn; a pure function of the seed."""
-
-    validation_images: int
-
-    def prepare(self, model: ImageModel, out: Path) -> None:
-        """Make what is not there yet."""
-        ...
-
-    def scaled(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor, Tensor]:
-        """Return n captions, codes [n, rows * columns] and scales [n]."""
-        ...
 
 
 @dataclass
@@ -113,11 +98,11 @@ def predict(head: EagleHead, pairs: Pairs, depth: int, noise: Tensor | None = No
 
 
 @dataclass(kw_only=True)
-class FinetuneEagle:
+class FinetuneEagle(ParallelRecipe):
     """Train an `EagleHead`, usually on images that the model drew itself.
 
-    steps, batch_size (images), lr, warmup, decay, weight_decay: AdamW. muon_lr: of the layer's matrices (None: AdamW). start:
-    the layer's first weights, those of the model's `last` layer or `random` ones.
+    batch_size: images per step. muon_lr: of the layer's matrices (None: AdamW). start: the layer's first weights, those of
+    the model's `last` layer or `random` ones.
     regression: weight of SmoothL1 between states. cross_entropy: weight of the cross-entropy between the laws of each row.
     guided: weight of the same between the laws that guidance makes of both rows, at the scale under which the image was
     drawn; rejection: weight of their total variation, the chance that a draft is rejected. noise: width of the uniform noise
@@ -128,14 +113,8 @@ class FinetuneEagle:
     head: EagleSettings
     data: ScaledData
     steps: int
-    batch_size: int
-    lr: float
     start: str = "last"
     muon_lr: float | None = None
-    warmup: int = 50
-    decay: float = 0.6
-    cosine: bool = False
-    weight_decay: float = 0.0
     regression: float = 1.0
     cross_entropy: float = 0.1
     guided: float = 0.0
@@ -144,20 +123,14 @@ class FinetuneEagle:
     unconditional: float | None = 0.1
     unroll: int = 1
     fade: float = 0.8
-    bf16: bool = False
-    validate_every: int = 200
     validation_depth: int = 4
-    machine: Machine = field(default_factory=Machine)
-    needs_model: ClassVar[bool] = True
-    parallel: ClassVar[bool] = True  # runs under torchrun
+
+    clip: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choose("finetune.start", self.start, ("last", "random"))
-        counts = (self.steps, self.batch_size, self.unroll, self.validation_depth, self.validate_every)
-        if min(counts) < 1:
-            raise UserError(
-                "finetune.steps, batch_size, unroll, validation_depth and validate_every must be 1 or more."
-            )
+        positive(unroll=self.unroll, validation_depth=self.validation_depth)
         weights = (self.regression, self.cross_entropy, self.guided, self.rejection)
         if min(weights) < 0 or not max(weights):
             raise UserError(
@@ -168,48 +141,28 @@ class FinetuneEagle:
                 "finetune.guided and finetune.rejection join both rows of an image: set finetune.unconditional=null."
             )
 
-    def check(self, spec: ModelSpec) -> None:
-        """Raise `UserError` if the data is not there; loads nothing."""
-        if (check := getattr(self.data, "check", None)) is not None:
-            check()
-
-    def run(
-        self,
-        *,
-        model: ImageModel,
-        out: Path,
-        log: Callable[[int, dict[str, float]], None] | None,
-        device: str,
-        seed: int,
-    ) -> dict[str, float]:
-        """Train and write the head to out/final/; return the overlap of its laws with the model's, by scale and depth."""
-        self.data.prepare(model, out)
-        attention = model.transformer.config._attn_implementation
-        if model.device.type == "cpu":  # torch's fused attention is several times slower backwards on a CPU
-            model.transformer.set_attn_implementation("eager")
-        torch.manual_seed(seed)
-        head = EagleHead(
-            self.head, model
-        ).eval()  # some families' layers have dropout, which would not survive recomputing
+    def build_training(self, model: ImageModel, *, out: Path, device: str, seed: int) -> Training:
+        """Start a head; its metrics are the overlaps of its distributions with the model's, by scale and depth."""
+        # eval: some families' layers have dropout, which would not survive recomputing
+        head = EagleHead(self.head, model).eval()
         head.start(self.start)
         if self.bf16:
             widen(head.parameters())
         if self.machine.checkpointing:
             recompute([head.layer])
 
-        def after(done: int) -> dict[str, float]:
-            return self.validate(model, head) if done % self.validate_every == 0 or done == self.steps else {}
+        def finish(folder: Path) -> Metrics:
+            if distributed.first():
+                head.save(folder, torch.bfloat16)
+            return self.validate(model, head)
 
-        train(
-            head, lambda step: self._pieces(model, head, step, seed), self._optimizers(head), steps=self.steps, out=out,
-            seed=seed, log=log, clip=0.5, schedule=warmup_decay(self.steps, self.warmup, self.decay, self.cosine),
-            bf16=self.bf16, after=after, checkpoint_s=self.machine.checkpoint_s,
-        )  # fmt: skip
-        if distributed.first():
-            head.save(out / "final", torch.bfloat16)
-        figures = self.validate(model, head)
-        model.transformer.set_attn_implementation(attention)
-        return figures
+        return Training(
+            module=head,
+            optimizers=self._optimizers(head),
+            loss=lambda step: self._pieces(model, head, step, seed),
+            validate=lambda: self.validate(model, head),
+            finish=finish,
+        )
 
     def _pieces(self, model: ImageModel, head: EagleHead, step: int, seed: int) -> Iterator[Piece]:
         """Yield this process's micro-batches of a step: shares of the mean over the whole batch."""
@@ -308,10 +261,10 @@ class FinetuneEagle:
         self, model: ImageModel, head: EagleHead, prompts: list[str], tokens: Tensor, sampling: SamplingParams
     ) -> Tensor:
         """Return the mean 1 - TV at each depth: tokens [B, N] -> [depths]."""
-        prompt, lengths, tokens = _both(model, prompts, tokens)
-        if not sampling.guided:
-            prompt, lengths, tokens = (field.chunk(2)[0] for field in (prompt, lengths, tokens))
-        pairs = make_pairs(model, prompt, lengths, tokens)
+        prompt, lengths = both_branches(model, prompts)
+        if sampling.guided:
+            tokens = tokens.repeat(2, 1)
+        pairs = make_pairs(model, prompt[: len(tokens)], lengths[: len(tokens)], tokens)
         valid = _valid(model, self.validation_depth - 1)
         size = max(1, AT_ONCE // (len(prompt) * model.layout.vocabulary))
         sums = torch.zeros(self.validation_depth)
@@ -340,23 +293,9 @@ class FinetuneEagle:
         self, model: ImageModel, prompts: list[str], tokens: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the rows to train on -> prompts [R, P, D], their lengths [R], images [R, N]."""
-        prompt, lengths, doubled = _both(model, prompts, tokens)
         if self.unconditional is None:
-            return prompt, lengths, doubled
-        drop = (draws.rand() < self.unconditional).to(prompt.device)
-        rows = torch.arange(len(prompts), device=prompt.device) + drop * len(prompts)
-        return prompt[rows], lengths[rows], tokens
-
-
-def _both(model: ImageModel, prompts: list[str], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode both guidance branches, padded to one width: [2B, P, D], lengths [2B], images [B, N] -> [2B, N]."""
-    condition = model.encode(prompts)
-    width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-    rows = len(prompts)
-    uncond = condition.uncond_embeds.expand(rows, -1, -1)
-    prompt = [nn.functional.pad(embeds, (0, 0, 0, width - embeds.shape[1])) for embeds in (condition.embeds, uncond)]
-    lengths = torch.cat([condition.lengths, condition.uncond_lengths.expand(rows)])
-    return torch.cat(prompt), lengths, tokens.repeat(2, 1)
+            return *both_branches(model, prompts), tokens.repeat(2, 1)
+        return *one_branch(model, prompts, draws.rand() < self.unconditional), tokens
 
 
 def _valid(model: ImageModel, step: int) -> Tensor:

@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.errors import UserError
-from sjd2.finetune.data.generated import Generated
+from sjd2.finetune.data.generated import Generated, sampling_at
 from sjd2.finetune.front_pairs import Pairs, join, law_of, make_pairs
-from sjd2.finetune.trainer import step_rng, train, warmup_decay
+from sjd2.finetune.recipe import FinetuneRecipe, Training, positive
+from sjd2.finetune.trainer import Metrics, Piece, step_rng
 from sjd2.front.corrector import Corrector, FrontSettings, embedding_width
 from sjd2.models.base import ImageModel
 
@@ -26,62 +24,37 @@ CHUNK = 16  # images that are run through the model together
 
 
 @dataclass(kw_only=True)
-class FinetuneFront:
+class FinetuneFront(FinetuneRecipe):
     """Train a `Corrector` on the model's own images with the total variation of the laws as the loss.
 
-    steps, batch_size (image tokens per step, each with three pairs), muon_lr (matrices), adam_lr (the rest), warmup, decay:
-    optimisation. ema: decay per step of the averaged weights, which are what is validated and written.
+    batch_size: image tokens per step, each with three pairs. muon_lr: of the matrices; adam_lr: of the rest. ema: decay per
+    step of the averaged weights, which are what is validated and written.
     images: images whose pairs are made together and trained on for `round_steps` steps; then come others.
     """
 
     corrector: FrontSettings
     data: Generated
     steps: int
-    batch_size: int
     images: int
     round_steps: int
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     warmup: int = 20
-    decay: float = 0.6
     ema: float = 0.99
-    bf16: bool = False
-    validate_every: int = 200
     validation_images: int = 64
-    needs_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        counts = (
-            self.steps,
-            self.batch_size,
-            self.images,
-            self.round_steps,
-            self.validation_images,
-            self.validate_every,
-        )
-        if min(counts) < 1:
-            raise UserError(
-                "finetune.steps, batch_size, images, round_steps, validation_images and validate_every must be 1 or more."
-            )
+        super().__post_init__()
+        positive(images=self.images, round_steps=self.round_steps, validation_images=self.validation_images)
 
-    def run(
-        self,
-        *,
-        model: ImageModel,
-        out: Path,
-        log: Callable[[int, dict[str, float]], None] | None,
-        device: str,
-        seed: int,
-    ) -> dict[str, float]:
-        """Train and write the corrector to out/final/, and to out/latest/ at each validation; return its overlaps."""
-        self.data.prepare(model, out)
-        torch.manual_seed(seed)
+    def build_training(self, model: ImageModel, *, out: Path, device: str, seed: int) -> Training:
+        """Build a corrector, exported to out/latest/ at each validation; its metrics are its overlaps."""
         corrector = Corrector(self.corrector, embedding_width(model)).to(model.device).train()
         average = AveragedModel(corrector, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
         held_out = self.pairs(model, self.validation_images, seed, held_out=True)
         now: dict[int, Pairs] = {}
 
-        def loss(step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        def loss(step: int) -> Piece:
             number = step // self.round_steps
             if number not in now:
                 now.clear()
@@ -91,20 +64,26 @@ class FinetuneFront:
             place = places[torch.from_numpy(rng.integers(len(places), size=self.batch_size)).to(places.device)]
             return self.loss(model, corrector, now[number], image, place), {}
 
-        def after(done: int) -> dict[str, float]:
+        def after_step(done: int) -> None:
             average.update_parameters(corrector)
-            if done % self.validate_every and done < self.steps:
-                return {}
-            average.module.save(out / "latest")
+            if self.due(done):
+                average.module.save(out / "latest")
+
+        def validate() -> Metrics:
             return self.validate(model, average.module, held_out)
 
-        train(
-            nn.ModuleDict({"corrector": corrector, "average": average}), loss, self._optimizers(corrector),
-            steps=self.steps, out=out, seed=seed, log=log,
-            schedule=warmup_decay(self.steps, self.warmup, self.decay), bf16=self.bf16, after=after,
-        )  # fmt: skip
-        average.module.save(out / "final")
-        return self.validate(model, average.module, held_out)
+        def finish(folder: Path) -> Metrics:
+            average.module.save(folder)
+            return validate()
+
+        return Training(
+            module=nn.ModuleDict({"corrector": corrector, "average": average}),
+            optimizers=self._optimizers(corrector),
+            loss=loss,
+            validate=validate,
+            finish=finish,
+            after_step=after_step,
+        )
 
     def _optimizers(self, corrector: Corrector) -> list[torch.optim.Optimizer]:
         """Give the matrices to Muon, and biases and the zero-initialised last layer to AdamW."""
@@ -137,8 +116,7 @@ class FinetuneFront:
             )  # fmt: skip
 
     def _laws(self, model: ImageModel) -> dict[float, SamplingParams]:
-        usual = dict(getattr(getattr(model, "spec", None), "sampling", {}))
-        return {scale: SamplingParams(**(usual | {"guidance_scale": scale})) for scale in self.data.scales}
+        return {scale: sampling_at(model, scale) for scale in self.data.scales}
 
     def _places(self, model: ImageModel) -> Tensor:
         """Return the tokens that can be replaced and whose successor the model chooses."""

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sjd2.decoding.sampling import SamplingParams, draw
 from sjd2.decoding.verify import residual
-from sjd2.finetune.windows import causal_mask, window_mask
+from sjd2.finetune.windows import both_branches, causal_mask, window_mask
 from sjd2.models.base import ImageModel
 
 
@@ -28,13 +27,9 @@ class Images:
     @torch.no_grad()
     def __init__(self, model: ImageModel, prompts: list[str], tokens: Tensor) -> None:
         self.model, self.tokens = model, tokens
-        condition = model.encode(prompts)
         rows, n = tokens.shape
-        width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-        branches = [condition.embeds, condition.uncond_embeds.expand(rows, -1, -1)]
-        prompt = torch.cat([F.pad(embeds, (0, 0, 0, width - embeds.shape[1])) for embeds in branches])
-        self.lengths = torch.cat([condition.lengths, condition.uncond_lengths.expand(rows)])
-        self.width = width
+        prompt, self.lengths = both_branches(model, prompts)
+        self.width = width = prompt.shape[1]
         self.own = torch.arange(n, device=tokens.device).expand(2 * rows, -1)
         self.place = model.image_start(self.lengths)[:, None] + self.own
         self.cache = model.cache(2 * rows, width + 3 * n)

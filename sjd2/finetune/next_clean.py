@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,63 +18,33 @@ from sjd2.denoising.embedding_space import EmbeddingSpace, sinusoid
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.errors import UserError, choose
 from sjd2.finetune import distributed
-from sjd2.finetune.distributed import Machine, shares
+from sjd2.finetune.data.sources import Collection, TokenData
+from sjd2.finetune.distributed import shares
 from sjd2.finetune.draws import Draws
-from sjd2.finetune.objective import Objective, is_sharded, recompute, widen
-from sjd2.finetune.trainer import Piece, step_rng, train, warmup_decay
-from sjd2.finetune.windows import Past, Segments, causal_mask, draw_segments, window_mask
+from sjd2.finetune.objective import AT_ONCE, Objective, is_sharded, recompute, widen
+from sjd2.finetune.recipe import ParallelRecipe, Training, positive
+from sjd2.finetune.trainer import Metrics, Piece, step_rng
+from sjd2.finetune.windows import Past, Segments, causal_mask, draw_segments, one_branch, window_mask
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import ImageModel
 from sjd2.models.spec import ModelSpec
 
-AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
-
-
-class TokenData(Protocol):
-    """Captioned images as tokens; a pure function of the seed, so that a resumed run sees what an undisturbed one sees.
-
-    Data that has to be made first has `prepare(model, out)` too.
-    """
-
-    def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor]:
-        """Return n captions and codes [n, rows * columns]."""
-        ...
-
-
-@runtime_checkable
-class Collection(Protocol):
-    """A finite set of images, which is gone through in epochs."""
-
-    def count(self) -> int:
-        """Return the number of training images."""
-        ...
-
-    def shuffled(self, n: int, step: int, seed: int) -> tuple[list[str], Tensor]:
-        """Return the n images of one step; n times the steps of an epoch go through every image once."""
-        ...
-
 
 @dataclass(kw_only=True)
-class FinetuneSJD2:
+class FinetuneSJD2(ParallelRecipe):
     """Next-clean-token prediction on any `ImageModel`: plain cross-entropy, noise on normalised embeddings.
 
-    steps, batch_size, lr, warmup, decay, cosine, weight_decay: AdamW; steps=None trains for `epochs` of the data. levels: K is
-    drawn from these per step.
-    context: `windows` trains noisy windows behind a clean copy of the image, which is what decoding feeds; `in_place` noises
-    the one sequence (the paper). corrupt: largest share of wrong tokens in a window, drawn from the model's own law, since
-    drafts are wrong before they are accepted. unconditional: share of empty prompts. shortest, longest: window lengths.
+    steps=None trains for `epochs` of the data. levels: K is drawn from these per step.
+    context: `windows` trains noisy windows after a clean copy of the image, which is what decoding feeds; `in_place` noises
+    the one sequence (the paper). corrupt: largest share of wrong tokens in a window, drawn from the model's own
+    distribution, since drafts are wrong before they are accepted. unconditional: share of empty prompts. shortest, longest:
+    window lengths.
     """
 
     adapter: AdapterSettings
     data: TokenData
-    batch_size: int
-    lr: float
     steps: int | None = None
     epochs: float | None = None
-    warmup: int = 50
-    decay: float = 0.6
-    cosine: bool = False
-    weight_decay: float = 0.0
     levels: tuple[int, ...] = (1, 2, 4)
     schedule: Schedule = field(default_factory=Schedule)
     context: str = "windows"
@@ -83,20 +52,14 @@ class FinetuneSJD2:
     unconditional: float = 0.1
     shortest: int = 8
     longest: int = 40
-    bf16: bool = False
-    validate_every: int = 200
     validation_images: int = 64
-    machine: Machine = field(default_factory=Machine)
-
-    needs_model: ClassVar[bool] = True
-    parallel: ClassVar[bool] = True  # runs under torchrun
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choose("finetune.context", self.context, ("windows", "in_place"))
+        positive(levels=min(self.levels))
         if self.steps is None and (self.epochs is None or self.epochs <= 0):
             raise UserError("finetune needs steps, or steps=null and epochs of more than 0.")
-        if min(self.steps or 1, self.batch_size, self.validate_every, *self.levels) < 1:
-            raise UserError("finetune.steps, batch_size, validate_every and levels must be 1 or more.")
         if not 1 < self.shortest <= self.longest:
             raise UserError(f"finetune needs 1 < shortest <= longest, got {self.shortest} and {self.longest}.")
         if (self.context == "windows") != self.adapter.gated:
@@ -108,58 +71,39 @@ class FinetuneSJD2:
             raise UserError(f"finetune.corrupt is a share, 0 to 1, got {self.corrupt}.")
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise `UserError` if this training cannot work with the model or its data is not there; loads nothing."""
+        """Raise `UserError` if this training cannot work with the model, or its data is missing; loads nothing."""
         if self.adapter.kind == "full" and spec.quantisation is not None:
             raise UserError("quantised weights cannot be tuned in full; use model.quantisation=null or a LoRA.")
-        if (check := getattr(self.data, "check", None)) is not None:
-            check()
+        super().check(spec)
 
-    def run(
-        self,
-        *,
-        model: ImageModel,
-        out: Path,
-        log: Callable[[int, dict[str, float]], None] | None,
-        device: str,
-        seed: int,
-    ) -> dict[str, float]:
-        """Train and write the adapter to out/final/; return validation losses in nats, tuned and untuned."""
-        if (prepare := getattr(self.data, "prepare", None)) is not None:
-            prepare(model, out)
-        steps = self._steps()
-        torch.manual_seed(seed)
-        attention = model.transformer.config._attn_implementation
-        if model.device.type == "cpu":  # torch's fused attention is several times slower backwards on a CPU
-            model.transformer.set_attn_implementation("eager")
-        model.adapter = adapter = Adapter(self.adapter, model).train()
-        objective = self._objective(model, adapter)
-        optimizer = torch.optim.AdamW(
-            [p for p in objective.parameters() if p.requires_grad], lr=self.lr, betas=(0.9, 0.98),
-            weight_decay=self.weight_decay,
-        )  # fmt: skip
-
-        def after(done: int) -> dict[str, float]:
-            due = done % self.validate_every == 0 or done == steps
-            return self.validate(model, seed, through=objective) if due else {}
-
-        untuned = self.validate(model, seed, gate=False) if self.adapter.gated else {}
-        train(
-            objective, lambda step: self._pieces(model, objective, step, seed), [optimizer], steps=steps, out=out,
-            seed=seed, log=log, schedule=warmup_decay(steps, self.warmup, self.decay, self.cosine),
-            bf16=self.bf16 and not is_sharded(objective), after=after, checkpoint_s=self.machine.checkpoint_s,
-        )  # fmt: skip
-        adapter.save(out / "final", torch.bfloat16, write=distributed.first())
-        figures = self.validate(model, seed, through=objective)
-        model.transformer.set_attn_implementation(attention)
-        return figures | {f"{name}_untuned": value for name, value in untuned.items()}
-
-    def _steps(self) -> int:
+    def num_steps(self) -> int:
         """Return the number of optimizer steps, from `epochs` where `steps` is None."""
         if self.steps is not None:
             return self.steps
         if not isinstance(self.data, Collection):
             raise UserError("finetune.epochs needs a set of images; give finetune.steps for data without an end.")
-        return max(1, round(self.epochs * self.data.count() / self.batch_size))
+        return max(1, round((self.epochs or 0) * self.data.count() / self.batch_size))
+
+    def build_training(self, model: ImageModel, *, out: Path, device: str, seed: int) -> Training:
+        """Put an adapter into the model; the result's metrics are validation losses in nats, tuned and untuned."""
+        self.num_steps()  # raises before anything is built
+        model.adapter = adapter = Adapter(self.adapter, model).train()
+        objective = self._objective(model, adapter)
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay)
+        untuned = self.validate(model, seed, gate=False) if self.adapter.gated else {}
+
+        def validate() -> Metrics:
+            return self.validate(model, seed, through=objective)
+
+        def finish(folder: Path) -> Metrics:
+            adapter.save(folder, torch.bfloat16, write=distributed.first())
+            return validate() | {f"{name}_untuned": value for name, value in untuned.items()}
+
+        def loss(step: int) -> Iterator[Piece]:
+            return self._pieces(model, objective, step, seed)
+
+        return Training(module=objective, optimizers=[optimizer], loss=loss, validate=validate, finish=finish)
 
     def _objective(self, model: ImageModel, adapter: Adapter) -> Objective:
         """Join what is trained, make it trainable, and put it on the machine as asked for."""
@@ -255,7 +199,7 @@ class FinetuneSJD2:
         segments = self._segments(draws, n, steps)
         first = segments.first.to(tokens.device)
         level = segments.level.to(tokens.device) * free  # forced tokens carry no noise
-        prompt, lengths = self._prompts(model, prompts, draws)
+        prompt, lengths = one_branch(model, prompts, draws.rand() < self.unconditional)
         width = prompt.shape[1]
         past, drafts = None, tokens
         if self.context == "windows" or self.corrupt:
@@ -316,15 +260,6 @@ class FinetuneSJD2:
         x = torch.cat([prompt, model.embed(tokens)], 1)
         hidden = model.forward(x, positions, cache, causal_mask(lengths, width, n))
         return Past.of(cache, width + n), hidden[:, width:-1]
-
-    def _prompts(self, model: ImageModel, prompts: list[str], draws: Draws) -> tuple[Tensor, Tensor]:
-        """Encode prompts, a share of them replaced by the unconditional one: [B, P, D], [B]."""
-        condition = model.encode(prompts)
-        drop = (draws.rand() < self.unconditional).to(model.device)
-        width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-        pad = [nn.functional.pad(e, (0, 0, 0, width - e.shape[1])) for e in (condition.embeds, condition.uncond_embeds)]
-        lengths = torch.where(drop, condition.uncond_lengths, condition.lengths)
-        return torch.where(drop[:, None, None], pad[1], pad[0]), lengths
 
     @torch.no_grad()
     def _corrupt(self, model: ImageModel, tokens: Tensor, hidden: Tensor, first: Tensor, draws: Draws) -> Tensor:

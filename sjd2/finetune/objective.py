@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
 HALF = (torch.bfloat16, torch.float16)
+AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
 
 
 class Objective(nn.Module):

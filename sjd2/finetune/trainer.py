@@ -5,13 +5,14 @@ from them before each step, and a recipe draws its batch from `step_rng(seed, st
 Under torchrun all processes run this loop in step; the first one reports and, unless weights are sharded, checkpoints.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sjd2.errors import UserError
+from sjd2.files import write_atomically
 from sjd2.finetune import distributed
 from sjd2.finetune.objective import is_sharded
 
-Log = Callable[[int, dict[str, float]], None]
-Piece = tuple[Tensor, dict[str, float | Tensor]]  # a scalar to minimise, figures to report
+Metrics = dict[str, float]
+Log = Callable[[int, Metrics], None]
+Piece = tuple[Tensor, Mapping[str, float | Tensor]]  # a scalar to minimise, metrics to report
+Loss = Callable[[int], Piece | Iterator[Piece]]
+CHECKPOINT = "checkpoint.pt"
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +42,7 @@ def step_rng(seed: int, step: int, purpose: int = 0) -> np.random.Generator:
 def warmup_decay(steps: int, warmup: int, decay: float, cosine: bool = False) -> Callable[[int], float]:
     """Build a schedule: linear up over `warmup` steps, constant, down to zero over the last `decay` of `steps`.
 
-    decay=0 stays constant. cosine: the way down is half a wave instead of a line.
+    decay=0 stays constant. cosine: it falls along half a wave instead of a line.
     """
     tail = max(1, round(steps * decay))
 
@@ -50,98 +55,127 @@ def warmup_decay(steps: int, warmup: int, decay: float, cosine: bool = False) ->
     return factor
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place at once: a kill leaves the old file."""
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def train(
     module: nn.Module,
-    loss: Callable[[int], Piece | Iterator[Piece]],
+    loss: Loss,
     optimizers: Sequence[Optimizer],
     *,
     steps: int,
     out: Path,
     seed: int,
     log: Log | None = None,
-    schedule: Callable[[int], float] | None = None,
-    clip: float | None = 1.0,
+    schedule: Callable[[int], float] = lambda step: 1.0,
+    clip: float = 1.0,
     bf16: bool = False,
-    after: Callable[[int], dict[str, float]] | None = None,
+    after: Callable[[int], Metrics] = lambda done: {},
     log_every: int = 20,
     checkpoint_s: float = 60.0,
 ) -> None:
-    """Minimise `loss(step)` for `steps` steps, going on from the checkpoint in `out` where there is one.
+    """Minimise `loss(step)` for `steps` steps, resuming from the checkpoint in `out` where there is one.
 
     module: all that training changes, buffers such as moving averages included; its state is checkpointed.
-    loss: step -> (scalar, figures to report); called under bf16 autocast with `bf16`, in the module's dtype without. Or it
-    yields such a pair per micro-batch: scalars and figures are shares, whose sum over micro-batches and processes is meant.
+    loss: step -> (scalar, metrics to report), called under bf16 autocast with `bf16` (sharded weights have a precision of
+    their own). Or it yields such a pair per micro-batch: scalars and metrics are shares, to be summed over micro-batches
+    and processes.
     schedule: step -> factor on each optimizer's learning rate. clip: largest norm of the whole module's gradient.
     after: called with the number of finished steps after each one, for moving averages, validation and exports; returns
-    figures to report or an empty dict.
+    metrics to report or an empty dict.
     Writes `out/curve.jsonl` (one line per report) and the checkpoint, every `checkpoint_s` seconds and at the end.
     Raises FloatingPointError when the loss is not finite and UserError when the checkpoint is of another seed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    device = next(module.parameters()).device
-    curve = out / "curve.jsonl"
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
+    for group in _groups(optimizers):
         group.setdefault("initial_lr", group["lr"])
-    start, seconds = _resume(out, curve, module, optimizers, seed)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # resuming makes new ones
-    began = saved = time.monotonic()
-    sums: dict[str, Tensor | float] = {}
-    count = 0
+    start, seconds = _resume(out, module, optimizers, seed)
+    curve = Curve(out / "curve.jsonl", start, steps, seconds, log)
+    saved = time.monotonic()
     for step in range(start, steps):
         torch.manual_seed(int(step_rng(seed, step, purpose=1).integers(2**62)))
-        factor = schedule(step) if schedule else 1.0
-        for group in groups:
-            group["lr"] = group["initial_lr"] * factor
-        for value, figures in _pieces(loss, step, device, bf16):
+        for value, metrics in _pieces(loss, step, module, bf16):
             value.backward()
-            for name, figure in ({"loss": value.detach()} | figures).items():
-                sums[name] = sums.get(name, 0.0) + figure  # summed on the device: no wait for the GPU at each step
-        if not is_sharded(module):
-            distributed.sum_gradients(p for group in groups for p in group["params"])
-        if clip is not None:
-            nn.utils.clip_grad_norm_(module.parameters(), clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        module.zero_grad(set_to_none=True)  # of parameters without an optimizer too: they count in the norm
-        count += 1
+            curve.add({"loss": value.detach()} | dict(metrics))
+        _update(module, optimizers, schedule(step), clip)
         done = step + 1
-        report = dict(after(done)) if after else {}
-        if report or done % log_every == 0 or done == steps:
-            report = {name: total / count for name, total in distributed.total(sums).items()} | report
-            sums, count = {}, 0
-            now = time.monotonic()
-            if not np.isfinite(report["loss"]):
-                raise FloatingPointError(f"The loss is {report['loss']} after step {done}; lower the learning rate.")
-            if distributed.first():
-                _report(curve, done, steps, report, seconds + now - began, (now - began) / (done - start), log)
+        measured = after(done)
+        if measured or done % log_every == 0 or done == steps:
+            curve.report(done, measured)
         if done == steps or distributed.agreed(time.monotonic() - saved > checkpoint_s):
-            _save(out, module, optimizers, {"step": done, "seed": seed, "seconds": seconds + time.monotonic() - began})
+            _save(out, module, optimizers, {"step": done, "seed": seed, "seconds": curve.seconds()})
             saved = time.monotonic()
 
 
-def _pieces(
-    loss: Callable[[int], Piece | Iterator[Piece]], step: int, device: torch.device, bf16: bool
-) -> Iterator[Piece]:
+def _groups(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _pieces(loss: Loss, step: int, module: nn.Module, bf16: bool) -> Iterator[Piece]:
     """Yield the step's micro-batches, each computed under autocast; the caller's backward passes are not."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    device = next(module.parameters()).device.type
+    bf16 = bf16 and not is_sharded(module)
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         pieces = loss(step)
     if isinstance(pieces, tuple):
         yield pieces
         return
     while True:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             piece = next(pieces, None)
         if piece is None:
             return
         yield piece
+
+
+def _update(module: nn.Module, optimizers: Sequence[Optimizer], factor: float, clip: float) -> None:
+    """Take an optimizer step with the gradients of all processes; learning rates are `factor` of their peak."""
+    groups = _groups(optimizers)
+    for group in groups:
+        group["lr"] = group["initial_lr"] * factor
+    if not is_sharded(module):
+        distributed.sum_gradients(p for group in groups for p in group["params"])
+    nn.utils.clip_grad_norm_(module.parameters(), clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    module.zero_grad(set_to_none=True)  # of parameters without an optimizer too: they count in the norm
+
+
+class Curve:
+    """Averages metrics between two reports and writes them: to `curve.jsonl`, the log and the console."""
+
+    def __init__(self, path: Path, start: int, steps: int, seconds: float, log: Log | None) -> None:
+        self.path, self.start, self.steps, self.log = path, start, steps, log
+        self.reported = start  # steps at the last report
+        self.before = seconds  # that earlier processes took
+        self.began = time.monotonic()
+        self.sums: dict[str, Tensor | float] = {}
+
+    def seconds(self) -> float:
+        """Return how long all steps took so far, those before a kill included."""
+        return self.before + time.monotonic() - self.began
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Take a micro-batch's share; summed on the device, so that no step waits for the GPU."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def report(self, done: int, measured: Mapping[str, float]) -> None:
+        """Report the means since the last report, with what was measured. Raises FloatingPointError."""
+        count, self.reported = done - self.reported, done
+        means = {name: total / count for name, total in distributed.total(self.sums).items()} | dict(measured)
+        self.sums = {}
+        if not np.isfinite(means["loss"]):
+            raise FloatingPointError(f"The loss is {means['loss']} after step {done}; lower the learning rate.")
+        if distributed.first():
+            self._write(done, means)
+
+    def _write(self, done: int, means: Metrics) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": done, "seconds": round(self.seconds(), 1)} | means) + "\n")
+        if self.log:
+            self.log(done, means)
+        text = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+        pace = max((time.monotonic() - self.began) / (done - self.start), 1e-9)
+        left = (self.steps - done) * pace / 60
+        logger.info("step %d/%d  %s  %.2f steps/s  %.1f min left", done, self.steps, text, 1 / pace, left)
 
 
 def _save(out: Path, module: nn.Module, optimizers: Sequence[Optimizer], facts: dict[str, Any]) -> None:
@@ -152,27 +186,19 @@ def _save(out: Path, module: nn.Module, optimizers: Sequence[Optimizer], facts: 
     elif distributed.first():
         state = facts | {"module": module.state_dict()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        write_atomically(out / "checkpoint.pt", lambda part: torch.save(state, part))
+        write_atomically(out / CHECKPOINT, lambda file: torch.save(state, file))
         for folder in out.glob("shards-*"):  # a training that began under torchrun
             shutil.rmtree(folder)
 
 
-def _resume(out: Path, curve: Path, module: nn.Module, optimizers: Sequence[Optimizer], seed: int) -> tuple[int, float]:
+def _resume(out: Path, module: nn.Module, optimizers: Sequence[Optimizer], seed: int) -> tuple[int, float]:
     """Load the checkpoint into module and optimizers -> (steps done, seconds they took); (0, 0) when there is none."""
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0}
-    path, device = out / "checkpoint.pt", next(module.parameters()).device
-    if any(out.glob("shards-*/facts.json")):
-        from sjd2.finetune import sharding
-
-        path = sharding.newest(out)
-        state = sharding.facts(path)
-    elif path.exists():
-        if is_sharded(module):
-            raise UserError(f"{path} was written without torchrun; go on without it, or choose another output folder.")
-        state = torch.load(path, map_location=device, weights_only=True)
+    path, state = _checkpoint(out, module)
     if state.get("seed", seed) != seed:
         raise UserError(f"{path} was trained with seed {state['seed']}, not {seed}; choose another output folder.")
     if path.is_dir():
+        from sjd2.finetune import sharding
+
         sharding.load(path, module, optimizers)
     elif "module" in state:
         module.load_state_dict(state["module"])
@@ -181,20 +207,27 @@ def _resume(out: Path, curve: Path, module: nn.Module, optimizers: Sequence[Opti
     if state["step"]:
         logger.info("resumed %s after step %d", path, state["step"])
     if distributed.first():
-        # Steps after the checkpoint run again, so their lines go.
-        lines = curve.read_text().splitlines(keepends=True) if curve.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        write_atomically(curve, lambda part: part.write_text("".join(kept)) and None)
+        _cut_curve(out / "curve.jsonl", state["step"])
     return state["step"], state["seconds"]
 
 
-def _report(
-    curve: Path, done: int, steps: int, report: dict[str, float], seconds: float, pace: float, log: Log | None
-) -> None:
-    with curve.open("a") as file:
-        file.write(json.dumps({"step": done, "seconds": round(seconds, 1)} | report) + "\n")
-    if log:
-        log(done, report)
-    figures = " ".join(f"{name} {value:.4g}" for name, value in report.items())
-    left = (steps - done) * pace / 60
-    logger.info("step %d/%d  %s  %.2f steps/s  %.1f min left", done, steps, figures, 1 / max(pace, 1e-9), left)
+def _checkpoint(out: Path, module: nn.Module) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint's path and what it says, with its weights unless they are sharded."""
+    path = out / CHECKPOINT
+    if any(out.glob("shards-*/facts.json")):
+        from sjd2.finetune import sharding
+
+        folder = sharding.newest(out)
+        return folder, sharding.facts(folder)
+    if not path.exists():
+        return path, {"step": 0, "seconds": 0.0}
+    if is_sharded(module):
+        raise UserError(f"{path} was written without torchrun; resume without it, or choose another output folder.")
+    return path, torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
+
+
+def _cut_curve(path: Path, step: int) -> None:
+    """Drop the lines after the checkpoint's step: those steps run again."""
+    lines: Iterable[str] = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(kept).encode())

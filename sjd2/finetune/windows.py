@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache, additive
 
 
@@ -95,6 +97,22 @@ class Past(Cache):
     def window(self, width: int, dtype: torch.dtype, visible: Tensor) -> Tensor:
         """Return the additive mask of a pass: visible [R, S, P + S] -> [R, 1, S, P + S]."""
         return additive(visible, dtype)[:, None]
+
+
+def both_branches(model: ImageModel, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Encode prompts for both guidance branches, padded to one width: [2B, P, D], lengths [2B]; unconditional rows last."""
+    condition, rows = model.encode(prompts), len(prompts)
+    branches = (condition.embeds, condition.uncond_embeds.expand(rows, -1, -1))
+    width = max(embeds.shape[1] for embeds in branches)
+    prompt = torch.cat([pad(embeds, (0, 0, 0, width - embeds.shape[1])) for embeds in branches])
+    return prompt, torch.cat([condition.lengths, condition.uncond_lengths.expand(rows)])
+
+
+def one_branch(model: ImageModel, prompts: list[str], drop: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode prompts, those of `drop` [B] replaced by the unconditional one: [B, P, D], lengths [B]."""
+    prompt, lengths = both_branches(model, prompts)
+    rows = torch.arange(len(prompts), device=prompt.device) + drop.to(prompt.device) * len(prompts)
+    return prompt[rows], lengths[rows]
 
 
 def causal_mask(lengths: Tensor, width: int, n: int) -> Tensor:

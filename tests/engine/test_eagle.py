@@ -17,6 +17,7 @@ from sjd2.errors import UserError
 from sjd2.files import find
 from sjd2.finetune.data import generated
 from sjd2.finetune.data.generated import FileCaptions, Generated
+from sjd2.finetune.data.sources import Captions
 from sjd2.models.layout import TokenGrid
 from sjd2.models.tiny import scenes
 from sjd2.models.tiny.data import PROMPTS, SceneCaptions, SceneTokens
@@ -26,7 +27,7 @@ GRID = TokenGrid(3, 4, 12, prefix=(20,), row_end=22)
 N = GRID.length
 
 
-class Words:
+class Words(Captions):
     """Captions of one to three words."""
 
     def captions(self, n: int, seed: int, held_out: bool) -> list[str]:

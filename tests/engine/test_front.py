@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sjd2.errors import UserError
 from sjd2.finetune.data.generated import Generated
+from sjd2.finetune.data.sources import Captions
 from sjd2.finetune.front import FinetuneFront
 from sjd2.finetune.front_pairs import Images, Pairs
 from sjd2.front.corrector import Corrector, FrontSettings, embedding_width, read_settings
@@ -21,7 +22,7 @@ GRID = TokenGrid(3, 4, 12, prefix=(20,), row_end=22)
 
 
 @dataclass
-class Words:
+class Words(Captions):
     """Captions of one to three words."""
 
     words: list[str] = field(default_factory=lambda: ["ab", "cd ef", "gh i jk"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sjd2.errors import UserError
+from sjd2.finetune.data.sources import TokenData
 from sjd2.finetune.next_clean import FinetuneSJD2
 from sjd2.finetune.windows import causal_mask, draw_segments, window_mask
 from sjd2.models.adapter import Adapter, AdapterSettings
@@ -17,7 +18,7 @@ from tests.helpers.toy import Toy
 GRID = TokenGrid(4, 6, 12, prefix=(20,), row_end=22)
 
 
-class Columns:
+class Columns(TokenData):
     """Images whose columns are constant: easy to predict from the row above, whatever is noisy in between."""
 
     def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], torch.Tensor]:

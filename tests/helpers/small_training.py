@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from harness.console import CONF
+from sjd2.finetune.data.sources import Captions, TokenData
 from sjd2.finetune.data.tokens import ImageTokens
 from sjd2.finetune.distributed import Machine
 from sjd2.finetune.next_clean import FinetuneSJD2
@@ -39,7 +40,7 @@ def tokens(place: Path, name: str = "pictures", **more) -> ImageTokens:
     return ImageTokens(images=str(place / name), **({"held_out_share": 4, "workers": 2} | more))
 
 
-class Columns:
+class Columns(TokenData):
     """Images of constant columns, made from the seed."""
 
     def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor]:
@@ -67,7 +68,7 @@ VARIANTS = {"gated": {}, "full": {"adapter": FULL, "context": "in_place"}}
 
 
 @dataclass
-class Codes:
+class Codes(TokenData):
     """Images for the small Chameleon, made from the seed."""
 
     def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor]:
@@ -76,7 +77,7 @@ class Codes:
         return prompts, torch.randint(0, CODES, (n, ROWS * ROWS), generator=generator)
 
 
-class Words:
+class Words(Captions):
     """Captions of one to three words."""
 
     def captions(self, n: int, seed: int, held_out: bool) -> list[str]:

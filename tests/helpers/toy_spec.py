@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sjd2.errors import UserError
+from sjd2.finetune.recipe import Recipe
 from sjd2.models.layout import TokenGrid
 from tests.helpers.toy import Toy
 
@@ -53,7 +54,7 @@ class ToySpec:
         return SlowToy(self.layout, dtype=getattr(torch, dtype))
 
 
-class Count:
+class Count(Recipe):
     """A training that only counts its steps."""
 
     def __init__(self, *, steps: int, needs_model: bool) -> None:

@@ -11,7 +11,6 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from sjd2.decoding.generate import Decoder, generate
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
-from sjd2.files import find
+from sjd2.files import find, write_atomically
 from sjd2.finetune import distributed
-from sjd2.finetune.trainer import write_atomically
+from sjd2.finetune.data.sources import Captions, ScaledData
 from sjd2.models.base import ImageModel
 
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 fill the unit interval evenly, however many are taken
@@ -31,16 +30,8 @@ SAVE_S = 60.0  # seconds between two saves of the unfinished file; more where sa
 logger = logging.getLogger(__name__)
 
 
-class Captions(Protocol):
-    """Where captions come from; the first k of `captions(n)` are `captions(k)`."""
-
-    def captions(self, n: int, seed: int, held_out: bool) -> list[str]:
-        """Return n captions; no caption is held out under one seed and trained on under another."""
-        ...
-
-
 @dataclass(kw_only=True)
-class FileCaptions:
+class FileCaptions(Captions):
     """Captions of a text file, one per line; one line in `held_out_share`, chosen by its content, is never trained on."""
 
     path: str | None = None
@@ -52,11 +43,15 @@ class FileCaptions:
         if self.held_out_share < 2:
             raise UserError(f"captions.held_out_share must be 2 or more, got {self.held_out_share}.")
 
+    def check(self) -> None:
+        """Raise `UserError` if the file is missing."""
+        if not find(self.path).is_file():
+            raise UserError(f"captions.path={self.path} does not exist; give a text file with one caption per line.")
+
     def captions(self, n: int, seed: int, held_out: bool) -> list[str]:
         """Return n lines in an order given by the seed, from the start again when they run out."""
+        self.check()
         file = find(self.path)
-        if not file.is_file():
-            raise UserError(f"captions.path={self.path} does not exist; give a text file with one caption per line.")
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         mine = [line for line in lines if (_number(line) % self.held_out_share == 0) == held_out]
         if not mine:
@@ -66,7 +61,7 @@ class FileCaptions:
 
 
 @dataclass(kw_only=True)
-class Generated:
+class Generated(ScaledData):
     """The model's own images under several guidance scales, drawn once and kept in `<folder>/generated-<key>.npz`.
 
     captions: their prompts. images, validation_images: how many, the latter from held-out captions. scales, shares: guidance
@@ -97,6 +92,10 @@ class Generated:
             raise UserError(f"data.shares must be positive numbers, got {list(self.shares)}.")
         if not self.decoder.lossless:
             raise UserError("data.decoder must be a lossless one: others do not draw from the model's own law.")
+
+    def check(self) -> None:
+        """Raise `UserError` if the captions are missing."""
+        self.captions.check()
 
     def prepare(self, model: ImageModel, out: Path) -> None:
         """Draw what the file does not hold yet, training images first; a killed drawing goes on from the last save."""
@@ -145,7 +144,7 @@ class Generated:
             now = time.monotonic()
             if distributed.first() and (now - saved > max(SAVE_S, 20 * took) or len(tokens) == total):
                 arrays = {**stored, name: np.stack(tokens).astype(np.int32)}
-                write_atomically(file, lambda part, arrays=arrays: _write(part, arrays))
+                write_atomically(file, lambda opened, arrays=arrays: np.savez_compressed(opened, **arrays))
                 saved = time.monotonic()
                 took = saved - now
                 pace = (len(tokens) - have) / (saved - began)
@@ -158,7 +157,7 @@ class Generated:
         # the purpose keeps the two sets and the images of runs (whose repeats count from 0) apart
         purpose = -2 if name == "held_out" else -1
         seeds = [sample_seed(self.seed, index, purpose) for index in batch]
-        sampling = self._law(model, self._scale(batch.start))
+        sampling = sampling_at(model, self._scale(batch.start))
         prompts = model.encode([captions[index] for index in batch])
         return list(generate(model, self.decoder, prompts, seeds, sampling=sampling).tokens.numpy())
 
@@ -168,21 +167,28 @@ class Generated:
         place = (index // self.batch_size + 0.5) * GOLDEN % 1
         return float(self.scales[int(np.searchsorted(shares.cumsum() / shares.sum(), place, side="right"))])
 
-    def _law(self, model: ImageModel, scale: float) -> SamplingParams:
-        usual = dict(getattr(getattr(model, "spec", None), "sampling", {}))
-        return SamplingParams(**(usual | {"guidance_scale": scale}))
-
     def _key(self, model: ImageModel) -> str:
         """Return 12 hex digits over what the tokens depend on; their number is left out, more images extend the file."""
         spec = getattr(model, "spec", None)
         facts = {
             "model": spec.digest() if spec is not None else _digest(model),
             "dtype": str(model.dtype),
-            "law": [str(self._law(model, scale)) for scale in self.scales],
+            "law": [_text(sampling_at(model, scale)) for scale in self.scales],
             "captions": [self.captions.captions(8, self.seed, held_out) for held_out in (False, True)],
             "settings": [self.shares and list(self.shares), self.seed, self.batch_size, self.decoder.name],
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def sampling_at(model: ImageModel, scale: float) -> SamplingParams:
+    """Return the model's usual sampling parameters, under another guidance scale."""
+    usual = dict(getattr(getattr(model, "spec", None), "sampling", {}))
+    return SamplingParams(**(usual | {"guidance_scale": scale}))
+
+
+def _text(sampling: SamplingParams) -> str:
+    """Return the text that keys of files hold, the class under its name in release 0.1: drawn images stay valid."""
+    return str(sampling).replace(type(sampling).__name__, "Sampling", 1)
 
 
 def _number(text: str) -> int:
@@ -202,8 +208,3 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         return {}
     with np.load(file) as arrays:
         return {name: arrays[name] for name in arrays.files}
-
-
-def _write(part: Path, arrays: dict[str, np.ndarray]) -> None:
-    with part.open("wb") as handle:  # given a name, numpy would add .npz to it
-        np.savez_compressed(handle, **arrays)

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from sjd2.errors import UserError
-from sjd2.files import digest, find
+from sjd2.files import digest, find, write_atomically
 from sjd2.finetune import distributed
 from sjd2.finetune.data.images import BROKEN, Part, Sample, find_parts, find_shards, number, pixels
-from sjd2.finetune.trainer import write_atomically
+from sjd2.finetune.data.sources import Collection, ScaledData
 from sjd2.models.base import ImageModel
 from sjd2.models.hub import locate
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class ImageTokens:
+class ImageTokens(Collection, ScaledData):
     """Tokens and captions of a folder of pictures, or of WebDataset shards.
 
     images: folder, .tar file or pattern of .tar files. captions: a .jsonl or .json list of a folder's captions (None:
@@ -119,8 +119,8 @@ class ImageTokens:
         length = model.layout.rows * model.layout.columns
         kept = np.concatenate([np.zeros((0, length), _kind(model)), *codes])
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomically(file.with_suffix(".jsonl"), lambda path: path.write_text(text, encoding="utf-8") and None)
-        write_atomically(file, lambda path: _save(path, kept))  # last: it says that the part is complete
+        write_atomically(file.with_suffix(".jsonl"), text.encode())
+        write_atomically(file, lambda opened: np.save(opened, kept))  # last: it says that the part is complete
 
     def _load(self, sample: Sample, height: int, width: int) -> tuple[dict[str, Any], np.ndarray | None]:
         """Turn a sample into its line and its pixels, None if it is skipped."""
@@ -217,11 +217,6 @@ class ImageTokens:
 
 def _file(folder: Path, part: int) -> Path:
     return folder / f"{part:05d}.npy"
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as handle:  # given a name, numpy would add .npy to it
-        np.save(handle, array)
 
 
 def _kind(model: ImageModel) -> type[np.unsignedinteger]:

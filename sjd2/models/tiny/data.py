@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sjd2.files import find
+from sjd2.finetune.data.sources import Captions, TokenData
 from sjd2.models.tiny import scenes
 from sjd2.models.tiny.train_ar import encode, token_batch
 from sjd2.models.vqgan import VQGAN
@@ -20,7 +21,7 @@ PROMPTS = Path(__file__).parent / "captions.txt"
 
 
 @dataclass(kw_only=True)
-class SceneTokens:
+class SceneTokens(TokenData):
     """Rendered scenes through the VQGAN of `vq_weights`, made on the fly; a pure function of the seed."""
 
     vq_weights: str
@@ -38,7 +39,7 @@ class SceneTokens:
 
 
 @dataclass(kw_only=True)
-class SceneCaptions:
+class SceneCaptions(Captions):
     """Captions of scenes for models that draw their own training images; those of `prompts=shapes` are never among them."""
 
     def captions(self, n: int, seed: int, held_out: bool) -> list[str]:

@@ -19,7 +19,8 @@ from transformers import AttentionInterface, ChameleonConfig, ChameleonForCondit
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from sjd2.files import find
-from sjd2.finetune.trainer import Log, step_rng, train, warmup_decay
+from sjd2.finetune.recipe import Training, TrainRecipe
+from sjd2.finetune.trainer import Metrics, Piece, step_rng
 from sjd2.models.tiny import scenes
 from sjd2.models.tiny.tokenizer import FIRST_CODE, build_tokenizer, prompt_ids, vocabulary
 from sjd2.models.tiny.train_vq import to_float
@@ -97,16 +98,12 @@ def image_logits(model: ChameleonForConditionalGeneration, ids: Tensor, places: 
 
 
 @dataclass(kw_only=True)
-class TrainAR:
-    """Train the model on the codes of `vq_weights`; `run` writes `out/final/` (save_pretrained and tokenizer files)."""
+class TrainAR(TrainRecipe):
+    """Train the model on the codes of `vq_weights`; the result is a save_pretrained folder with the tokenizer's files."""
 
     vq_weights: str
-    steps: int
-    batch_size: int
     muon_lr: float
     adam_lr: float
-    warmup: int
-    decay: float
     ema: float
     unconditional: float
     hidden_size: int
@@ -114,8 +111,6 @@ class TrainAR:
     num_layers: int
     num_heads: int
     rope_theta: float
-    bf16: bool
-    validate_every: int
     validation_images: int
     export_s: float
 
@@ -140,51 +135,48 @@ class TrainAR:
         )
         return ChameleonForConditionalGeneration._from_config(config, attn_implementation="sjd2_plain")
 
-    def run(self, *, out: Path, log: Log | None, device: torch.device | str, seed: int) -> dict[str, float]:
-        """Train, export `out/latest/` now and then and `out/final/` at the end; return the validation losses (nats)."""
-        torch.manual_seed(seed)
+    def build_training(self, model: None, *, out: Path, device: str, seed: int) -> Training:
+        """Build an untrained model, exported to out/latest/ now and then; its metrics are validation losses (nats)."""
         vqgan = VQGAN.load(find(self.vq_weights)).to(device)
         codes = len(vqgan.codebook)
         tokenizer = build_tokenizer(codes)
-        model = self.build(codes).to(device).train()
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
+        network = self.build(codes).to(device).train()
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
         shown = scenes.held_out(self.validation_images, seed)
         captions, target = [scenes.caption(scene) for scene in shown], encode(vqgan, shown, seed)
         exported = time.monotonic()
 
-        def loss(step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        def loss(step: int) -> Piece:
             rng = step_rng(seed, step)
             texts, codes_now = token_batch(vqgan, self.batch_size, int(rng.integers(2**62)))
             dropped = rng.random(len(texts)) < self.unconditional
             prompts = prompt_ids(tokenizer, [None if drop else text for drop, text in zip(dropped, texts, strict=True)])
             ids, places = pack(prompts, codes_now, tokenizer.pad_token_id)
-            logits = image_logits(model, ids, places, codes).float()
+            logits = image_logits(network, ids, places, codes).float()
             return F.cross_entropy(logits.flatten(0, 1), codes_now.flatten()), {}
 
-        def after(done: int) -> dict[str, float]:
+        def after_step(done: int) -> None:
             nonlocal exported
-            average.update_parameters(model)
+            average.update_parameters(network)
             if time.monotonic() - exported > self.export_s:
                 export(average.module, tokenizer, out / "latest")
                 exported = time.monotonic()
-            if done % self.validate_every and done < self.steps:
-                return {}
+
+        def measure() -> Metrics:
             return validate(average.module, tokenizer, captions, target, codes, self.bf16)
 
-        train(
-            nn.ModuleDict({"model": model, "average": average}),
-            loss,
-            optimizers(model, self.muon_lr, self.adam_lr),
-            steps=self.steps,
-            out=out,
-            seed=seed,
-            log=log,
-            schedule=warmup_decay(self.steps, self.warmup, self.decay),
-            bf16=self.bf16,
-            after=after,
+        def finish(folder: Path) -> Metrics:
+            export(average.module, tokenizer, folder)
+            return measure()
+
+        return Training(
+            module=nn.ModuleDict({"model": network, "average": average}),
+            optimizers=optimizers(network, self.muon_lr, self.adam_lr),
+            loss=loss,
+            validate=measure,
+            finish=finish,
+            after_step=after_step,
         )
-        export(average.module, tokenizer, out / "final")
-        return validate(average.module, tokenizer, captions, target, codes, self.bf16)
 
 
 def optimizers(model: ChameleonForConditionalGeneration, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:

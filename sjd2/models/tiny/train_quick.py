@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sjd2.finetune.next_clean import FinetuneSJD2
-from sjd2.finetune.trainer import Log
+from sjd2.finetune.recipe import Recipe
+from sjd2.finetune.trainer import Log, Metrics
 from sjd2.models.chameleon import ChameleonSpec
 from sjd2.models.tiny.data import SceneTokens
 from sjd2.models.tiny.train_ar import TrainAR
@@ -15,8 +16,8 @@ from sjd2.models.tiny.train_vq import TrainVQ
 
 
 @dataclass(kw_only=True)
-class Quick:
-    """Train the three parts, each on the result of the one before; a killed training goes on where it was.
+class Quick(Recipe):
+    """Train the three parts, each on the result of the one before; a killed training resumes where it was.
 
     model: how the trained parts are put together, as in conf/model/tiny.yaml.
     """
@@ -26,28 +27,27 @@ class Quick:
     sjd2: FinetuneSJD2
     model: ChameleonSpec
 
-    def run(self, *, out: Path, log: Log | None, device: str, seed: int) -> dict[str, float]:
-        """Write out/final/{vq,model,sjd2} and return the figures of all parts; their curves follow each other."""
-        figures, offset = {}, 0
+    def run(self, *, out: Path, log: Log | None, device: str, seed: int, model: None = None) -> Metrics:
+        """Write out/final/{vq,model,sjd2} and return the metrics of all parts; their curves follow each other."""
+        metrics, offset = {}, 0
 
-        def follow(step: int, values: dict[str, float]) -> None:
+        def follow(step: int, values: Metrics) -> None:
             if log is not None:
                 log(offset + step, values)
 
-        vq, model, adapter = (out / part / "final" for part in ("vq", "ar", "sjd2"))
-        figures |= _named("vq", self.vq.run(out=vq.parent, log=follow, device=device, seed=seed))
+        vq, ar, adapter = (out / part / "final" for part in ("vq", "ar", "sjd2"))
+        metrics |= _named("vq", self.vq.run(out=vq.parent, log=follow, device=device, seed=seed))
         offset += self.vq.steps
-        ar = replace(self.ar, vq_weights=str(vq))
-        figures |= _named("ar", ar.run(out=model.parent, log=follow, device=device, seed=seed))
+        recipe = replace(self.ar, vq_weights=str(vq))
+        metrics |= _named("ar", recipe.run(out=ar.parent, log=follow, device=device, seed=seed))
         offset += self.ar.steps
-        spec = replace(self.model, weights=str(model), vq_weights=str(vq), adapter=None)
-        recipe = replace(self.sjd2, data=SceneTokens(vq_weights=str(vq)))
-        loaded = spec.load(device)
-        figures |= _named("sjd2", recipe.run(model=loaded, out=adapter.parent, log=follow, device=device, seed=seed))
-        for name, part in (("vq", vq), ("model", model), ("sjd2", adapter)):
+        loaded = replace(self.model, weights=str(ar), vq_weights=str(vq), adapter=None).load(device)
+        tuning = replace(self.sjd2, data=SceneTokens(vq_weights=str(vq)))
+        metrics |= _named("sjd2", tuning.run(model=loaded, out=adapter.parent, log=follow, device=device, seed=seed))
+        for name, part in (("vq", vq), ("model", ar), ("sjd2", adapter)):
             shutil.copytree(part, out / "final" / name, dirs_exist_ok=True)
-        return figures
+        return metrics
 
 
-def _named(part: str, figures: dict[str, float]) -> dict[str, float]:
-    return {f"{part}/{name}": value for name, value in figures.items()}
+def _named(part: str, metrics: Metrics) -> Metrics:
+    return {f"{part}/{name}": value for name, value in metrics.items()}

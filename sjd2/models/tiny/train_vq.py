@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ChameleonVQVAEConfig
 
-from sjd2.finetune.trainer import Log, step_rng, train, warmup_decay
+from sjd2.finetune.recipe import Training, TrainRecipe
+from sjd2.finetune.trainer import Metrics, Piece, step_rng
 from sjd2.models.tiny import scenes
 from sjd2.models.vqgan import VQGAN
 
 
-def pictures(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def training_images(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Render n training scenes -> float [n, 3, 48, 48] in [-1, 1]."""
     return to_float(scenes.render(scenes.training(n, seed), seed)).to(device)
 
@@ -69,14 +70,10 @@ def _assign(codebook: Tensor, latents: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class TrainVQ:
-    """Train the tokeniser on rendered scenes; `run` writes `out/final/` (config.json, vqgan.safetensors)."""
+class TrainVQ(TrainRecipe):
+    """Train the tokeniser on rendered scenes; the result is config.json and vqgan.safetensors."""
 
-    steps: int
-    batch_size: int
     lr: float
-    warmup: int
-    decay: float
     codes: int
     channels: int
     base_channels: int
@@ -86,8 +83,6 @@ class TrainVQ:
     ema: float
     commitment: float
     edges: float
-    bf16: bool
-    validate_every: int
     validation_images: int
 
     def build(self) -> VQGAN:
@@ -104,52 +99,49 @@ class TrainVQ:
             )
         )
 
-    def run(self, *, out: Path, log: Log | None, device: torch.device | str, seed: int) -> dict[str, float]:
-        """Train, write `out/final/` and return PSNR in dB, codes in use and the entropy of the codes in nats."""
-        torch.manual_seed(seed)
-        model = self.build().to(device).train().requires_grad_(True)
-        model.codebook.requires_grad_(False)  # moved by its averages, not by gradients
+    def build_training(self, model: None, *, out: Path, device: str, seed: int) -> Training:
+        """Build an untrained tokeniser; its metrics are PSNR in dB, codes in use and the entropy of the codes in nats."""
+        network = self.build().to(device).train().requires_grad_(True)
+        network.codebook.requires_grad_(False)  # moved by its averages, not by gradients
         average = CodebookEMA(self.codes, self.channels, self.ema).to(device)
-        learned = [p for p in model.parameters() if p.requires_grad]
+        learned = [p for p in network.parameters() if p.requires_grad]
         shown = to_float(scenes.render(scenes.held_out(self.validation_images, seed), seed)).to(device)
 
-        def loss(step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-            images = pictures(self.batch_size, int(step_rng(seed, step).integers(2**62)), device)
-            latents = model.latents(images).float()
-            quantised, penalty = latents, latents.new_zeros(())
-            if step >= self.kmeans_step:
-                flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
-                if step == self.kmeans_step:
-                    average.start(model.codebook, flat)
-                codes = model.nearest(latents.detach())
-                chosen = F.embedding(codes, model.codebook).permute(0, 3, 1, 2)
-                penalty = F.mse_loss(latents, chosen)
-                quantised = latents + (chosen - latents).detach()  # straight-through gradient
-                average.update(model.codebook, flat, codes.flatten())
-            drawn = model.pixels(quantised).float()
-            error = F.mse_loss(drawn, images)
-            sharp = _edges(drawn - images)
-            total = error + self.edges * sharp + self.commitment * penalty
-            return total, {"mse": error.detach(), "commitment": penalty.detach()}
+        def loss(step: int) -> Piece:
+            images = training_images(self.batch_size, int(step_rng(seed, step).integers(2**62)), device)
+            return self.loss(network, average, images, step)
 
-        def after(done: int) -> dict[str, float]:
-            return measure(model, shown) if done % self.validate_every == 0 or done == self.steps else {}
+        def finish(folder: Path) -> Metrics:
+            # Half precision halves the shipped file; the AR model is trained on the codes of the file, not of the run.
+            network.save(folder, torch.float16)
+            return measure(VQGAN.load(folder).to(device), shown)
 
-        train(
-            nn.ModuleList([model, average]),
-            loss,
-            [torch.optim.AdamW(learned, self.lr, betas=(0.9, 0.98), weight_decay=1e-4)],
-            steps=self.steps,
-            out=out,
-            seed=seed,
-            log=log,
-            schedule=warmup_decay(self.steps, self.warmup, self.decay),
-            bf16=self.bf16,
-            after=after,
+        return Training(
+            module=nn.ModuleList([network, average]),
+            optimizers=[torch.optim.AdamW(learned, self.lr, betas=(0.9, 0.98), weight_decay=1e-4)],
+            loss=loss,
+            validate=lambda: measure(network, shown),
+            finish=finish,
         )
-        # Half precision halves the shipped file; the AR model is trained on the codes of the file, not of the run.
-        model.save(out / "final", torch.float16)
-        return measure(VQGAN.load(out / "final").to(device), shown)
+
+    def loss(self, network: VQGAN, average: CodebookEMA, images: Tensor, step: int) -> Piece:
+        """Return the loss on images [n, 3, H, W] and two of its parts, moving the codebook from `kmeans_step` on."""
+        latents = network.latents(images).float()
+        quantised, penalty = latents, latents.new_zeros(())
+        if step >= self.kmeans_step:
+            flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
+            if step == self.kmeans_step:
+                average.start(network.codebook, flat)
+            codes = network.nearest(latents.detach())
+            chosen = F.embedding(codes, network.codebook).permute(0, 3, 1, 2)
+            penalty = F.mse_loss(latents, chosen)
+            quantised = latents + (chosen - latents).detach()  # straight-through gradient
+            average.update(network.codebook, flat, codes.flatten())
+        drawn = network.pixels(quantised).float()
+        error = F.mse_loss(drawn, images)
+        sharp = _edges(drawn - images)
+        total = error + self.edges * sharp + self.commitment * penalty
+        return total, {"mse": error.detach(), "commitment": penalty.detach()}
 
 
 def _edges(error: Tensor) -> Tensor:
