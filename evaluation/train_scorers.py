@@ -1,11 +1,11 @@
-"""Train the two small networks that judge pictures of the embedded model: the caption verifier and a CLIP.
+"""Train the two small networks that judge images of the embedded model: the caption verifier and a CLIP.
 
     python run.py stage=finetune finetune=attributes
     python run.py stage=finetune finetune=clip
 
-Half of what they see are VQ reconstructions, since all that they will judge comes out of the VQ.
+Half of what they see are VQ reconstructions, since all images that they will judge come out of the VQ.
 
-# B images of a batch, N pictures of a pool, A attributes
+# B images of a batch, N images of a pool, A attributes
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from sjd2.models.vqgan import VQGAN
 
 VQ = Path(scenes.__file__).parent / "weights" / "vq"
 CLIP_CONFIG = "open_clip_config.json"
-UNIT_IMAGES = 4000  # rendered training pictures that set the scale of the features
-VALIDATION = 10_000  # added to the seed for pictures that are only looked at
+UNIT_IMAGES = 4000  # rendered training images that set the scale of the features
+VALIDATION = 10_000  # added to the seed for images that are only measured
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------------------------------- images
 def draw(drawn: Sequence[scenes.Scene], seed: int) -> Tensor:
     """Render scenes: -> uint8 [N, 3, 48, 48]."""
     return torch.from_numpy(scenes.render(drawn, seed)).permute(0, 3, 1, 2).contiguous()
@@ -61,7 +61,7 @@ def load_vq(path: str | None, device: torch.device | str) -> VQGAN:
 
 @dataclass
 class Pool:
-    """N training pictures and their captions; every second picture is a VQ reconstruction."""
+    """N training images and their captions; every second image is a VQ reconstruction."""
 
     images: Tensor  # uint8 [N, 3, 48, 48]
     captions: list[str]
@@ -75,12 +75,12 @@ class Pool:
         return cls(images, [scenes.caption(scene) for scene in drawn])
 
     def pick(self, seed: int, step: int, size: int) -> np.ndarray:
-        """Choose the pictures of one step: -> [B] numbers without repeats."""
+        """Choose the images of one step: -> [B] numbers without repeats."""
         return step_rng(seed, step).choice(len(self.images), size, replace=False)
 
 
 def held_out_images(n: int, seed: int, vq: VQGAN) -> tuple[Tensor, Tensor, list[str]]:
-    """Draw n scenes with captions that training never saw -> pictures, their reconstructions, captions."""
+    """Draw n scenes with captions that training never saw -> images, their reconstructions, captions."""
     drawn = scenes.held_out(n, seed + VALIDATION)
     images = draw(drawn, seed + VALIDATION)
     return images, reconstruct(vq, images), [scenes.caption(scene) for scene in drawn]
@@ -148,7 +148,7 @@ class TrainAttributes(JudgeRecipe):
 
 @torch.no_grad()
 def predict(network: AttributeNet, images: Tensor, batch_size: int = 128) -> Tensor:
-    """Read the attributes of many pictures in evaluation mode: uint8 [N, 3, 48, 48] -> int64 [N, A]."""
+    """Read the attributes of many images in evaluation mode: uint8 [N, 3, 48, 48] -> int64 [N, A]."""
     training, device = network.training, network.heads.weight.device
     network.eval()
     found = torch.cat([network.predict(batch.to(device)).cpu() for batch in images.split(batch_size)])
@@ -157,26 +157,26 @@ def predict(network: AttributeNet, images: Tensor, batch_size: int = 128) -> Ten
 
 
 def measure(network: AttributeNet, real: Tensor, coded: Tensor, target: Tensor) -> dict[str, float]:
-    """Score the verifier on pictures and their reconstructions [N, 3, 48, 48] with true classes [N, A]."""
-    figures: dict[str, float] = {"n": len(target)}
+    """Score the verifier on images and their reconstructions [N, 3, 48, 48] with true classes [N, A]."""
+    metrics: Metrics = {"n": len(target)}
     for name, images in (("real", real), ("ceiling", coded)):
         found = predict(network, images)
         share, complete = shares(found, target)
-        figures |= {f"alignment_{name}": share.double().mean().item()}
-        figures |= {f"alignment_all_{name}": complete.double().mean().item()}
-    return figures | {"alignment_chance_real": chance(predict(network, real), target)}
+        metrics |= {f"alignment_{name}": share.double().mean().item()}
+        metrics |= {f"alignment_all_{name}": complete.double().mean().item()}
+    return metrics | {"alignment_chance_real": chance(predict(network, real), target)}
 
 
-def write_reference(folder: Path, figures: dict[str, float], *, n: int, seed: int, device: str) -> None:
-    """Write reference.npz: the features of n rendered held-out scenes, and the verifier's figures.
+def write_reference(folder: Path, metrics: Metrics, *, n: int, seed: int, device: str) -> None:
+    """Write reference.npz: the features of n rendered held-out scenes, and the verifier's metrics.
 
-    The scenes are drawn apart from those of `prompts=shapes`: pictures of the very prompts would be more alike to a run
-    than an independent draw, and the unbiased KID of a perfect run would lie below zero.
+    The scenes are drawn apart from those of `prompts=shapes`: images of the same prompts would be closer to a run
+    than an independent draw is, and the unbiased KID of a perfect run would be below zero.
     """
     extractor = AttributeFeatures(weights=str(folder), device=device)
     drawn = scenes.held_out(n, seed + 2 * VALIDATION)
     features = extractor(iter(scenes.render(drawn, seed + 2 * VALIDATION))).astype(np.float16)
-    arrays = {"features": features, "digest": extractor.digest(), "alignment": json.dumps(figures)}
+    arrays = {"features": features, "digest": extractor.digest(), "alignment": json.dumps(metrics)}
     name = f"rendered held-out shapes ({n} images, seed {seed})"
     save_npz(folder / "reference.npz", arrays | {"name": name, "n": n, "seed": seed})
 
@@ -291,10 +291,10 @@ def changed(caption: str, rng: np.random.Generator) -> str:
 
 
 def measure_clip(clip: Any, images: Tensor, captions: list[str], seed: int) -> dict[str, float]:
-    """Score a CLIP on pictures [N, 3, H, W] and their captions.
+    """Score a CLIP on images [N, 3, H, W] and their captions.
 
-    score: mean CLIP score; score_other: under another picture's caption; found: share of captions that find their
-    picture among 100; told_apart: share of pictures that prefer their caption to one with a single word changed.
+    score: mean CLIP score; score_other: under another image's caption; found: share of captions that find their
+    image among 100; told_apart: share of images that prefer their caption to one with a single word changed.
     """
     rng = np.random.default_rng(seed)
     arrays = list(images.permute(0, 2, 3, 1).numpy())

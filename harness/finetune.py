@@ -1,4 +1,4 @@
-"""Stage finetune: give a recipe its folder, its device and the tracker's curves, in one process or under torchrun."""
+"""Stage finetune: run a recipe in its folder, on its device, tracked, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _spec(cfg: DictConfig, recipe: Recipe) -> ModelSpec:
 
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
-    """Let the first process of a torchrun command speak for all: what it says and the errors of the user are the same."""
+    """Let the first process of a torchrun command speak for all: messages and user errors are the same in each."""
     rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if rank != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open to the end of the process
@@ -105,6 +105,6 @@ def _one_voice() -> Iterator[None]:
     try:
         yield
     except UserError:
-        if local != "0":  # each machine says it once: a file may be missing on one of them
+        if local != "0":  # once per machine: a file may be missing on one of them
             raise SystemExit(1) from None
         raise

@@ -1,7 +1,7 @@
-"""EAGLE's training: the head learns the model's states one token ahead, on its own predictions too if it is unrolled.
+"""EAGLE's training: the head learns the model's states one token ahead, from its own predictions too if it is unrolled.
 
 # B samples, R rows, P prompt tokens, N image-phase tokens, V image vocabulary, D width
-Pair j of an image joins token x_j with the state that predicted it, H_j, and shall give H_{j+1}, whose law is that of x_{j+1}.
+Pair j of an image joins token x_j with the state that predicted it, H_j, to predict H_{j+1}: the distribution of x_{j+1}.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sjd2.models.kv_cache import additive
 class Pairs:
     """Teacher-forced pairs: prompt_embeds [R, P - 1, D] of tokens 1.., prompt_states [R, P - 1, D] before them; lengths [R].
 
-    embeds [R, N - 1, D] of image tokens 0..N-2; states [R, N, D]: H, the state that predicts each image token. Behind a prompt
+    embeds [R, N - 1, D] of image tokens 0..N-2; states [R, N, D]: H, the state that predicts each image token. After a prompt
     of length 0 nothing predicts the first: H_0 is zeros there, and no later pair sees pair 0, as in decoding.
     """
 
@@ -63,8 +63,8 @@ def make_pairs(model: ImageModel, prompt: Tensor, lengths: Tensor, tokens: Tenso
 def predict(head: EagleHead, pairs: Pairs, depth: int, noise: Tensor | None = None) -> list[Tensor]:
     """Predict H_1..H_{N-1} from true states, then from the head's own: depth tensors [R, N - 1, D].
 
-    In number k, entry j has seen true states up to H_{j-k+1} and predicted ones behind, as a draft of depth k has; entries
-    j < k - 1 mean nothing. noise [R, N - 1, D] is added to the true states of the image.
+    In number k, entry j has seen true states up to H_{j-k+1} and predicted ones after, as a draft of depth k has; entries
+    j < k - 1 have no meaning. noise [R, N - 1, D] is added to the true states of the image.
     """
     width, n = pairs.prompt_states.shape[1], pairs.embeds.shape[1]
     place = torch.arange(n, device=pairs.embeds.device)
@@ -73,7 +73,7 @@ def predict(head: EagleHead, pairs: Pairs, depth: int, noise: Tensor | None = No
     states = pairs.states[:, :-1] if noise is None else pairs.states[:, :-1] + noise
     cache = Past.empty(1)
     dtype = pairs.embeds.dtype
-    # [R, N - 1, N - 1] the first pair of an image behind an empty prompt
+    # [R, N - 1, N - 1] the first pair of an image after an empty prompt
     unseen = (pairs.lengths == 0)[:, None, None] & (place == 0) & (place[:, None] > 0)
     visible = causal_mask(pairs.lengths - 1, width, n)
     visible[:, width:, width:] &= ~unseen
@@ -86,7 +86,7 @@ def predict(head: EagleHead, pairs: Pairs, depth: int, noise: Tensor | None = No
     )[:, width:]
     outs = [out]
     before = (prompt < pairs.lengths[:, None] - 1)[:, None].expand(-1, n, -1)
-    age = place[:, None] - place  # [N - 1, N - 1] how far a key stands behind its query
+    age = place[:, None] - place  # [N - 1, N - 1] how far a key lies before its query
     for k in range(1, depth):
         drafts = torch.cat([age == k - i for i in range(1, k + 1)], 1).expand(len(before), -1, -1)
         seen = torch.cat([before, (age >= k) & ~unseen, drafts], 2)
@@ -103,9 +103,9 @@ class FinetuneEagle(ParallelRecipe):
 
     batch_size: images per step. muon_lr: of the layer's matrices (None: AdamW). start: the layer's first weights, those of
     the model's `last` layer or `random` ones.
-    regression: weight of SmoothL1 between states. cross_entropy: weight of the cross-entropy between the laws of each row.
-    guided: weight of the same between the laws that guidance makes of both rows, at the scale under which the image was
-    drawn; rejection: weight of their total variation, the chance that a draft is rejected. noise: width of the uniform noise
+    regression: weight of SmoothL1 between states. cross_entropy: weight of the cross-entropy between the distributions
+    of each row. guided: weight of the same between the guided distributions, at the scale under which the image was drawn;
+    rejection: weight of their total variation, the probability that a draft is rejected. noise: width of the uniform noise
     on the states fed. unconditional: share of images with an empty prompt (the paper's 0.1); None: every image with both
     prompts, which the guided losses need. unroll: draft steps trained on, each weighing `fade` times the one before (EAGLE-3).
     """
@@ -170,9 +170,9 @@ class FinetuneEagle(ParallelRecipe):
         prompts, codes, scales = self.data.scaled(self.batch_size, int(rng.integers(2**62)))
         seeds = rng.integers(2**62, size=self.batch_size if self.machine.cuts else 1).tolist()
         for rows, weight in shares(self.batch_size, self.machine.micro_batch):
-            value, figures = self.loss(model, head, prompts[rows], codes[rows], scales[rows], seeds[rows])
+            value, metrics = self.loss(model, head, prompts[rows], codes[rows], scales[rows], seeds[rows])
             weight *= len(codes[rows]) / self.batch_size
-            yield value * weight, {name: figure * weight for name, figure in figures.items()}
+            yield value * weight, {name: part * weight for name, part in metrics.items()}
 
     def loss(
         self,
@@ -193,20 +193,20 @@ class FinetuneEagle(ParallelRecipe):
             uniform = draws.rand(*wanted.shape[1:], blocks=len(wanted) // len(codes))
             noise = ((uniform - 0.5) * self.noise).to(wanted)
         scales = scales.to(device=wanted.device)[:, None, None]
-        total, figures = torch.zeros((), device=wanted.device), {}
+        total, metrics = torch.zeros((), device=wanted.device), {}
         for k, out in enumerate(predict(head, pairs, self.unroll, noise)):
             parts = self._parts(model, out, wanted, scales, _valid(model, k))
             value = sum(getattr(self, name) * part for name, part in parts.items())
             total = total + self.fade**k * value
-            figures = figures or {name: part.detach() for name, part in parts.items()}
-        return total, figures
+            metrics = metrics or {name: part.detach() for name, part in parts.items()}
+        return total, metrics
 
     def _parts(
         self, model: ImageModel, out: Tensor, wanted: Tensor, scales: Tensor, valid: Tensor
     ) -> dict[str, Tensor]:
         """Compare predicted with true states [R, N - 1, D] where `valid` [N - 1] -> the means that the loss weighs.
 
-        Laws of many tokens are made piece by piece, and again in the backward pass, instead of being kept.
+        Distributions of many tokens are computed piece by piece, and again in the backward pass, instead of being kept.
         """
         size = max(1, AT_ONCE // (len(out) * model.layout.vocabulary))
         pieces = list(zip(out.split(size, 1), wanted.split(size, 1), valid.split(size), strict=True))
@@ -226,23 +226,23 @@ class FinetuneEagle(ParallelRecipe):
         """Return the means over `valid` tokens of what the loss weighs: states [R, S, D], scales [B, 1, 1]."""
         with torch.no_grad():
             target = model.logits(wanted)[:, valid]
-        laws = target, model.logits(out)[:, valid]
+        both = target, model.logits(out)[:, valid]
         error = nn.functional.smooth_l1_loss(out, wanted.to(out.dtype), reduction="none").mean(-1)
-        parts = {"regression": error[:, valid].mean(), "cross_entropy": _divergence(*laws)}
+        parts = {"regression": error[:, valid].mean(), "cross_entropy": _divergence(*both)}
         if self.guided or self.rejection:
-            mixed = [torch.lerp(*rows.chunk(2)[::-1], scales.to(rows)) for rows in laws]
+            mixed = [torch.lerp(*rows.chunk(2)[::-1], scales.to(rows)) for rows in both]
             parts["guided"] = _divergence(*mixed)
             parts["rejection"] = (mixed[0].softmax(-1) - mixed[1].softmax(-1)).clamp(min=0).sum(-1).mean()
         return parts
 
     @torch.no_grad()
     def validate(self, model: ImageModel, head: EagleHead) -> dict[str, float]:
-        """Measure 1 - TV between the laws of head and model on held-out images, each scale on the images drawn under it.
+        """Measure 1 - TV between head and model on held-out images, each scale on the images drawn under it.
 
         Depth d: true tokens, the head's own states for the last d - 1 of them. All depths on the same positions.
         """
         prompts, codes, scales = self.data.scaled(self.data.validation_images, 0, held_out=True)
-        figures = {}
+        metrics = {}
         for scale in sorted(set(scales.tolist())):
             mine = (scales == scale).nonzero()[:, 0].tolist()
             sums = torch.zeros(self.validation_depth)
@@ -254,8 +254,8 @@ class FinetuneEagle(ParallelRecipe):
                     overlaps = self._overlaps(model, head, shown, tokens, SamplingParams(guidance_scale=scale))
                 sums += weight * len(part) * overlaps
             for depth, value in enumerate(sums / len(mine), 1):
-                figures[f"overlap_g{scale:g}_d{depth}"] = float(value)
-        return distributed.total(figures)
+                metrics[f"overlap_g{scale:g}_d{depth}"] = float(value)
+        return distributed.total(metrics)
 
     def _overlaps(
         self, model: ImageModel, head: EagleHead, prompts: list[str], tokens: Tensor, sampling: SamplingParams
@@ -285,8 +285,8 @@ class FinetuneEagle(ParallelRecipe):
         """Give the layer's matrices to Muon where `muon_lr` is set, everything else to AdamW."""
         layer = head.layer.named_parameters() if self.muon_lr is not None else ()
         matrices = [p for name, p in layer if p.ndim == 2 and "norm" not in name]
-        rest = [p for p in head.parameters() if all(p is not m for m in matrices)]
-        adam = torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay)
+        others = [p for p in head.parameters() if all(p is not m for m in matrices)]
+        adam = torch.optim.AdamW(others, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay)
         return [adam] + ([torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=0.01)] if matrices else [])
 
     def _rows(
@@ -299,7 +299,7 @@ class FinetuneEagle(ParallelRecipe):
 
 
 def _valid(model: ImageModel, step: int) -> Tensor:
-    """Return which entries of a prediction count: the token behind is free, and `step` predicted states fit before it."""
+    """Return which entries of a prediction count: the token after is free, and `step` predicted states fit before it."""
     free = model.layout.free[1:]
     return (free & (torch.arange(len(free)) >= step)).to(model.device)
 

@@ -1,6 +1,6 @@
-"""Several processes that train one model (started by torchrun): who is first, what all agree on, sums over all of them.
+"""Several processes that train one model (started by torchrun): which is first, what they agree on, sums over all of them.
 
-Without torchrun there is one process and every function here is its trivial case. Small things (figures, decisions, texts)
+Without torchrun there is one process and every function here is its trivial case. Small things (metrics, decisions, texts)
 travel over gloo on the host, gradients over NCCL where the model is on GPUs.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sjd2.errors import UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # how long a process waits for the others: one may still be tokenising a large shard
+PATIENCE = timedelta(hours=2)  # how long a process waits for the others: one may still tokenise a large shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Machine:
 
     micro_batch: images per forward pass of a process; a step's gradients are summed over as many as `batch_size` takes. None:
     the batch at once, or in equal parts where there are several processes. checkpointing: keep only the layers' inputs and
-    compute the rest again backwards. checkpoint_s: seconds between two checkpoints, the most that a kill loses.
+    recompute everything else in the backward pass. checkpoint_s: seconds between two checkpoints, the most that a kill loses.
     """
 
     micro_batch: int | None = None
@@ -44,11 +44,11 @@ class Machine:
 
     @property
     def cuts(self) -> bool:
-        """Say whether batches are cut, so that random numbers have to belong to samples instead of batches."""
+        """Return whether batches are cut, so that random numbers must belong to samples instead of batches."""
         return self.micro_batch is not None or size() > 1
 
 
-# ---- who is there
+# ---- processes
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def processes(device: str) -> Iterator[str]:
 
 
 def joined() -> bool:
-    """Say whether torchrun started this process, be it alone."""
+    """Return whether torchrun started this process, even as the only one."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -90,16 +90,16 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Return this process's number."""
+    """Return this process's rank."""
     return dist.get_rank() if joined() else 0
 
 
 def first() -> bool:
-    """Say whether this is the process that writes and reports."""
+    """Return whether this is the process that writes and reports."""
     return rank() == 0
 
 
-# ---- what all know
+# ---- shared values
 
 
 def barrier() -> None:
@@ -107,9 +107,9 @@ def barrier() -> None:
     total({"here": 1.0})
 
 
-def total(figures: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Sum figures over all processes; each has to give the same names."""
-    values = {name: float(value) for name, value in figures.items()}
+def total(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Sum metrics over all processes; each must pass the same names."""
+    values = {name: float(value) for name, value in metrics.items()}
     if size() == 1:
         return values
     names = sorted(values)
@@ -119,12 +119,12 @@ def total(figures: Mapping[str, Tensor | float]) -> dict[str, float]:
 
 
 def agreed(wish: bool) -> bool:
-    """Return what the first process wishes: clocks differ, decisions must not."""
+    """Return the first process's wish: clocks differ, decisions must not."""
     return from_first(lambda: wish)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Let the first process make something and give it to all."""
+    """Return to every process what the first one makes."""
     if size() == 1:
         return make()
     box: list[T | None] = [make() if first() else None]
@@ -133,7 +133,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Return what every process gives, in the order of their numbers."""
+    """Return the values of all processes, in the order of their ranks."""
     if size() == 1:
         return [value]
     box: list[T | None] = [None] * size()
@@ -147,7 +147,7 @@ def gather(value: T) -> list[T]:
 def shares(rows: int, micro_batch: int | None) -> list[tuple[slice, float]]:
     """Cut a batch into micro-batches and return this process's: (rows, weight).
 
-    All processes get equally many, so that they stay in step; what lacks is a repeated one of weight 0.
+    All processes get equally many, so that they stay in step; missing ones are repeats of weight 0.
     """
     width = micro_batch or -(-rows // size())
     parts = [slice(begin, min(begin + width, rows)) for begin in range(0, rows, width)]
@@ -156,7 +156,7 @@ def shares(rows: int, micro_batch: int | None) -> list[tuple[slice, float]]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum gradients over all processes; nothing where there is one."""
+    """Sum gradients over all processes."""
     if size() == 1:
         return
     for parameter in parameters:

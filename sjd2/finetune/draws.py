@@ -1,4 +1,4 @@
-"""Random numbers of a training batch: from one stream for all of it, or from one per sample, so that it may be cut.
+"""Random numbers of a training batch: one stream for all of it, or one per sample, so that the batch may be cut.
 
 # B samples
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Draws:
-    """Numbers for `rows` samples; with one seed per sample they do not depend on which samples lie in a batch together."""
+    """Numbers for `rows` samples; with one seed per sample they do not depend on which samples share a batch."""
 
     def __init__(self, seeds: Sequence[int], rows: int) -> None:
         if rows % len(seeds):
@@ -25,11 +25,11 @@ class Draws:
         return int(torch.randint(n, (), generator=self.streams[0]))
 
     def rand(self, *shape: int, blocks: int = 1) -> Tensor:
-        """Draw uniform numbers [blocks * B, *shape]; all samples of a block stand together."""
+        """Draw uniform numbers [blocks * B, *shape]; block after block."""
         return self._draw(lambda rows, stream: torch.rand(rows, *shape, generator=stream), blocks)
 
     def randn(self, *shape: int, device: torch.device) -> Tensor:
-        """Draw normal numbers [B, *shape]; on an accelerator by its own generator, since a host takes long for so many."""
+        """Draw normal numbers [B, *shape]; on an accelerator by its own generator, since the host is slow for so many."""
         if device.type == "cpu":
             return self._draw(lambda rows, stream: torch.randn(rows, *shape, generator=stream), 1)
 

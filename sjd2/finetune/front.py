@@ -1,4 +1,4 @@
-"""Training of the front corrector: raise the overlap of the corrected law with the true one.
+"""Training of the front corrector: raise the overlap of the corrected distribution with the true one.
 
 # M pairs, N image-phase tokens, V image vocabulary, D width
 """
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.finetune.data.generated import Generated, sampling_at
-from sjd2.finetune.front_pairs import Pairs, join, law_of, make_pairs
+from sjd2.finetune.front_pairs import Pairs, join, make_pairs, probs_of
 from sjd2.finetune.recipe import FinetuneRecipe, Training, positive
 from sjd2.finetune.trainer import Metrics, Piece, step_rng
 from sjd2.front.corrector import Corrector, FrontSettings, embedding_width
@@ -25,10 +25,10 @@ CHUNK = 16  # images that are run through the model together
 
 @dataclass(kw_only=True)
 class FinetuneFront(FinetuneRecipe):
-    """Train a `Corrector` on the model's own images with the total variation of the laws as the loss.
+    """Train a `Corrector` on the model's own images with the total variation between distributions as the loss.
 
-    batch_size: image tokens per step, each with three pairs. muon_lr: of the matrices; adam_lr: of the rest. ema: decay per
-    step of the averaged weights, which are what is validated and written.
+    batch_size: image tokens per step, each with three pairs. muon_lr: of the matrices; adam_lr: of all other weights. ema:
+    decay per step of the averaged weights, which are validated and written.
     images: images whose pairs are made together and trained on for `round_steps` steps; then come others.
     """
 
@@ -89,10 +89,10 @@ class FinetuneFront(FinetuneRecipe):
         """Give the matrices to Muon, and biases and the zero-initialised last layer to AdamW."""
         last = set(corrector.out.parameters())
         matrices = [p for p in corrector.parameters() if p.ndim == 2 and p not in last]
-        rest = [p for p in corrector.parameters() if p.ndim != 2 or p in last]
+        others = [p for p in corrector.parameters() if p.ndim != 2 or p in last]
         return [
             torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=self.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=self.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 
     def pairs(self, model: ImageModel, images: int, seed: int, held_out: bool = False) -> Pairs:
@@ -109,13 +109,13 @@ class FinetuneFront(FinetuneRecipe):
                 [
                     make_pairs(
                         model, prompts[i : i + CHUNK], tokens[i : i + CHUNK], scales[i : i + CHUNK].to(model.device),
-                        self._laws(model), uniform,
+                        self._samplings(model), uniform,
                     )
                     for i in range(0, len(prompts), CHUNK)
                 ]
             )  # fmt: skip
 
-    def _laws(self, model: ImageModel) -> dict[float, SamplingParams]:
+    def _samplings(self, model: ImageModel) -> dict[float, SamplingParams]:
         return {scale: sampling_at(model, scale) for scale in self.data.scales}
 
     def _places(self, model: ImageModel) -> Tensor:
@@ -126,9 +126,9 @@ class FinetuneFront(FinetuneRecipe):
     def corrected(
         self, model: ImageModel, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor
     ) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Correct states behind tokens `place` [M] of images [M] -> kind: (corrected, stale, true [2M, D], counts [M]).
+        """Correct the states after tokens `place` [M] of images [M] -> kind: (corrected, stale, true [2M, D], counts [M]).
 
-        other: behind another draw; d1: behind a rejected draft; d2: one position on, where two tokens are replaced and the
+        other: after another draw; d1: after a rejected draft; d2: one position on, where two tokens are replaced and the
         source is the corrected state of d1. Rows are branch after branch; counts says which pairs exist.
         """
         n = pairs.tokens.shape[1]
@@ -140,11 +140,11 @@ class FinetuneFront(FinetuneRecipe):
             return model.embed(tokens[image, at]).repeat(2, 1)
 
         def correct(old: Tensor, stale: Tensor, source: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            behind = states(stale, at)
-            hidden = corrector(behind, source, embed(old, at), embed(pairs.tokens, at))
+            before = states(stale, at)
+            hidden = corrector(before, source, embed(old, at), embed(pairs.tokens, at))
             after = (at + 1).clamp(max=n - 1)
             counts = (at + 1 < n) & model.layout.free.to(at.device)[after]
-            return hidden, behind, states(pairs.hidden, at + 1), counts
+            return hidden, before, states(pairs.hidden, at + 1), counts
 
         source = states(pairs.hidden, place)
         found = {"other": correct(pairs.other, pairs.other_stale, source, place)}
@@ -153,12 +153,12 @@ class FinetuneFront(FinetuneRecipe):
         return found
 
     def loss(self, model: ImageModel, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor) -> Tensor:
-        """Return the total variation between corrected and true laws, averaged over pairs, kinds and guidance scales."""
+        """Return the total variation between corrected and true probs, averaged over pairs, kinds and guidance scales."""
         losses = []
         for hidden, _, true, counts in self.corrected(model, corrector, pairs, image, place).values():
             with torch.autocast(hidden.device.type, enabled=False):  # logits of bfloat16 are coarse
-                for law in self._laws(model).values():
-                    overlap = _overlap(law_of(model, hidden.to(true), law), law_of(model, true, law))
+                for sampling in self._samplings(model).values():
+                    overlap = _overlap(model, hidden.to(true), true, sampling)
                     losses.append(((1 - overlap) * counts).sum() / counts.sum().clamp(min=1))
         return torch.stack(losses).mean()
 
@@ -171,18 +171,18 @@ class FinetuneFront(FinetuneRecipe):
             image = torch.arange(i, min(i + CHUNK, len(pairs)), device=places.device).repeat_interleave(len(places))
             place = places.repeat(len(image) // len(places))
             found = self.corrected(model, corrector, pairs, image, place)
-            for scale, law in self._laws(model).items():
+            for scale, sampling in self._samplings(model).items():
                 weight = pairs.weight[image, place] * (pairs.scales[image] == scale)
                 for kind in ("d1", "d2"):
                     hidden, stale, true, counts = found[kind]
                     for name, state in (("overlap", hidden), ("stale", stale)):
-                        value = _overlap(law_of(model, state.to(true), law), law_of(model, true, law))
+                        value = _overlap(model, state.to(true), true, sampling)
                         total = torch.stack([(value * weight * counts).sum(), (weight * counts).sum()])
                         sums.setdefault(f"{name}_g{scale:g}_{kind}", []).append(total)
         totals = {name: torch.stack(parts).sum(0) for name, parts in sums.items()}
         return {name: float(total[0] / total[1].clamp(min=1e-6)) for name, total in totals.items()}
 
 
-def _overlap(p: Tensor, q: Tensor) -> Tensor:
-    """Return 1 - TV: [M, V] twice -> [M]."""
-    return torch.minimum(p, q).sum(-1)
+def _overlap(model: ImageModel, hidden: Tensor, true: Tensor, sampling: SamplingParams) -> Tensor:
+    """Return 1 - TV between the distributions of two states [2M, D] -> [M]."""
+    return torch.minimum(probs_of(model, hidden, sampling), probs_of(model, true, sampling)).sum(-1)

@@ -1,4 +1,4 @@
-"""Training pairs of the front corrector: what hidden states were behind replaced tokens, and what they should have been.
+"""Training pairs of the front corrector: the hidden states after replaced tokens, and what they should have been.
 
 # B samples, R model rows [conditional B | unconditional B], P prompt tokens, N image-phase tokens, V image vocabulary, D width
 State t, H_t, is the hidden state that predicts token t; it has seen the tokens before t.
@@ -52,7 +52,7 @@ class Images:
         Token 0 has none before it: only itself is replaced.
         """
         n = old.shape[1]
-        self.cache.lengths = self.cache.lengths + n  # the earlier replacements stay: the new ones stand behind them
+        self.cache.lengths = self.cache.lengths + n  # the earlier replacements stay: the new ones come after them
         alone = torch.eye(n, dtype=torch.bool, device=old.device)
         seen = window_mask(self.lengths, self.width, (self.own - 1).clamp(min=0))
         seen[:, :, -n:] &= ~alone
@@ -66,12 +66,12 @@ class Images:
 
 @dataclass
 class Pairs:
-    """For each image and token t: tokens that stood there instead, and what the states behind them were.
+    """For each image and token t: tokens in its place, and the states after them.
 
     hidden [B, 2, N + 1, D] (branches in the second place); tokens [B, N]; scales [B] guidance.
-    other [B, N], other_stale [B, 2, N, D]: token t alone was `other`, a further draw from its law.
+    other [B, N], other_stale [B, 2, N, D]: token t alone was `other`, another draw from its distribution.
     old, old_stale: token t alone was `old`, a rejected draft. weight [B, N]: how likely decoding recovers from that rejection
-    with the true token, against how often this one stands there.
+    with the true token, relative to how often this token is drawn.
     second, second_stale: token t - 1 was `old` and token t `second`, a draft that followed it.
     """
 
@@ -90,8 +90,8 @@ class Pairs:
         return len(self.tokens)
 
 
-def law_of(model: ImageModel, hidden: Tensor, sampling: SamplingParams) -> Tensor:
-    """Turn states of both branches [R, ..., D] into the law that `sampling` makes of them [B, ..., V]."""
+def probs_of(model: ImageModel, hidden: Tensor, sampling: SamplingParams) -> Tensor:
+    """Turn states of both branches [R, ..., D] into the distribution that `sampling` makes of them [B, ..., V]."""
     if not sampling.guided:
         hidden = hidden.chunk(2)[0]
     return sampling.probs(model.logits(hidden))
@@ -103,23 +103,24 @@ def make_pairs(
     prompts: list[str],
     tokens: Tensor,
     scales: Tensor,
-    laws: dict[float, SamplingParams],
+    samplings: dict[float, SamplingParams],
     uniform: Callable[..., Tensor],
 ) -> Pairs:
     """Replace each token of images [B, N] as decoding would: by a draft that verification rejects.
 
-    The draft of token t comes from the law q behind a wrong token t - 1. Speculative sampling leaves a pair of a rejected
-    draft ~ max(0, q - p) and a recovered token ~ max(0, p - q); the image's own token is a draw from p, so the chance
-    max(0, 1 - q / p) is its weight. scales [B]: whose laws draw; uniform: shape -> numbers in (0, 1).
+    The draft of token t comes from the distribution q after a wrong token t - 1. Speculative sampling leaves a pair of a
+    rejected draft ~ max(0, q - p) and a recovered token ~ max(0, p - q); the image's own token is a draw from p, so the
+    probability max(0, 1 - q / p) is its weight.
+    scales [B]: the guidance scale of each image; samplings: by scale; uniform: shape -> numbers in (0, 1).
     """
     images = Images(model, prompts, tokens)
 
     def target(hidden: Tensor) -> Tensor:
-        law = hidden.new_empty(*tokens.shape, model.layout.vocabulary, dtype=torch.float32)
+        probs = hidden.new_empty(*tokens.shape, model.layout.vocabulary, dtype=torch.float32)
         for scale in set(scales.tolist()):
             rows = scales == scale
-            law[rows] = law_of(model, hidden[:, : tokens.shape[1]][rows.repeat(2)], laws[scale]).float()
-        return law
+            probs[rows] = probs_of(model, hidden[:, : tokens.shape[1]][rows.repeat(2)], samplings[scale]).float()
+        return probs
 
     code = tokens.clamp(max=model.layout.vocabulary - 1)
     p = target(images.hidden)
@@ -129,10 +130,10 @@ def make_pairs(
     old = draw(residual(q, p, code), uniform(tokens.shape))
     old_stale = images.stale(old)
     second = draw(torch.cat([p[:, :1], target(old_stale)[:, :-1]], 1), uniform(tokens.shape))
-    chance = 1 - (q / p.clamp(min=1e-9)).gather(-1, code[..., None])[..., 0]
+    weight = 1 - (q / p.clamp(min=1e-9)).gather(-1, code[..., None])[..., 0]
     return Pairs(
         _by_image(images.hidden), tokens, scales, other, _by_image(other_stale), old, _by_image(old_stale),
-        chance.clamp(min=0), second, _by_image(images.stale_twice(second)),
+        weight.clamp(min=0), second, _by_image(images.stale_twice(second)),
     )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ class FinetuneSJD2(ParallelRecipe):
         """
         through = through or (lambda compute: compute())
         prompts, codes = self.data.batch(self.validation_images, seed, held_out=True)
-        figures = dict.fromkeys((f"val_loss_k{steps}" for steps in self.levels), 0.0)
+        metrics = dict.fromkeys((f"val_loss_k{steps}" for steps in self.levels), 0.0)
         for steps in dict.fromkeys(self.levels):
             seeds, count = [seed], None
             if self.machine.cuts:
@@ -171,8 +171,8 @@ class FinetuneSJD2(ParallelRecipe):
                             model, prompts[rows], codes[rows], seeds[rows], **given
                         )
                     )
-                figures[f"val_loss_k{steps}"] += float(value) * weight
-        return distributed.total(figures)
+                metrics[f"val_loss_k{steps}"] += float(value) * weight
+        return distributed.total(metrics)
 
     def loss(
         self,
@@ -185,7 +185,7 @@ class FinetuneSJD2(ParallelRecipe):
         gate: bool = True,
         count: int | None = None,
     ) -> Tensor:
-        """Return the mean cross-entropy of the clean next token behind noisy inputs: codes [B, rows * columns] -> scalar.
+        """Return the mean cross-entropy of the clean next token given noisy inputs: codes [B, rows * columns] -> scalar.
 
         seeds: one, or one per sample. steps: K (None: drawn from `levels`). gate=False leaves the adapter out. count: divide
         the sum by this number of tokens instead of this batch's own.
@@ -234,7 +234,7 @@ class FinetuneSJD2(ParallelRecipe):
         return Segments(torch.cat([part.first for part in parts]), torch.cat([part.level for part in parts]))
 
     def _wanted(self, level: Tensor, free: Tensor) -> Tensor:
-        """Say which tokens 1.. are predicted: bool [B, N - 1]; behind a clean copy of the image only those after noise."""
+        """Return which tokens 1.. are predicted: bool [B, N - 1]; with a clean copy of the image only those after noise."""
         wanted = free[1:].expand(len(level), -1)
         return wanted & (level > 0)[:, :-1] if self.context == "windows" else wanted
 
@@ -263,7 +263,7 @@ class FinetuneSJD2(ParallelRecipe):
 
     @torch.no_grad()
     def _corrupt(self, model: ImageModel, tokens: Tensor, hidden: Tensor, first: Tensor, draws: Draws) -> Tensor:
-        """Replace tokens in windows by draws from the model's own law, more of them further from the start.
+        """Replace tokens in windows by draws from the model's own distribution, more of them further from the start.
 
         hidden [B, N - 1, D]: the clean states before tokens 1..
         """
@@ -272,18 +272,18 @@ class FinetuneSJD2(ParallelRecipe):
             return tokens
         u = draws.rand(n - 1).clamp(1e-6, 1 - 1e-6).to(tokens.device)
         size = max(1, AT_ONCE // (rows * model.layout.vocabulary))
-        laws = (model.logits(part).softmax(-1) for part in hidden.split(size, 1))
-        drawn = torch.cat([draw(law, part.to(law)) for law, part in zip(laws, u.split(size, 1), strict=True)], 1)
+        probs = (model.logits(part).softmax(-1) for part in hidden.split(size, 1))
+        drawn = torch.cat([draw(p, part.to(p)) for p, part in zip(probs, u.split(size, 1), strict=True)], 1)
         distance = (torch.arange(n) - first.cpu()).float()
         rate = self.corrupt * draws.rand(1) * (distance / 4).clamp(max=1)
         wrong = (draws.rand(n) < rate).to(tokens.device)
-        wrong[:, 0] = False  # no law was computed for the first token
+        wrong[:, 0] = False  # no distribution was computed for the first token
         return torch.where(wrong, torch.cat([tokens[:, :1], drawn], 1), tokens)
 
     def _noisy(
         self, model: ImageModel, space: EmbeddingSpace, tokens: Tensor, level: Tensor, steps: int, draws: Draws
     ) -> Tensor:
-        """Return the inputs of the windows, noisy where the level says so: [B, N, D]."""
+        """Return the inputs of the windows, noisy where the level is above 0: [B, N, D]."""
         times = self.schedule.times(steps).to(tokens.device)
         alpha, sigma = alpha_sigma(times, self.adapter.path)
         clean = model.embed(tokens)
@@ -322,7 +322,7 @@ class FinetuneSJD2(ParallelRecipe):
 
 
 def _cross_entropy(model: ImageModel, hidden: Tensor, target: Tensor, count: int | None) -> Tensor:
-    """Sum the cross-entropy of states [M, D] and tokens [M] over `count` (None: M); many logits are made twice, not kept."""
+    """Return the cross-entropy of states [M, D] and tokens [M], summed / `count` (None: M); large logits are recomputed."""
     size = max(1, AT_ONCE // model.layout.vocabulary)
     if len(target) <= size and count is None:
         return nn.functional.cross_entropy(model.logits(hidden), target)

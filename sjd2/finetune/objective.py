@@ -1,4 +1,4 @@
-"""What is trained, as one module, and how its layers are run and its weights kept.
+"""What is trained, as one module; recomputed layers and the precision of trained weights.
 
 Separate from sharding.py, which takes seconds to import.
 """
@@ -19,7 +19,7 @@ AT_ONCE = 2**26  # logits computed in one go, 268 MB of float32
 
 
 class Objective(nn.Module):
-    """All modules that are trained, behind one forward: `objective(compute)` is `compute()`.
+    """All modules that are trained, under one forward: `objective(compute)` is `compute()`.
 
     sharded: `sharding.shard` has spread the weights over processes, which are whole only within this forward.
     """
@@ -34,14 +34,14 @@ class Objective(nn.Module):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Say whether the module's weights are spread over processes."""
+    """Return whether the module's weights are spread over processes."""
     return isinstance(module, Objective) and module.sharded
 
 
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Keep only the inputs of these layers in the forward pass and run them again in the backward pass.
 
-    transformers' own switch takes the cache away from a layer that it checkpoints, and training behind a clean copy of the
+    transformers' own switch takes the cache away from a layer that it checkpoints, and training after a clean copy of the
     image needs it (`windows.Past`, which may be read twice).
     """
     for layer in layers:
@@ -49,7 +49,7 @@ def recompute(layers: Iterable[nn.Module]) -> None:
 
 
 def widen(parameters: Iterable[nn.Parameter]) -> None:
-    """Turn parameters that are trained into float32: a small step is lost in the 8 bits of a bfloat16."""
+    """Convert trained parameters to float32: a small step is lost in the 8 bits of a bfloat16."""
     for parameter in parameters:
         if parameter.requires_grad and parameter.dtype in HALF:
             parameter.data = parameter.data.float()

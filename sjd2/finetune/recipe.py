@@ -156,7 +156,7 @@ class ParallelRecipe(FinetuneRecipe):
     """One training that starts from a model, in one process or several, whose gradients run through the model's layers.
 
     lr, weight_decay: AdamW. cosine: the learning rate falls along half a wave instead of a line. machine: how it uses the
-    machine, which changes nothing that is learned but for rounding.
+    machine, which changes only rounding.
     """
 
     lr: float
@@ -188,7 +188,7 @@ class ParallelRecipe(FinetuneRecipe):
 
 
 def positive(**counts: int | None) -> None:
-    """Raise `UserError` if a setting `finetune.<name>` is below 1; None stands for one that is not given."""
+    """Raise `UserError` if a setting `finetune.<name>` is below 1; None is a setting that was not given."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"finetune.{name} must be 1 or more, got {value}.")

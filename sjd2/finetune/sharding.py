@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states spread over processes (FSDP2), and checkpoints of what each one has.
+"""Weights, gradients and optimizer states spread over processes (FSDP2), and checkpoints of each one's part.
 
 Each decoder layer is a unit of its own, everything else (tables, head, norm) belongs to the root: `Objective`, the module
 whose forward is the whole loss, so that tables and head are whole wherever the loss uses them.
@@ -86,7 +86,7 @@ def newest(out: Path) -> Path | None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Return what was given to `save`."""
+    """Return the facts that `save` was called with."""
     return json.loads((folder / FACTS).read_text())
 
 

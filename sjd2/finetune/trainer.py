@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def step_rng(seed: int, step: int, purpose: int = 0) -> np.random.Generator:
-    """Give the generator of one step's data; purposes (training, validation) never share a stream."""
+    """Return the generator of one step's data; purposes (training, validation) never share a stream."""
     return np.random.default_rng([seed, purpose, step])
 
 
@@ -212,7 +212,7 @@ def _resume(out: Path, module: nn.Module, optimizers: Sequence[Optimizer], seed:
 
 
 def _checkpoint(out: Path, module: nn.Module) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint's path and what it says, with its weights unless they are sharded."""
+    """Return the checkpoint's path and content; without weights where they are sharded."""
     path = out / CHECKPOINT
     if any(out.glob("shards-*/facts.json")):
         from sjd2.finetune import sharding

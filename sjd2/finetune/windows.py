@@ -1,4 +1,4 @@
-"""Training sequences for next-clean-token prediction: which inputs are noisy, how noisy, and what they may see.
+"""Training sequences for next-clean-token prediction: which inputs are noisy, how noisy, and what they attend to.
 
 # B samples, R rows, P entries before (prompt tokens), N image-phase tokens, S slots of a pass, K levels, D width
 """
@@ -45,7 +45,7 @@ def draw_segments(
 
 
 class _PastLayer(CacheLayerMixin):
-    """One layer's keys and values [R, heads, P, head width], None for nothing; a pass gets its own behind them."""
+    """One layer's keys and values [R, heads, P, head width], or None; a pass appends its own."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _PastLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to prepare."""
+        """Do nothing: keys and values are given."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.keys is not None:
@@ -76,7 +76,7 @@ class _PastLayer(CacheLayerMixin):
 
 
 class Past(Cache):
-    """What earlier passes left, to be read and never written: a layer that runs twice (checkpointing) sees the same."""
+    """Keys and values of earlier passes, read-only: a layer that runs twice (checkpointing) sees the same."""
 
     @classmethod
     def empty(cls, layers: int) -> Past:
@@ -91,7 +91,7 @@ class Past(Cache):
         )
 
     def following(self) -> Past:
-        """Return the past of the next pass: this one, and behind it the keys and values of the pass that used it."""
+        """Return the past of the next pass: this one, followed by the keys and values of the pass that used it."""
         return Past(layers=[_PastLayer(*layer.whole) for layer in self.layers])
 
     def window(self, width: int, dtype: torch.dtype, visible: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def causal_mask(lengths: Tensor, width: int, n: int) -> Tensor:
 
 
 def window_mask(lengths: Tensor, width: int, first: Tensor) -> Tensor:
-    """Return what window slots see of [prompt P | clean image N | windows N]: first [B, N] -> bool [B, N, P + 2N].
+    """Return what window slots attend to in [prompt P | clean image N | windows N]: first [B, N] -> bool [B, N, P + 2N].
 
     The prompt, the clean tokens before their window, and the slots of their window up to themselves: what decoding shows.
     """

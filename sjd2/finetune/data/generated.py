@@ -1,4 +1,4 @@
-"""Training images that the model draws itself: what trains a draft model for the very law that decoding samples from.
+"""Training images that the model draws itself: a draft model learns exactly the distribution that decoding samples from.
 
 # B samples of a batch, M images, N image-phase tokens
 """
@@ -91,14 +91,14 @@ class Generated(ScaledData):
         if self.shares is not None and (min(self.shares) < 0 or sum(self.shares) <= 0):
             raise UserError(f"data.shares must be positive numbers, got {list(self.shares)}.")
         if not self.decoder.lossless:
-            raise UserError("data.decoder must be a lossless one: others do not draw from the model's own law.")
+            raise UserError("data.decoder must be a lossless one: others do not sample the model's own distribution.")
 
     def check(self) -> None:
         """Raise `UserError` if the captions are missing."""
         self.captions.check()
 
     def prepare(self, model: ImageModel, out: Path) -> None:
-        """Draw what the file does not hold yet, training images first; a killed drawing goes on from the last save."""
+        """Draw what the file does not hold yet, training images first; a killed drawing resumes from the last save."""
         folder = find(self.folder) if self.folder is not None else out
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"generated-{self._key(model)}.npz"

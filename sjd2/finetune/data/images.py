@@ -1,6 +1,6 @@
-"""Captioned pictures on the disk: a folder, or WebDataset shards (.tar); what stands there, in parts that are read in order.
+"""Captioned images on disk, a folder or WebDataset shards (.tar), as parts that are read in order.
 
-A shard is read with Python's own tarfile: each picture is needed once, in the order of the file, so the shuffling and
+A shard is read with Python's own tarfile: each image is needed once, in the order of the file, so the shuffling and
 pipelines of the webdataset library would have nothing to do.
 """
 
@@ -21,18 +21,18 @@ from PIL import Image, ImageOps
 
 from sjd2.errors import UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTIONS = (".txt", ".caption", ".json")
 KEYS = ("caption", "text")  # of a caption in JSON
-NAMES = ("file_name", "image")  # of a picture in a list of captions
+NAMES = ("file_name", "image")  # of an image in a list of captions
 LIST = "metadata.jsonl"  # as in Hugging Face's image folders
-PART = 1024  # pictures of a folder that are tokenised together
+PART = 1024  # images of a folder that are tokenised together
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as it lies on the disk; data is None where it cannot be read, caption None where there is none."""
+    """One image as it is on disk; data is None where it cannot be read, caption None where there is none."""
 
     name: str
     data: bytes | None
@@ -41,18 +41,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class FolderPart:
-    """A stretch of a folder's pictures: (name, bytes, caption) of each."""
+    """A stretch of a folder's images: (name, bytes, caption) of each."""
 
     root: Path
-    pictures: tuple[tuple[str, int, str | None], ...]
+    images: tuple[tuple[str, int, str | None], ...]
 
     def facts(self) -> Any:
-        """Return what tells this part from another, JSON."""
-        return [list(picture) for picture in self.pictures]
+        """Return what identifies this part, as JSON."""
+        return [list(image) for image in self.images]
 
     def samples(self) -> Iterator[Sample]:
-        """Read the pictures one after the other."""
-        for name, _, caption in self.pictures:
+        """Read the images one by one."""
+        for name, _, caption in self.images:
             yield Sample(name, _read(self.root / name), caption)
 
 
@@ -63,11 +63,11 @@ class TarPart:
     path: Path
 
     def facts(self) -> Any:
-        """Return what tells this part from another, JSON."""
+        """Return what identifies this part, as JSON."""
         return [self.path.name, self.path.stat().st_size]
 
     def samples(self) -> Iterator[Sample]:
-        """Read the pictures one after the other. Raises `UserError` if the shard cannot be read."""
+        """Read the images one by one. Raises `UserError` if the shard cannot be read."""
         key, found = None, {}
         try:
             with tarfile.open(self.path) as shard:
@@ -81,9 +81,7 @@ class TarPart:
                         key, found = here, {}
                     found["." + ending.lower()] = shard.extractfile(member).read()
         except (OSError, tarfile.TarError, EOFError) as error:
-            raise UserError(
-                f"the shard {self.path} cannot be read: {error}; fetch it again or take it away."
-            ) from error
+            raise UserError(f"the shard {self.path} cannot be read: {error}; fetch it again or remove it.") from error
         yield from _sample(key, found)
 
 
@@ -91,7 +89,7 @@ Part = FolderPart | TarPart
 
 
 def find_parts(images: str, captions: str | None = None) -> list[Part]:
-    """List the pictures of a folder, or the shards of a folder, file or pattern; `captions` as in `read_captions`.
+    """List the images of a folder, or the shards of a folder, file or pattern; `captions` as in `read_captions`.
 
     Raises `UserError` if there are none.
     """
@@ -101,16 +99,16 @@ def find_parts(images: str, captions: str | None = None) -> list[Part]:
     root = Path(images).expanduser()
     if not root.is_dir():
         raise UserError(
-            f"finetune.data.images={images} does not exist; give a folder of pictures with captions, or .tar shards."
+            f"finetune.data.images={images} does not exist; give a folder of images with captions, or .tar shards."
         )
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (*PICTURES, *CAPTIONS) and path.is_file())
-    pictures = [path for path in files if path.suffix.lower() in PICTURES]
-    if not pictures:
-        raise UserError(f"finetune.data.images={images} holds no {', '.join(PICTURES)} and no .tar shards.")
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (*IMAGES, *CAPTIONS) and path.is_file())
+    found = [path for path in files if path.suffix.lower() in IMAGES]
+    if not found:
+        raise UserError(f"finetune.data.images={images} holds no {', '.join(IMAGES)} and no .tar shards.")
     listed = read_captions(root, captions)
     beside = {path.with_suffix(""): path for path in files if path.suffix.lower() in CAPTIONS} if listed is None else {}
     rows = []
-    for path in pictures:
+    for path in found:
         name = path.relative_to(root).as_posix()
         caption = listed.get(name) if listed is not None else _beside(beside.get(path.with_suffix("")))
         rows.append((name, path.stat().st_size, caption))
@@ -126,10 +124,10 @@ def find_shards(images: str) -> list[Path]:
 
 
 def read_captions(root: Path, captions: str | None) -> dict[str, str] | None:
-    """Read a list of captions: name of the picture below `root` -> caption; None if there is no list.
+    """Read a list of captions: name of the image below `root` -> caption; None if there is no list.
 
     captions: .jsonl of {"file_name", "text"} (None: metadata.jsonl in the folder, if it is there), or .json: such a list, or
-    one object of name: caption. "image" and "caption" may stand for the two keys. Raises `UserError` if it is something else.
+    one object of name: caption. The keys "image" and "caption" work too. Raises `UserError` for anything else.
     """
     path = Path(captions).expanduser() if captions is not None else root / LIST
     if not path.is_file():
@@ -152,23 +150,23 @@ def read_captions(root: Path, captions: str | None) -> dict[str, str] | None:
 
 
 def pixels(data: bytes, height: int, width: int, smallest: int = 0) -> np.ndarray | None:
-    """Decode a picture, scale it (Lanczos) to cover height x width and cut out its middle: uint8 [H, W, 3].
+    """Decode an image, scale it (Lanczos) to cover height x width and crop its centre: uint8 [H, W, 3].
 
-    None if its shorter side has fewer than `smallest` pixels. Transparent places become white. Raises one of BROKEN for
+    None if its shorter side has fewer than `smallest` pixels. Transparent pixels become white. Raises one of BROKEN for
     damaged files.
     """
     with Image.open(io.BytesIO(data)) as file:
-        picture = ImageOps.exif_transpose(file)
-        if min(picture.size) < smallest:
+        image = ImageOps.exif_transpose(file)
+        if min(image.size) < smallest:
             return None
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return np.array(ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
 
 
 def number(data: bytes) -> int:
-    """Return a number that depends on the content alone; it decides what is held out."""
+    """Return a number made from the content alone; it decides what is held out."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -180,8 +178,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _sample(key: str | None, found: dict[str, bytes]) -> Iterator[Sample]:
-    """Yield the sample of a shard's members ending -> content, if one of them is a picture."""
-    data = next((found[ending] for ending in found if ending in PICTURES), None)
+    """Yield the sample of a shard's members (suffix -> content), if one of them is an image."""
+    data = next((found[ending] for ending in found if ending in IMAGES), None)
     if data is not None:
         text = next((_caption(found[ending], ending) for ending in CAPTIONS if ending in found), None)
         yield Sample(str(key), data, text)

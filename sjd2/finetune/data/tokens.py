@@ -1,9 +1,9 @@
-"""Captioned pictures as tokens: encoded once by the model's own image tokeniser and kept, then read by every training.
+"""Captioned images as tokens: encoded once by the model's own image tokeniser and kept, then read by every training.
 
-# n pictures, H x W pixels, L = rows * columns codes of a picture
-In the folder tokens-<key>/, per part of the pictures: 00000.npy, codes [n, L], and 00000.jsonl, a line per picture: its
+# n images, H x W pixels, L = rows * columns codes of an image
+In the folder tokens-<key>/, per part of the images: 00000.npy, codes [n, L], and 00000.jsonl, a line per image: its
 name, caption and a number made from its content, or why it was skipped. The key is a hash of the tokeniser's weights, the
-size in pixels and the list of pictures and captions. A part is written when complete, so a kill loses the parts in hand.
+size in pixels and the list of images and captions. A part is written when complete, so a kill loses the unfinished parts.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from sjd2.models.base import ImageModel
 from sjd2.models.hub import locate
 
 SMALL = "too small"  # skipped as asked for, which is no damage
-VALIDATION = 64  # held-out pictures that an EAGLE head is measured on
+VALIDATION = 64  # held-out images that an EAGLE head is measured on
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class ImageTokens(Collection, ScaledData):
-    """Tokens and captions of a folder of pictures, or of WebDataset shards.
+    """Tokens and captions of a folder of images, or of WebDataset shards.
 
     images: folder, .tar file or pattern of .tar files. captions: a .jsonl or .json list of a folder's captions (None:
-    metadata.jsonl, else a .txt, .caption or .json beside each picture). folder: where tokens are kept (None: the training's
-    output folder). held_out_share: one picture in so many, chosen by its content, is never trained on. smallest: pictures
-    with a shorter side are left out. tolerated: share of pictures that may be damaged or lack a caption. batch_size: pictures
+    metadata.jsonl, else a .txt, .caption or .json next to each image). folder: where tokens are kept (None: the training's
+    output folder). held_out_share: one image in so many, chosen by its content, is never trained on. smallest: images
+    with a shorter side are left out. tolerated: share of images that may be damaged or lack a caption. batch_size: images
     encoded together; workers: threads that decode and scale them.
     Call `prepare` first; then all else is a pure function of its arguments.
     """
@@ -62,8 +62,8 @@ class ImageTokens(Collection, ScaledData):
     def __post_init__(self) -> None:
         if self.images is None:
             raise UserError(
-                "this training needs pictures with captions: give finetune.data.images=FOLDER (or .tar shards); "
-                "docs/fine-tuning.md says how they have to lie."
+                "this training needs images with captions: give finetune.data.images=FOLDER (or .tar shards); "
+                "docs/fine-tuning.md shows the layouts."
             )
         if min(self.batch_size, self.workers) < 1 or self.held_out_share < 2 or self.smallest < 0:
             raise UserError(
@@ -73,29 +73,29 @@ class ImageTokens(Collection, ScaledData):
             raise UserError(f"finetune.data.tolerated is a share, 0 to 1, got {self.tolerated}.")
 
     def check(self) -> None:
-        """Raise `UserError` if the pictures are not there."""
+        """Raise `UserError` if the images do not exist."""
         if not find(self.images).is_dir() and not find_shards(str(find(self.images))):
             raise UserError(
-                f"finetune.data.images={self.images} does not exist; give a folder of pictures with captions, or .tar shards."
+                f"finetune.data.images={self.images} does not exist; give a folder of images with captions, or .tar shards."
             )
 
-    # ---- making them
+    # ---- encoding
 
     def prepare(self, model: ImageModel, out: Path) -> None:
-        """Encode what is not kept yet, each process other parts; raises `UserError` if too many pictures are damaged."""
-        # one process lists, the others take its word: a list must not change between two looks at it
+        """Encode what is not kept yet, each process its own parts; raises `UserError` if too many images are damaged."""
+        # one process lists for all: the folder could change between two listings
         parts = distributed.from_first(lambda: find_parts(str(find(self.images)), self.captions))
         height, width = _size(model)
         key = _key(model, parts, height, width, self.smallest)
         folder = (find(self.folder) if self.folder is not None else out) / f"tokens-{key}"
         folder.mkdir(parents=True, exist_ok=True)
-        lacking = distributed.from_first(lambda: [i for i in range(len(parts)) if not _file(folder, i).is_file()])
-        mine, wrong, began = lacking[distributed.rank() :: distributed.size()], None, time.monotonic()
+        missing = distributed.from_first(lambda: [i for i in range(len(parts)) if not _file(folder, i).is_file()])
+        mine, wrong, began = missing[distributed.rank() :: distributed.size()], None, time.monotonic()
         with ThreadPoolExecutor(self.workers) as pool:
             for place, i in enumerate(mine, 1):
                 try:
                     self._encode_part(model, parts[i], _file(folder, i), (height, width), pool)
-                except UserError as error:  # one process meets it, all have to stop
+                except UserError as error:  # one process fails, all must stop
                     wrong = str(error)
                     break
                 logger.info("encoded %d of this process's %d parts, %.0f s", place, len(mine), time.monotonic() - began)
@@ -106,7 +106,7 @@ class ImageTokens(Collection, ScaledData):
     def _encode_part(
         self, model: ImageModel, part: Part, file: Path, size: tuple[int, int], pool: ThreadPoolExecutor
     ) -> None:
-        """Decode, scale and encode the pictures of a part; threads work on the next ones while the model encodes."""
+        """Decode, scale and encode the images of a part; threads work on the next ones while the model encodes."""
         codes, lines, waiting = [], [], None
         for chunk in chain(_chunks(part.samples(), self.batch_size), [None]):
             ready = waiting
@@ -120,7 +120,7 @@ class ImageTokens(Collection, ScaledData):
         kept = np.concatenate([np.zeros((0, length), _kind(model)), *codes])
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(file.with_suffix(".jsonl"), text.encode())
-        write_atomically(file, lambda opened: np.save(opened, kept))  # last: it says that the part is complete
+        write_atomically(file, lambda opened: np.save(opened, kept))  # last: it marks the part as complete
 
     def _load(self, sample: Sample, height: int, width: int) -> tuple[dict[str, Any], np.ndarray | None]:
         """Turn a sample into its line and its pixels, None if it is skipped."""
@@ -137,7 +137,7 @@ class ImageTokens(Collection, ScaledData):
             return line | {"skipped": SMALL}, None
         return line | {"caption": sample.caption, "content": number(sample.data)}, array
 
-    # ---- reading them
+    # ---- reading
 
     def _open(self, model: ImageModel, folder: Path, parts: int) -> None:
         """Map the kept tokens into memory and report what was skipped."""
@@ -160,36 +160,36 @@ class ImageTokens(Collection, ScaledData):
         self._scale = float(usual.get("guidance_scale", 1.0))
 
     def _report(self, train: int, held_out: int, skipped: list[dict[str, Any]]) -> None:
-        """Say in one line what there is; raises `UserError` if it cannot be trained on."""
+        """Log one line on the images; raises `UserError` if they cannot be trained on."""
         reasons = Counter(line["skipped"].split(":")[0] for line in skipped)
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        causes = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         bad = [line for line in skipped if line["skipped"] != SMALL]
         example = f" (e.g. {bad[0]['name']}: {bad[0]['skipped']})" if bad else ""
-        text = f"{train} pictures to train on, {held_out} held out, {len(skipped)} skipped"
-        text += f": {told}{example}" if told else ""
+        text = f"{train} images to train on, {held_out} held out, {len(skipped)} skipped"
+        text += f": {causes}{example}" if causes else ""
         if distributed.first():
             logger.info("%s", text)
         everything = train + held_out + len(bad)
         if everything and len(bad) > self.tolerated * everything:
             raise UserError(
-                f"too many pictures of {self.images} cannot be used: {text}; mend them, or raise finetune.data.tolerated."
+                f"too many images of {self.images} cannot be used: {text}; fix them, or raise finetune.data.tolerated."
             )
         if not train or not held_out:
             raise UserError(
-                f"{self.images} has {text}; give more pictures, or change finetune.data.held_out_share={self.held_out_share}."
+                f"{self.images} has {text}; give more images, or change finetune.data.held_out_share={self.held_out_share}."
             )
 
     @property
     def validation_images(self) -> int:
-        """Return how many held-out pictures there are to measure on."""
+        """Return how many held-out images there are to measure on."""
         return min(VALIDATION, len(self._rows[True]))
 
     def count(self) -> int:
-        """Return the number of training pictures."""
+        """Return the number of training images."""
         return len(self._rows[False])
 
     def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor]:
-        """Return n captions and codes [n, L]: any, or the first held-out ones (as many as there are, for every seed alike)."""
+        """Return n captions and codes [n, L]: random ones, or the first held-out ones (at most all, whatever the seed)."""
         rows = self._rows[held_out]
         return self._take(rows[:n] if held_out else rows[np.random.default_rng(seed).integers(len(rows), size=n)])
 
@@ -223,16 +223,16 @@ def _kind(model: ImageModel) -> type[np.unsignedinteger]:
     return np.uint16 if model.layout.vocabulary <= 2**16 else np.uint32
 
 
-def _encode(model: ImageModel, pictures: np.ndarray) -> np.ndarray:
-    """Encode pictures uint8 [n, H, W, 3] -> codes [n, L]."""
-    images = torch.from_numpy(pictures).to(model.vq.codebook.device).permute(0, 3, 1, 2) / 127.5 - 1
+def _encode(model: ImageModel, arrays: np.ndarray) -> np.ndarray:
+    """Encode pixels uint8 [n, H, W, 3] -> codes [n, L]."""
+    images = torch.from_numpy(arrays).to(model.vq.codebook.device).permute(0, 3, 1, 2) / 127.5 - 1
     return model.vq.encode(images).flatten(1).cpu().numpy().astype(_kind(model))
 
 
 def _size(model: ImageModel) -> tuple[int, int]:
-    """Return the pixels (H, W) of the model's pictures: those of one that it draws."""
+    """Return the size (H, W) of the model's images in pixels."""
     if not hasattr(model, "vq"):
-        raise UserError("this model has no image tokeniser that encodes, so it cannot be trained on pictures.")
+        raise UserError("this model has no image tokeniser that encodes, so it cannot be trained on images.")
     codes = torch.zeros(1, model.layout.rows * model.layout.columns, dtype=torch.long, device=model.device)
     return tuple(model.decode(model.layout.tokens(codes)).shape[2:])
 
@@ -240,7 +240,7 @@ def _size(model: ImageModel) -> tuple[int, int]:
 def _key(model: ImageModel, parts: list[Part], *more: int) -> str:
     """Return 12 hex digits over what the tokens depend on."""
     sources = {source.key: source for source in model.spec.sources()}
-    tokeniser = sources.get("model.vq_weights", sources["model.weights"])  # some models carry theirs in their own files
+    tokeniser = sources.get("model.vq_weights", sources["model.weights"])  # some models hold theirs in their own files
     facts = [digest(locate(tokeniser)), model.layout.rows, model.layout.columns, more, [part.facts() for part in parts]]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=6).hexdigest()
 

@@ -55,7 +55,7 @@ AttentionInterface.register("sjd2_plain", plain_attention)
 def token_batch(vqgan: VQGAN, n: int, seed: int) -> tuple[list[str], Tensor]:
     """Render and tokenise n training scenes -> (captions, codes [n, N]); a pure function of weights, n and seed.
 
-    Made on the fly (4 % of a training step), so no picture is ever seen twice and nothing has to be cached.
+    Made on the fly (4 % of a training step), so no image is ever seen twice and nothing has to be cached.
     """
     drawn = scenes.training(n, seed)
     return [scenes.caption(scene) for scene in drawn], encode(vqgan, drawn, seed)
@@ -183,11 +183,11 @@ def optimizers(model: ChameleonForConditionalGeneration, muon_lr: float, adam_lr
     """Give the blocks' matrices to Muon and embeddings, head and norms to AdamW."""
     blocks = dict(model.get_decoder().layers.named_parameters())
     matrices = [p for name, p in blocks.items() if p.ndim == 2 and "norm" not in name]
-    rest = [p for name, p in blocks.items() if p.ndim != 2 or "norm" in name]
-    rest += [model.get_input_embeddings().weight, model.lm_head.weight, *model.get_decoder().norm.parameters()]
+    others = [p for name, p in blocks.items() if p.ndim != 2 or "norm" in name]
+    others += [model.get_input_embeddings().weight, model.lm_head.weight, *model.get_decoder().norm.parameters()]
     return [
         torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -200,17 +200,17 @@ def validate(
     codes: int,
     bf16: bool,
 ) -> dict[str, float]:
-    """Measure on held-out scenes [n, N], in nats per token: loss with and without caption, entropy of the law."""
+    """Measure on held-out scenes [n, N], in nats per token: loss with and without caption, entropy of the distribution."""
     sums = dict.fromkeys(("val_loss", "val_loss_unconditional", "val_entropy"), 0.0)
     for i in range(0, len(captions), 32):
         some, there = captions[i : i + 32], target[i : i + 32]
         for name, texts in (("val_loss", some), ("val_loss_unconditional", [None] * len(some))):
             ids, places = pack(prompt_ids(tokenizer, texts), there, tokenizer.pad_token_id)
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-                law = image_logits(model, ids, places, codes).float().log_softmax(-1)
-            sums[name] -= law.gather(-1, there[..., None]).sum().item()
+                log_probs = image_logits(model, ids, places, codes).float().log_softmax(-1)
+            sums[name] -= log_probs.gather(-1, there[..., None]).sum().item()
             if name == "val_loss":
-                sums["val_entropy"] -= (law.exp() * law).sum().item()
+                sums["val_entropy"] -= (log_probs.exp() * log_probs).sum().item()
     return {name: total / target.numel() for name, total in sums.items()}
 
 
