@@ -1,7 +1,9 @@
 """Draw the figures of the documentation.
 
 python docs/figures.py            # sjd2.png and sjd-fc.png, drawings of a pass
-python docs/figures.py RUNS_DIR   # grid.png: the same seeds under AR, lossless and lossy decoders, from run folders
+python docs/figures.py RUNS_DIR   # grid.png: the same seeds under AR, lossless and lossy decoders, from the run folders of
+    python run.py -m decoder=ar,sjd,scd,sjd2,sjd2-fc,zipar,sjd2-paper sampler=gumbel dtype=float64 limit=12 batch_size=12 \\
+        baseline=null evaluation=none runs_dir=RUNS_DIR
 """
 
 from __future__ import annotations
@@ -115,11 +117,11 @@ def sjd_fc() -> None:
 
 GROUPS = {  # of decoders, left to right
     "reference": ("ar",),
-    "lossless: AR's distribution": ("sjd", "scd", "sjd2", "sjd2-fc"),
-    "lossy": ("lantern", "sjd2-paper"),
+    "lossless: exactly AR's tokens": ("sjd", "scd", "sjd2", "sjd2-fc"),
+    "lossy": ("zipar", "sjd2-paper"),
 }
-COLOURS = {"reference": "#333333", "lossless: AR's distribution": "#2e7d4f", "lossy": "#c0392b"}
-PROMPTS = (0, 2, 3, 5)  # indices of the prompts shown
+COLOURS = {"reference": "#333333", "lossless: exactly AR's tokens": "#2e7d4f", "lossy": "#c0392b"}
+PROMPTS = (0, 1, 4, 10)  # indices of the prompts shown
 
 
 def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -134,7 +136,10 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def grid(folder: Path) -> None:
-    """Draw the same prompts and seeds over decoders, grouped by what they promise, with the passes each image took."""
+    """Draw the same prompts and seeds over decoders, grouped by what they promise.
+
+    Below each image: the passes it took, in green where its tokens are exactly AR's.
+    """
     runs = read_runs(folder)
     names = [name for group in GROUPS.values() for name in group]
     figure, axes = plt.subplots(
@@ -147,7 +152,9 @@ def grid(folder: Path) -> None:
             record = runs[name][prompt]
             axis.imshow(plt.imread(record["image"]), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(f"{record['forwards']} passes", fontsize=9, labelpad=3)
+            equal = record["tokens_sha256"] == runs["ar"][prompt]["tokens_sha256"]
+            colour = "#2e7d4f" if equal else "#c0392b"
+            axis.set_xlabel(f"{record['forwards']} passes", fontsize=9, labelpad=3, color=colour)
             if row == 0:
                 axis.set_title(name, fontsize=12, fontfamily="monospace")
     first = 1
