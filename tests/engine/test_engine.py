@@ -7,52 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sjd2.decoding.generate import Decoder, generate, stream
-from sjd2.decoding.jacobi import Jacobi
+from sjd2.decoding.generate import Decoder, stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.sampling import SamplingParams, draw
-from sjd2.decoding.verify import Exact
-from sjd2.denoising.denoise import Denoise
 from sjd2.denoising.embedding_space import EmbeddingSpace
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.errors import UserError
 from sjd2.models.adapter import AdapterSettings
 from sjd2.models.kv_cache import RowCache
-from sjd2.models.layout import TokenGrid
+from tests.helpers.decoders import AR, GRID, PROMPTS, SAMPLING, decode, sjd, sjd2
 from tests.helpers.toy import Toy, adapted_toy
-
-GRID = TokenGrid(4, 6, 12, prefix=(20, 21), row_end=22, suffix=(23,))  # N = 31, 24 free
-PROMPTS = ["one", "two words", "three short words", "four", "five is more"]
-LAW = SamplingParams(guidance_scale=2.0, top_k=7)
 
 
 @pytest.fixture(scope="module")
 def model() -> Toy:
     return adapted_toy(GRID)
-
-
-AR = Decoder(name="ar", window=1, lossless=True)
-
-
-def sjd(window: int = 6, refiner: object = None, init: str = "random") -> Decoder:
-    return Decoder(
-        name="sjd", window=window, lossless=True, drafter=Jacobi(init=init), verifier=Exact(),
-        refiner=refiner or Resample(),
-    )  # fmt: skip
-
-
-def sjd2(window: int = 6, refiner: object = None, **drafter) -> Decoder:
-    return Decoder(
-        name="sjd2", window=window, lossless=True, drafter=Denoise(**drafter), verifier=Exact(),
-        refiner=refiner or Coupled(),
-    )  # fmt: skip
-
-
-def decode(model: Toy, decoder: Decoder, sampling: SamplingParams = LAW, prompts: list[str] = PROMPTS, seeds=None):
-    seeds = seeds or list(range(1, len(prompts) + 1))
-    return generate(model, decoder, model.encode(prompts), seeds, sampling=sampling)
 
 
 DECODERS = [
@@ -63,7 +34,7 @@ DECODERS = [
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_gumbel_matching_returns_the_very_tokens_of_ar(model: Toy, decoder: Decoder) -> None:
-    law = replace(LAW, sampler="gumbel")
+    law = replace(SAMPLING, sampler="gumbel")
     expected, got = decode(model, AR, law), decode(model, decoder, law)
     assert torch.equal(expected.tokens, got.tokens)
     assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
@@ -71,7 +42,7 @@ def test_gumbel_matching_returns_the_very_tokens_of_ar(model: Toy, decoder: Deco
 
 @pytest.mark.parametrize("init", ["random", "left", "up"])
 def test_greedy_jacobi_is_greedy_ar(model: Toy, init: str) -> None:
-    law = replace(LAW, temperature=0.0)
+    law = replace(SAMPLING, temperature=0.0)
     jacobi = sjd(7, Resample(record=False), init)
     assert torch.equal(decode(model, AR, law).tokens, decode(model, jacobi, law).tokens)
 
@@ -94,7 +65,7 @@ def test_tokens_do_not_depend_on_the_batch(model: Toy, decoder: Decoder) -> None
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("sampler", ["cdf", "gumbel"])
 def test_refilled_rows_give_the_same_images(model: Toy, decoder: Decoder, rows: int, sampler: str) -> None:
-    law = replace(LAW, sampler=sampler)
+    law = replace(SAMPLING, sampler=sampler)
     expected = decode(model, decoder, law).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
     got = dict(stream(model, decoder, requests, rows=rows, sampling=law))
@@ -175,9 +146,9 @@ def test_both_branches_in_one_batch_equal_two_passes(model: Toy) -> None:
 
 def test_likelihoods_do_not_depend_on_the_chunk(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     condition, tokens = model.encode(PROMPTS), decode(model, AR).tokens
-    whole = nll(model, condition, tokens, LAW)
+    whole = nll(model, condition, tokens, SAMPLING)
     monkeypatch.setattr("sjd2.decoding.likelihood.CHUNK", 7)
-    assert torch.allclose(nll(model, condition, tokens, LAW), whole, atol=1e-9)
+    assert torch.allclose(nll(model, condition, tokens, SAMPLING), whole, atol=1e-9)
 
 
 def test_ddim_in_one_jump_equals_two(model: Toy) -> None:

@@ -24,8 +24,8 @@ from sjd2.files import ROOT
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import SPAN_BUCKET, RowCache
-from tests.engine.test_exactness import GRID, GUIDED, PROMPT, jacobi, noisy
-from tests.engine.test_exactness import toy as cpu_toy
+from tests.helpers.decoders import GUIDED, LINE, sjd, sjd2
+from tests.helpers.enumeration import PROMPT, strong_toy
 from tests.helpers.toy import Toy, chi_square_z, enumerate_law
 
 pytestmark = [
@@ -188,11 +188,11 @@ class OnGpu(Toy):
 
 
 @pytest.mark.parametrize(
-    "decoder", [jacobi(4, Coupled()), noisy(5, Coupled(), steps=2), jacobi(3, Resample())], ids=["scd", "sjd2", "sjd"]
+    "decoder", [sjd(4, Coupled()), sjd2(5, Coupled(), steps=2), sjd(3, Resample())], ids=["scd", "sjd2", "sjd"]
 )
 @pytest.mark.parametrize("replayed", [False, True])
 def test_lossless_decoders_have_the_enumerated_law(decoder: Decoder, replayed: bool) -> None:
-    plain = cpu_toy()
+    plain = strong_toy()
     _, probs = enumerate_law(plain, PROMPT, GUIDED)
     model, graphs = OnGpu.of(plain), Graphs() if replayed else None
     tokens = [
@@ -201,7 +201,7 @@ def test_lossless_decoders_have_the_enumerated_law(decoder: Decoder, replayed: b
         ).tokens
         for at in range(0, 12_000, 4000)
     ]
-    digits = 3 ** torch.arange(GRID.length - 1, -1, -1)
+    digits = 3 ** torch.arange(LINE.length - 1, -1, -1)
     counts = torch.bincount((torch.cat(tokens) * digits).sum(1), minlength=len(probs))
     assert abs(chi_square_z(counts, probs)) < 5
 

@@ -1,4 +1,4 @@
-"""Replayed passes give the very tokens of the plain loop: on a CPU with a tape in place of CUDA graphs (tests/helpers/tape.py)."""
+"""Replayed passes give exactly the tokens of the plain loop: on a CPU, with tests/helpers/tape.py in place of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Keep, Resample
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
-from tests.engine.test_engine import AR, GRID, LAW, PROMPTS, sjd, sjd2
-from tests.engine.test_syncs import MANY, as_on_a_gpu
-from tests.engine.test_trees import nets
 from tests.helpers import tape
+from tests.helpers.bounded_spans import as_on_a_gpu
+from tests.helpers.decoders import AR, GRID, KINDS, PROMPTS, SAMPLING, sjd, sjd2
 from tests.helpers.toy import Toy, adapted_toy
-
-__all__ = ["nets"]
 
 SEEDS = list(range(1, len(PROMPTS) + 1))
 
@@ -32,7 +29,7 @@ def paper(window: int, steps: int) -> Decoder:
     )
 
 
-DECODERS = {name: MANY[name] for name in ("ar", "front", "eagle")}
+DECODERS = {name: KINDS[name] for name in ("ar", "front", "eagle")}
 DECODERS |= {"sjd2": lambda n: sjd2(9, steps=2, levels="slot", clean=3), "sjd2 paper": lambda n: paper(9, 2)}
 
 
@@ -51,13 +48,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_replayed_passes_give_the_tokens_of_the_plain_loop(model: Toy, name: str, nets: dict[str, str]) -> None:
     decoder, graphs = DECODERS[name](nets), Graphs(tape.record)
-    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=LAW)
+    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=SAMPLING)
     with as_on_a_gpu():
         # the second batch has a longer prompt: keys and values move; the third finds everything in place
-        first = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=LAW, graphs=graphs)
+        first = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=graphs)
         loop = graphs.kept
-        then = generate(model, decoder, model.encode(PROMPTS[2:4]), SEEDS[2:4], sampling=LAW, graphs=graphs)
-        again = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=LAW, graphs=graphs)
+        then = generate(model, decoder, model.encode(PROMPTS[2:4]), SEEDS[2:4], sampling=SAMPLING, graphs=graphs)
+        again = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=graphs)
     assert isinstance(loop, Replayed)
     assert loop is graphs.kept
     assert any(loop.graphs.values())
@@ -70,22 +67,22 @@ def test_replayed_passes_give_the_tokens_of_the_plain_loop(model: Toy, name: str
 @pytest.mark.parametrize("name", ["sjd2"])
 def test_refilled_rows_may_be_replayed(model: Toy, name: str, nets: dict[str, str]) -> None:
     decoder = DECODERS[name](nets)
-    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=replace(LAW, sampler="gumbel"))
+    plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=replace(SAMPLING, sampler="gumbel"))
     with as_on_a_gpu():
         requests = zip(PROMPTS, SEEDS, strict=True)
-        law = replace(LAW, sampler="gumbel")
+        law = replace(SAMPLING, sampler="gumbel")
         for index, sample in stream(model, decoder, requests, rows=2, sampling=law, graphs=Graphs(tape.record)):
             assert (sample.tokens == plain.samples[index].tokens).all()
 
 
 def test_another_batch_size_or_law_opens_another_loop(model: Toy) -> None:
     graphs, decoder = Graphs(tape.record), sjd(4)
-    loop = graphs.start(model, decoder, 2, 5, LAW)
-    assert graphs.start(model, decoder, 2, 3, LAW) is loop
-    assert graphs.start(model, decoder, 3, 5, LAW) is not loop
-    assert graphs.start(model, decoder, 2, 5, replace(LAW, top_k=3)) is not loop
+    loop = graphs.start(model, decoder, 2, 5, SAMPLING)
+    assert graphs.start(model, decoder, 2, 3, SAMPLING) is loop
+    assert graphs.start(model, decoder, 3, 5, SAMPLING) is not loop
+    assert graphs.start(model, decoder, 2, 5, replace(SAMPLING, top_k=3)) is not loop
     zipar = ZipAR(name="zipar", lossless=False, window_size=2)
-    assert not isinstance(graphs.start(model, zipar, 2, 5, LAW), Replayed)
+    assert not isinstance(graphs.start(model, zipar, 2, 5, SAMPLING), Replayed)
 
 
 class Remembers(Jacobi):
@@ -106,10 +103,10 @@ def test_a_part_that_keeps_tensors_of_its_own_is_found_out(model: Toy) -> None:
         refiner = Resample(record=False)
         return Decoder(name="x", window=6, lossless=True, drafter=Remembers(), verifier=Exact(), refiner=refiner)
 
-    plain = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=LAW)
+    plain = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=SAMPLING)
     with as_on_a_gpu():
-        eager = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=LAW)
-        graph = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=LAW, graphs=Graphs(tape.record))
+        eager = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=SAMPLING)
+        graph = generate(model, decoder(), model.encode(PROMPTS), SEEDS, sampling=SAMPLING, graphs=Graphs(tape.record))
     assert torch.equal(eager.tokens, plain.tokens)
     assert [s.accepted for s in graph.samples] != [s.accepted for s in plain.samples]
 
@@ -117,7 +114,7 @@ def test_a_part_that_keeps_tensors_of_its_own_is_found_out(model: Toy) -> None:
 def test_ar_costs_a_graph_per_bound(model: Toy) -> None:
     graphs = Graphs(tape.record)
     with as_on_a_gpu():
-        generate(model, AR, model.encode(PROMPTS[:1]), [1], sampling=LAW, graphs=graphs)
+        generate(model, AR, model.encode(PROMPTS[:1]), [1], sampling=SAMPLING, graphs=graphs)
     # prompt and image are 33 tokens; a bound's first pass is not replayed
     assert sorted(graphs.kept.graphs) == [16, 32, 33]
     assert [level for level, replay in graphs.kept.graphs.items() if replay] == [16, 32]

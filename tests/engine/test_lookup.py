@@ -8,18 +8,16 @@ import pytest
 import torch
 
 from baselines.lookup import Lookup
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.generate import Decoder, stream
 from sjd2.decoding.interfaces import Draft, State
 from sjd2.decoding.noise import Noise
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
-from tests.engine.test_engine import GRID, LAW, PROMPTS
-from tests.engine.test_exactness import AR, CUT, FORCED, GUIDED, z_score
+from tests.helpers.decoders import AR, BLOCK, CUT, FORCED, GRID, GUIDED, PROMPTS, SAMPLING, decode
+from tests.helpers.enumeration import z_score
 from tests.helpers.toy import Toy
-
-BLOCK = TokenGrid(3, 2, 3)  # two rows to look up
 
 
 def lookup(window: int, drafter: Lookup | None = None, context: int = 2) -> Decoder:
@@ -58,17 +56,13 @@ def model() -> Toy:
     return Toy(GRID, dtype=torch.float64, width=16)
 
 
-def decode(model: Toy, decoder: Decoder, sampling: SamplingParams = LAW):
-    return generate(model, decoder, model.encode(PROMPTS), list(range(1, len(PROMPTS) + 1)), sampling=sampling)
-
-
 MANY = [lookup(2), lookup(6, context=1), lookup(40, context=3)]
 
 
 @pytest.mark.parametrize("decoder", MANY, ids=lambda decoder: str(decoder.window))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_gumbel_matching_returns_the_very_tokens_of_ar(model: Toy, decoder: Decoder, temperature: float) -> None:
-    law = replace(LAW, sampler="gumbel", temperature=temperature)
+    law = replace(SAMPLING, sampler="gumbel", temperature=temperature)
     expected, got = decode(model, AR, law), decode(model, decoder, law)
     assert torch.equal(expected.tokens, got.tokens)
     assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
@@ -79,7 +73,7 @@ def test_gumbel_matching_returns_the_very_tokens_of_ar(model: Toy, decoder: Deco
 def test_lookup_does_not_depend_on_batch_or_refilling(model: Toy, decoder: Decoder, rows: int) -> None:
     expected = decode(model, decoder).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
-    for index, sample in stream(model, decoder, requests, rows=rows, sampling=LAW):
+    for index, sample in stream(model, decoder, requests, rows=rows, sampling=SAMPLING):
         assert (sample.tokens == expected[index].tokens).all()
         assert sample.accepted == expected[index].accepted
 

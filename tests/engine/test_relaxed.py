@@ -15,15 +15,14 @@ import baselines.lantern
 from baselines.gsd import Grouped
 from baselines.lantern import Relaxed, neighbour_table
 from baselines.reuse import Reuse
-from sjd2.decoding.generate import generate
 from sjd2.decoding.interfaces import Draft
 from sjd2.decoding.noise import Noise
-from sjd2.decoding.refine import Resample
 from sjd2.decoding.sampling import SamplingParams, draw
 from sjd2.decoding.verify import Exact, residual
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
-from tests.engine.test_exactness import CUT, GUIDED, jacobi, z_score
+from tests.helpers.decoders import CUT, GUIDED, decode, sjd
+from tests.helpers.enumeration import z_score
 from tests.helpers.toy import Toy, chi_square_z
 
 
@@ -352,9 +351,9 @@ def test_reuse_needs_the_laws() -> None:
 @pytest.mark.parametrize(
     ("decoder", "law"),
     [
-        (jacobi(4, Reuse(threshold=0.3)), GUIDED),
-        (jacobi(8, Reuse(threshold=0.1)), SamplingParams()),
-        (jacobi(5, Reuse(), "left"), CUT),
+        (sjd(4, Reuse(threshold=0.3)), GUIDED),
+        (sjd(8, Reuse(threshold=0.1)), SamplingParams()),
+        (sjd(5, Reuse(), "left"), CUT),
     ],
     ids=["guided", "wide", "cut"],
 )
@@ -375,9 +374,9 @@ class StaleReuse(Reuse):
 @pytest.mark.parametrize(
     "decoder",
     [
-        jacobi(5, StaleReuse(threshold=0.3)),
-        jacobi(5, Resample(), verifier=Relaxed(neighbours=2, lam=5.0), lossless=False),
-        jacobi(5, Resample(), verifier=Grouped(group=3, distance=None, probability=0.9), lossless=False),
+        sjd(5, StaleReuse(threshold=0.3)),
+        sjd(5, verifier=Relaxed(neighbours=2, lam=5.0), lossless=False),
+        sjd(5, verifier=Grouped(group=3, distance=None, probability=0.9), lossless=False),
     ],
     ids=["stale reuse", "lantern++", "gsd"],
 )
@@ -389,7 +388,7 @@ def test_lossy_decoders_are_caught(decoder) -> None:
 def test_smallest_settings_decode_as_sjd(name: str) -> None:
     toy = Toy(TokenGrid(2, 5, 9, row_end=20), dtype=torch.float64)
     prompts, seeds = ["a b", "b", "c a d"] * 4, list(range(12))
-    sjd, other = jacobi(4, Resample()), jacobi(4, Resample(), verifier=EXACT[name], lossless=False)
-    wanted, got = (generate(toy, decoder, toy.encode(prompts), seeds, sampling=GUIDED) for decoder in (sjd, other))
+    decoders = sjd(4), sjd(4, verifier=EXACT[name], lossless=False)
+    wanted, got = (decode(toy, decoder, GUIDED, prompts, seeds) for decoder in decoders)
     assert torch.equal(got.tokens, wanted.tokens)
     assert [s.accepted for s in got.samples] == [s.accepted for s in wanted.samples]

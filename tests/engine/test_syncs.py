@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -28,12 +26,9 @@ from sjd2.decoding.verify import Exact
 from sjd2.decoding.window import Decoding
 from sjd2.files import ROOT
 from sjd2.models.base import Condition, ImageModel
-from sjd2.models.kv_cache import RowCache
-from tests.engine.test_engine import AR, GRID, LAW, PROMPTS, sjd
-from tests.engine.test_trees import eagle, front, nets
+from tests.helpers.bounded_spans import as_on_a_gpu
+from tests.helpers.decoders import GRID, KINDS, PROMPTS, SAMPLING
 from tests.helpers.toy import Toy
-
-__all__ = ["nets"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
@@ -188,7 +183,7 @@ def test_a_loop_frees_its_keys_when_it_ends(model: Toy) -> None:
     gc.disable()
     try:
         for name in ("ar", "sjd"):
-            decoding = MANY[name]({}).start(model, 2, 4, LAW)
+            decoding = KINDS[name]({}).start(model, 2, 4, SAMPLING)
             decoding.admit([0, 1], model.encode(PROMPTS[:2]), [1, 2])
             decoding.step()
             decoding.step()
@@ -207,58 +202,24 @@ def model() -> Toy:
     return Toy(GRID, dtype=torch.float64, width=16)
 
 
-@contextmanager
-def as_on_a_gpu() -> Iterator[list[tuple[int, int]]]:
-    """Let caches keep a bound in buckets of 8, and yield (span, entries needed) of every pass."""
-    start, window, spans = RowCache.__init__, RowCache.window, []
-
-    def build(cache: RowCache, layers: int, rows: int, capacity: int, device: torch.device) -> None:
-        start(cache, layers, rows, capacity, device)
-        cache.reads = False
-        cache.capacity = cache._room(capacity)
-
-    def checked(cache: RowCache, width: int, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
-        mask = window(cache, width, dtype, visible)
-        spans.append((cache.span, int(cache.lengths.max()) + width))
-        assert spans[-1][1] <= cache.span
-        assert cache.span % 8 == 0 or (visible is not None and visible.shape[2] > width)
-        return mask
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sjd2.models.kv_cache.SPAN_BUCKET", 8)
-        patch.setattr(RowCache, "__init__", build)
-        patch.setattr(RowCache, "window", checked)
-        yield spans
-
-
-MANY = {
-    "ar": lambda n: AR,
-    "sjd": lambda n: sjd(6),
-    "jacobi": lambda n: sjd(6, Resample(record=False)),
-    "front": lambda n: front(20, n, siblings=(2, 1, 1), copies=4, corrected=3),
-    "eagle chain": lambda n: eagle(5, n, shape="chain"),
-    "eagle": lambda n: eagle(12, n, shape="dynamic", depth=3, top_k=3),
-}
-
-
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_bound_instead_of_the_lengths_changes_no_token(model: Toy, name: str, nets: dict[str, str]) -> None:
-    seeds, decoder = list(range(1, len(PROMPTS) + 1)), MANY[name](nets)
+    seeds, decoder = list(range(1, len(PROMPTS) + 1)), KINDS[name](nets)
     with as_on_a_gpu():
-        bounded = generate(model, decoder, model.encode(PROMPTS), seeds, sampling=LAW)
-        refilled = dict(stream(model, decoder, zip(PROMPTS, seeds, strict=True), rows=2, sampling=LAW))
-    exact = generate(model, decoder, model.encode(PROMPTS), seeds, sampling=LAW)
+        bounded = generate(model, decoder, model.encode(PROMPTS), seeds, sampling=SAMPLING)
+        refilled = dict(stream(model, decoder, zip(PROMPTS, seeds, strict=True), rows=2, sampling=SAMPLING))
+    exact = generate(model, decoder, model.encode(PROMPTS), seeds, sampling=SAMPLING)
     assert torch.equal(bounded.tokens, exact.tokens)
     for index, sample in refilled.items():
         assert (sample.tokens == exact.samples[index].tokens).all()
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", KINDS)
 def test_spans_follow_the_rows(model: Toy, name: str, nets: dict[str, str]) -> None:
     # the host's bound grows by a whole window per pass and is set right at each look at the device, in every cache
-    decoder = MANY[name](nets)
+    decoder = KINDS[name](nets)
     with as_on_a_gpu() as spans:
-        decoding = decoder.start(model, 1, 3, LAW)
+        decoding = decoder.start(model, 1, 3, SAMPLING)
         decoding.admit([0], model.encode(PROMPTS[:1]), [1])
         spans.clear()
         while not decoding.finished():

@@ -9,53 +9,19 @@ import torch
 from torch import Tensor
 
 from baselines.eagle.eagle_drafter import Eagle
-from baselines.eagle.head import EagleHead, EagleSettings
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.generate import Decoder, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.shapes import Tree, walk
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.errors import UserError
-from sjd2.front.corrector import Corrector, FrontSettings
 from sjd2.front.front_drafter import Front
 from sjd2.front.front_shape import branches, shape
 from sjd2.models.kv_cache import RowCache
-from tests.engine.test_engine import GRID, LAW, PROMPTS
-from tests.engine.test_exactness import AR, CUT, FORCED, GUIDED, toy, z_score
+from tests.helpers.decoders import AR, CUT, FORCED, GRID, GUIDED, PATHS, PROMPTS, SAMPLING, decode, eagle, front
+from tests.helpers.enumeration import z_score
 from tests.helpers.toy import Toy
-
-PATHS = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
-
-
-@pytest.fixture(scope="session")
-def nets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Strong random networks: what they guess is wrong, so a decoder that trusts them too much is found out."""
-    model, folders = toy(), {}
-    torch.manual_seed(1)
-    corrector = Corrector(FrontSettings(width=16, inner=32, blocks=1), 16)
-    head = EagleHead(EagleSettings(), model)
-    for name, net, size in (("front", corrector, 0.5), ("eagle", head, 0.3)):
-        for parameter in net.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape) * size if parameter.ndim == 2 else parameter)
-        folder = tmp_path_factory.mktemp(name)
-        net.save(folder, torch.float32)
-        folders[name] = str(folder)
-    return folders
-
-
-def front(window: int, nets: dict[str, str], chain=None, refiner=None, corrected: int = 0, **more) -> Decoder:
-    weights = nets["front"] if corrected else None
-    drafter = Front(chain=chain or Jacobi(), weights=weights, corrected=corrected, **more)
-    return Decoder(
-        name="front", window=window, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner or Coupled()
-    )
-
-
-def eagle(window: int, nets: dict[str, str], verifier=None, **more) -> Decoder:
-    drafter = Eagle(weights=nets["eagle"], **more)
-    return Decoder(name="eagle", window=window, lossless=True, drafter=drafter, verifier=verifier or Exact())
-
 
 LOSSLESS = {
     "siblings": (lambda n: front(9, n, siblings=(2, 1), copies=2), GUIDED),
@@ -165,10 +131,6 @@ def model() -> Toy:
     return Toy(GRID, dtype=torch.float64, width=16)
 
 
-def decode(model: Toy, decoder: Decoder, sampling=LAW):
-    return generate(model, decoder, model.encode(PROMPTS), list(range(1, len(PROMPTS) + 1)), sampling=sampling)
-
-
 MANY = [
     lambda n: front(20, n, siblings=(2, 1, 1), copies=4, corrected=3),
     lambda n: front(18, n, siblings=(1, 1), copies=2, full=True),
@@ -180,7 +142,7 @@ MANY = [
 
 @pytest.mark.parametrize("make", MANY)
 def test_gumbel_matching_on_trees_returns_the_very_tokens_of_ar(model: Toy, make, nets: dict[str, str]) -> None:
-    law = replace(LAW, sampler="gumbel")
+    law = replace(SAMPLING, sampler="gumbel")
     expected, got = decode(model, AR, law), decode(model, make(nets), law)
     assert torch.equal(expected.tokens, got.tokens)
     assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
@@ -192,7 +154,7 @@ def test_trees_do_not_depend_on_batch_or_refilling(model: Toy, make, rows: int, 
     decoder = make(nets)
     expected = decode(model, decoder).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
-    for index, sample in stream(model, decoder, requests, rows=rows, sampling=LAW):
+    for index, sample in stream(model, decoder, requests, rows=rows, sampling=SAMPLING):
         assert (sample.tokens == expected[index].tokens).all()
         assert sample.accepted == expected[index].accepted
         assert sample.draft_forwards == (sample.forwards - 1) * decoder.forwards

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +18,8 @@ from evaluation.metrics import features, fid, speed
 from evaluation.run_folder import RunFolder
 from evaluation.score import keep_scores, read_scores, score
 from sjd2.errors import UserError
+from tests.helpers.extractors import MeanColour, StandIn
 from tests.helpers.runs import MODEL, a_run, gaussian, pixels
-
-
-class MeanColour:
-    """A cheap extractor that counts what it is asked for."""
-
-    name, width, size = "mean colour", 12, None
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def check(self) -> None:
-        pass
-
-    def digest(self) -> str:
-        return "meancolour"
-
-    def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        rows = [image.reshape(4, -1, 3).mean(1).ravel() for image in images]
-        self.seen += len(rows)
-        return np.array(rows, np.float32)
-
 
 # ---- distances against the libraries
 
@@ -201,17 +180,6 @@ def test_feature_distance_warns_of_few_images_and_leaves_out_what_does_not_fit(
     metric.extractor.size = (299, 299)
     assert metric.score(RunFolder(tmp_path / "20")).keys() == {"fid_warning"}
     assert metric.score(a_run(tmp_path / "one", pixels(1))).keys() == {"fid_warning"}
-
-
-class StandIn(torch.nn.Module):
-    """The interface of the Inception file: `layers` from [B, 3, 299, 299] to 2,048 features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d((32, 64)), torch.nn.Conv2d(3, 1, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
 
 
 def test_inception_agrees_with_clean_fid_on_a_folder(tmp_path: Path) -> None:

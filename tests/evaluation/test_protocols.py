@@ -20,7 +20,7 @@ from evaluation.score import read_scores
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 from sjd2.files import ROOT
-from tests.evaluation.test_evaluation import MeanColour, StandIn
+from tests.helpers.extractors import MeanColour, StandIn
 from tests.helpers.runs import a_run
 
 SIZES = ((60, 91), (48, 48), (75, 52))  # height, width: as differing as COCO's

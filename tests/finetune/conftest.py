@@ -17,11 +17,7 @@ from harness.console import CONF
 from sjd2.models.tiny.tokenizer import build_tokenizer
 from sjd2.models.tiny.train_ar import TrainAR
 from sjd2.models.vqgan import VQGAN
-from tests.helpers.small_training import (
-    CODES,
-    SIDE,
-    spec,
-)
+from tests.helpers.small_training import CODES, SIDE, spec
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,7 @@ from sjd2.finetune.data.generated import Generated
 from sjd2.finetune.distributed import Machine
 from sjd2.models.adapter import Adapter
 from tests.helpers import checkpoints_chameleon, checkpoints_emu3, checkpoints_janus, checkpoints_llamagen
-from tests.helpers.small_training import (
-    VARIANTS,
-    Words,
-    recipe,
-    tokens,
-)
+from tests.helpers.small_training import VARIANTS, Words, recipe, tokens
 
 FAMILIES = ("lumina", "emu3", "janus", "llamagen")
 

@@ -10,9 +10,7 @@ from omegaconf import OmegaConf
 from harness.console import CONF
 from sjd2.config import check_node, instantiate
 from sjd2.finetune.data.tokens import ImageTokens
-from tests.helpers.small_training import (
-    settings,
-)
+from tests.helpers.small_training import settings
 
 RECIPES = sorted(path for path in (CONF / "finetune_defaults").glob("*.yaml"))
 MODELS = {path.stem for path in (CONF / "model").glob("*.yaml")}

@@ -15,10 +15,7 @@ from sjd2.errors import UserError
 from sjd2.finetune.data import images
 from sjd2.finetune.data import tokens as tokenised
 from sjd2.finetune.data.tokens import ImageTokens
-from tests.helpers.small_training import (
-    SIDE,
-    tokens,
-)
+from tests.helpers.small_training import SIDE, tokens
 
 
 def saved(picture: Image.Image, kind: str = "png", **more) -> bytes:

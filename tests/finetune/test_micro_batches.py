@@ -20,14 +20,7 @@ from sjd2.finetune.next_clean import FinetuneSJD2
 from sjd2.finetune.objective import recompute
 from sjd2.finetune.trainer import warmup_decay
 from sjd2.models.adapter import Adapter
-from tests.helpers.small_training import (
-    GRID,
-    VARIANTS,
-    Codes,
-    Words,
-    recipe,
-    spec,
-)
+from tests.helpers.small_training import GRID, VARIANTS, Codes, Words, recipe, spec
 from tests.helpers.toy import Toy
 
 

@@ -3,94 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 import run as command
-from evaluation.metrics.features import save_npz
 from evaluation.run_folder import run_folders
 from harness.settings import STAGES
 from sjd2.errors import UserError
 from sweeps.compare.group import compare_folders, stage
 from sweeps.tables import figures
 from sweeps.tables.table import stage as table_stage
-from tests.helpers.runs import MODEL, a_run, gaussian
-
-N, D, TOKENS = 24, 6, 16
-SPEC = MODEL | {"rows": 4, "columns": 4, "vocabulary": 8, "adapter": None}
-PAPER = {"rule": "paper", "lossless": False}
-
-
-class SixNumbers:
-    """An extractor that is only asked for its name: the features lie in the run folders."""
-
-    name, width, size = "six numbers", D, None
-
-    def check(self) -> None:
-        pass
-
-    def digest(self) -> str:
-        return "six"
-
-    def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        raise AssertionError("a comparison loads no network")
-
-
-@pytest.fixture
-def metric(tmp_path: Path) -> dict[str, Any]:
-    """Settings of a feature distance as config.yaml holds them."""
-    np.savez(tmp_path / "reference.npz", features=gaussian(200, D, 77), digest="six")
-    extractor = {"_target_": "tests.sweeps.test_group.SixNumbers"}
-    return {
-        "_target_": "evaluation.metrics.fid.FeatureDistance",
-        "extractor": extractor,
-        "reference": str(tmp_path / "reference.npz"),
-    }
-
-
-def make(
-    tmp_path: Path,
-    decoder: str,
-    *,
-    seed: int,
-    shift: float = 0.0,
-    forwards: int = 8,
-    ids: range = range(N),
-    metric: dict[str, Any] | None = None,
-    digest: str = "base",
-    adapter: str | None = None,
-    refilled: int | None = None,
-    **parts: Any,
-) -> str:
-    """Write a run with noise of its own around shared difficulties of the prompts; returns the folder's name.
-
-    shift: nats per token added, and a quarter of the shift of the features; forwards: passes of an image, one more at
-    odd prompts. refilled: batch size of a run with refill.
-    """
-    rng = np.random.default_rng(seed)
-    prompts = np.random.default_rng(7).normal(30, 5, 200)[list(ids)]
-    nll = prompts + rng.normal(0, 1, len(ids)) + shift * TOKENS
-    passes = [TOKENS if decoder == "ar" else forwards + i % 2 for i in ids]
-    path = tmp_path / "runs" / f"{decoder}-{seed}"
-    made = a_run(path, [np.zeros((8, 8, 3), np.uint8)] * len(ids), id=[[i, 0] for i in ids], seed=0, tokens=TOKENS,
-                 forwards=passes, nll=nll.tolist())  # fmt: skip
-    model = SPEC | {"adapter": adapter}
-    identity = {"id": f"{seed:010d}", "digest": digest, "model": model, "law": {"temperature": 1.0, "sampler": "cdf"}}
-    identity |= {"decoder": {"name": decoder, "lossless": True} | parts, "prompts": {"digest": "p", "repeats": 1}}
-    identity |= {"batch_size": refilled, "refill": True} if refilled else {}
-    config = {"model": model, "prompts": {"name": "shapes"}, "identity": identity}
-    if metric:
-        config["evaluation"] = {"metrics": {"fid": metric}}
-        features = gaussian(200, D, seed, 4 * shift)[list(ids)]
-        arrays = {"ids": np.array([[i, 0] for i in ids]), "tokens": np.array(["-"] * len(ids)), "features": features}
-        save_npz(path / "features-six.npz", arrays)
-    (path / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    return made.path.name
+from tests.helpers.compared_runs import PAPER, N, make
 
 
 def compared(tmp_path: Path) -> tuple[str, dict[str, Any]]:

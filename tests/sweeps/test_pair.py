@@ -17,7 +17,7 @@ from sjd2.errors import UserError
 from sweeps.compare.group import stage
 from sweeps.compare.pair import compare_pair
 from tests.helpers.cli import Cli
-from tests.sweeps.test_group import N, SixNumbers, make, metric  # noqa: F401
+from tests.helpers.compared_runs import N, make
 
 
 def compared(tmp_path: Path, first: str, second: str) -> tuple[str, dict[str, Any]]:
@@ -31,7 +31,7 @@ def measures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {measure["name"]: measure for measure in found["measures"]}
 
 
-def test_a_copy_is_equal_in_everything(tmp_path: Path, metric: dict[str, Any]) -> None:  # noqa: F811
+def test_a_copy_is_equal_in_everything(tmp_path: Path, metric: dict[str, Any]) -> None:
     name = make(tmp_path, "sjd", seed=2, metric=metric)
     shutil.copytree(tmp_path / "runs" / name, tmp_path / "runs" / "copy")
     text, found = compared(tmp_path, name, "copy")
@@ -62,7 +62,7 @@ def test_one_other_token_is_found(tmp_path: Path) -> None:
     assert f"Tokens: different in 1 of {N} images of both, first in image 00005_0 at token 2." in text
 
 
-def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, Any]) -> None:  # noqa: F811
+def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, Any]) -> None:
     first = make(tmp_path, "sjd", seed=2, metric=metric, window=8)
     second = make(tmp_path, "sjd", seed=3, metric=metric, window=16, shift=0.4, forwards=4)
     runs = [RunFolder(tmp_path / "runs" / name) for name in (first, second)]
@@ -85,7 +85,7 @@ def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, A
     assert f"({100 * (1 - 0.01 / tests):.4g} %)" in text
 
 
-def test_equal_laws_do_not_differ(tmp_path: Path, metric: dict[str, Any]) -> None:  # noqa: F811
+def test_equal_laws_do_not_differ(tmp_path: Path, metric: dict[str, Any]) -> None:
     _, found = compared(
         tmp_path, make(tmp_path, "sjd", seed=2, metric=metric), make(tmp_path, "scd", seed=3, metric=metric)
     )

@@ -17,7 +17,7 @@ import pytest
 from evaluation.run_folder import RunFolder, run_folders
 from sweeps.multirun import jobs
 from tests.helpers.cli import ROOT
-from tests.sweeps.slurm.cluster import Cluster, lacking, running
+from tests.helpers.slurm_cluster import Cluster, lacking, running
 
 PLUGIN = "hydra_plugins.hydra_submitit_launcher"
 pytestmark = [

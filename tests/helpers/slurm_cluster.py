@@ -1,7 +1,7 @@
 """A Slurm cluster of one node on this machine, for tests: real daemons, a folder of its own, no systemd, no cgroups.
 
     apt-get install -y --no-install-recommends slurm-wlm munge slurmdbd mariadb-server
-    python -m tests.sweeps.slurm.cluster FOLDER      # starts one, prints what a shell has to export, ends with Ctrl-C
+    python -m tests.helpers.slurm_cluster FOLDER      # starts one, prints what a shell has to export, ends with Ctrl-C
 
 With `accounts` slurmdbd and MariaDB run too, so that sacct knows how jobs ended; without, submitit cannot tell.
 """
