@@ -26,12 +26,16 @@ RECORD_VALUES: dict[str, Callable[[dict], float]] = {
     "step_compression": lambda record: record["tokens"] / record["forwards"],
     "nll": lambda record: record["nll"],
 }
+ALPHA = 0.01  # of all tests of one table together
 SCORE_VALUES = ("clip", "alignment", "alignment_all", "geneval", "hpsv2", "image_reward")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Run b minus run a: mean, interval at `level`, two-sided p-value, number of prompts and images."""
+    """Run b minus run a: mean, interval at `level`, two-sided p-value, number of prompts and images.
+
+    Interval and p-value are corrected for the number of comparisons they were made with.
+    """
 
     mean: float
     low: float
@@ -40,6 +44,20 @@ class Difference:
     prompts: int
     images: int
     level: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the corrected p-value is below ALPHA."""
+        return self.p < ALPHA
+
+    def with_interval(self, digits: int) -> str:
+        """Return the mean with its interval as text, e.g. '+0.012 [-0.003, +0.027]'."""
+        return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+    @property
+    def p_text(self) -> str:
+        """The p-value as text, e.g. '0.042' or '<0.001'."""
+        return "<0.001" if self.p < 0.001 else f"{self.p:.3f}"
 
 
 def image_values(run: RunFolder, name: str) -> dict[Id, float]:

@@ -6,15 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from sjd2.files import ROOT
-
-if TYPE_CHECKING:
-    from sweeps.runs import Run
+from sweeps.runs import Run, flatten_settings, path_tail
 
 RUN_WIDE = ("batch_size", "seed", "dtype", "refill", "sampler", "repeats")  # settings that are no decoder's own
 PARTS = ("drafter", "verifier", "refiner")
@@ -42,24 +39,6 @@ def swept(jobs: Sequence[Mapping[str, Any]]) -> set[str]:
     """Return the decoder settings in which jobs of a multirun differ, from their status.json."""
     words = (str(text).lstrip("+").partition("=")[0] for job in jobs for text in job.get("overrides") or ())
     return {word.removeprefix("decoder.") for word in words if word.startswith("decoder.")}
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Turn nested settings into dotted keys; `_target_` becomes its class name."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        if key == "_target_":
-            found[prefix] = str(inner).rpartition(".")[2]
-        else:
-            found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
-def tail(path: str) -> str:
-    """Return the last two parts of a path: the same file has many paths."""
-    return "/".join(Path(path).parts[-2:])
 
 
 def _parts(run: Run, rivals: Sequence[Run]) -> list[str]:
@@ -90,8 +69,8 @@ def _own(run: Run) -> dict[str, str]:
     for part in PARTS:
         node = run.identity["decoder"].get(part)
         decoder |= {part: {k: v for k, v in node.items() if k != "_target_"}} if isinstance(node, dict) else {}
-    return {key: str(value) for key, value in flatten(decoder).items()} | {
-        "adapter": "none" if run.adapter is None else tail(run.adapter),
+    return {key: str(value) for key, value in flatten_settings(decoder).items()} | {
+        "adapter": "none" if run.adapter is None else path_tail(run.adapter),
         "weights": str(run.identity.get("digest")) if run.adapter is None else "",
     }
 

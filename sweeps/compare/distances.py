@@ -1,4 +1,4 @@
-"""Compare the distances (KID, FID) of two runs from the features in their folders; no network is loaded."""
+"""Compare the KID and FID of two runs from the features in their folders; no network is loaded."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from evaluation.metrics.fid import FeatureDistance
 from evaluation.statistics import Difference, paired_distance
 from sjd2.config import instantiate
 from sjd2.errors import UserError
-from sweeps.runs import Run, common_prompts
+from sweeps.comparable import common_prompts
+from sweeps.runs import Run
 
-FEW = 10  # prompts below which a bootstrapped distance means nothing
-WIDE = 256  # features above which the 400 Frechet distances of an interval take too long
+FEW = 10  # prompts below which bootstrapping a distance is meaningless
+WIDE = 256  # features above which the 400 Frechet distances of one interval take too long
 
 
-class FeatureDistances:
-    """Paired distances; a metric and its reference features are read once for all pairs."""
+class DistanceGaps:
+    """Differences in KID or FID between runs; a metric and its reference features are read once for all pairs."""
 
     def __init__(self, settings: Mapping[str, Any] | None) -> None:
         self.settings, self._built = settings, {}
 
     def gap(self, kind: str, reference: Run, run: Run, level: float, comparisons: int) -> tuple[Difference | None, str]:
-        """Return run's distance (kind: kid or fid) minus reference's and its extractor, or None and the reason."""
+        """Return run's distance (kind: kid or fid) minus reference's, and the extractor; or None and the reason."""
         if (common := common_prompts(reference, run)) < FEW:
-            return None, f"{common} prompts in both are too few"
+            return None, f"{common} common prompts are too few"
         nodes = [self.settings, *(fid_settings(r.config) for r in (run, reference))]
-        reason = "no evaluation with features is known of it"
+        reason = "neither run was evaluated with features"
         for node in filter(None, nodes):
             try:
                 metric = self._metric(node)
                 if kind == "fid" and metric.extractor.width > WIDE:
-                    reason = f"an interval on {metric.extractor.width} features takes too long; KID stands for it"
+                    reason = f"an interval on {metric.extractor.width} features takes too long; see KID"
                     continue
-                with np.errstate(divide="ignore", invalid="ignore"):  # a replicate of one single image has no pairs
+                with np.errstate(divide="ignore", invalid="ignore"):  # a replicate of a single image has no pairs
                     found = paired_distance(
                         reference.folder, run.folder, metric, kind, level=level, comparisons=comparisons
                     )
@@ -46,7 +47,7 @@ class FeatureDistances:
                 continue
             if np.isfinite([found.low, found.high]).all():
                 return found, metric.extractor.name
-            reason = "too few images with features in both"
+            reason = "too few images have features in both runs"
         return None, reason
 
     def _metric(self, node: Mapping[str, Any]) -> FeatureDistance:
@@ -63,6 +64,6 @@ class FeatureDistances:
 
 
 def fid_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the settings of the feature distance under `evaluation.metrics.fid`, None where it is another metric."""
+    """Return the settings of the feature distance under `evaluation.metrics.fid`; None if it is another metric."""
     node = ((config.get("evaluation") or {}).get("metrics") or {}).get("fid")
     return node if node and str(node.get("_target_")).endswith("FeatureDistance") else None

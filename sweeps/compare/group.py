@@ -1,8 +1,8 @@
-"""Compare the runs of one model, prompt list and law pairwise: each against AR in law, all others in passes.
+"""Compare the runs of one table pairwise: each against AR in distribution, the others with each other in passes.
 
 Lossless decoders must not differ from AR, a lossy control should: its likelihood (NLL per token) and its kernel distance
 (KID, from the features in the run folders) are tested at 1 %, corrected for the number of decoders. Every value is of
-the images that both runs have. Two runs in every respect (`run_dir=A against=B`): two.py.
+the images that both runs have. Two runs in every respect (`run_dir=A against=B`): pair.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evaluation.run_folder import RunFolder, run_folders
-from evaluation.statistics import Difference, paired
+from evaluation.statistics import ALPHA, Difference, paired
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
-from sweeps.compare.differences import ALPHA, differs, p_value, with_interval
-from sweeps.compare.distances import FeatureDistances, fid_settings
-from sweeps.runs import Run, common_prompts, groups, quality_reference, read_runs, same_model
+from sweeps.comparable import common_prompts, groups, quality_reference, same_weights
+from sweeps.compare.distances import DistanceGaps, fid_settings
+from sweeps.compare.pair import compare_pair
+from sweeps.runs import Run, read_runs
 from sweeps.tables.formats import Table, markdown, show
 from sweeps.tables.notes import ADAPTER
 from sweeps.tables.rows import nll_per_token
@@ -32,7 +33,7 @@ from sweeps.tables.table import title
 
 @dataclass(frozen=True)
 class AgainstAR:
-    """One run minus its AR run: NLL in nats per token, and KID; None where it does not exist."""
+    """One run minus its AR run: NLL in nats per token, and KID; None if it could not be tested."""
 
     run: Run
     reference: Run
@@ -44,12 +45,12 @@ class AgainstAR:
 
     @property
     def found(self) -> list[bool]:
-        """Say of each test that could be made whether it found a difference."""
-        return [differs(value) for value in (self.nll, self.kid) if value is not None]
+        """For each test that could be made, whether it found a difference."""
+        return [value.differs for value in (self.nll, self.kid) if value is not None]
 
 
 @dataclass(frozen=True)
-class Pair:
+class PassGap:
     """Run `second` minus run `first`: target-model passes per image, and tokens per pass."""
 
     first: Run
@@ -59,12 +60,12 @@ class Pair:
 
 
 @dataclass
-class Comparison:
-    """Everything compared within one group of runs; `skipped` says why the rest is not."""
+class GroupComparison:
+    """Everything compared within one group of runs; `skipped` gives the reasons for what was not."""
 
     runs: Sequence[Run]
     against_ar: list[AgainstAR] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[PassGap] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -73,32 +74,32 @@ class Comparison:
         return 1 - ALPHA / max(1, len(self.against_ar))
 
 
-def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Comparison:
+def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> GroupComparison:
     """Compare the runs of one group; metric: settings of a FeatureDistance, tried before those in the runs' folders."""
-    found = Comparison(runs)
+    found = GroupComparison(runs)
     others = [run for run in runs if not run.is_ar]
     references = {run.path: quality_reference(run, runs) for run in others}
     used = {reference.path: reference for reference in references.values() if reference is not None}
-    more = [run for run in runs if run.is_ar and run.path not in used]  # e.g. another seed: a control
+    more = [run for run in runs if run.is_ar and run.path not in used]  # e.g. AR with another seed: a negative control
     references |= {run.path: quality_reference(run, used.values()) for run in more}
     tested = [run for run in more + others if references[run.path] is not None]
-    lonely = [run.label for run in others if references[run.path] is None]
-    if lonely:
-        found.skipped.append(f"{', '.join(lonely)}: no AR run of the same weights shares two prompts.")
-    distances = FeatureDistances(metric)
+    unmatched = [run.label for run in others if references[run.path] is None]
+    if unmatched:
+        found.skipped.append(f"{', '.join(unmatched)}: no AR run with the same weights shares two prompts.")
+    distances = DistanceGaps(metric)
     for run in tested:
         found.against_ar.append(_against_ar(run, references[run.path], len(tested), distances))
     for first, second in combinations(others, 2):
-        if first.adapter == second.adapter and not same_model(first, second):
+        if first.adapter == second.adapter and not same_weights(first, second):
             found.skipped.append(f"{second.label} − {first.label}: the model weights differ.")
         elif common_prompts(first, second) < 2:
-            found.skipped.append(f"{second.label} − {first.label}: fewer than two prompts in both.")
+            found.skipped.append(f"{second.label} − {first.label}: fewer than two common prompts.")
         else:
             found.pairs.append(_pair(first, second))
     return found
 
 
-def _against_ar(run: Run, reference: Run, comparisons: int, distances: FeatureDistances) -> AgainstAR:
+def _against_ar(run: Run, reference: Run, comparisons: int, distances: DistanceGaps) -> AgainstAR:
     theirs, ours = (
         {key: nll for key, image in r.images.items() if (nll := nll_per_token(image)) is not None}
         for r in (reference, run)
@@ -112,37 +113,39 @@ def _against_ar(run: Run, reference: Run, comparisons: int, distances: FeatureDi
     return AgainstAR(run, reference, common_prompts(reference, run), nll, kid, extractor, missing)
 
 
-def _pair(first: Run, second: Run) -> Pair:
+def _pair(first: Run, second: Run) -> PassGap:
     passes = [{key: float(image.forwards) for key, image in run.images.items()} for run in (first, second)]
     rates = [{key: image.tokens / image.forwards for key, image in run.images.items()} for run in (first, second)]
-    return Pair(first, second, paired(*passes), paired(*rates))
+    return PassGap(first, second, paired(*passes), paired(*rates))
 
 
 # ---- for readers
 
 
-def tables(found: Comparison) -> list[Table]:
+def group_tables(found: GroupComparison) -> list[Table]:
     """Return the tables of one group: against AR, and pairs of the others."""
     made = [_ar_table(found)] if found.against_ar else []
     if found.pairs:
         header = ["difference (95 %)", "N", "passes per image", "p", "step compression", "p"]
-        notes = ["First minus second, on the prompts of both; not corrected for the number of pairs. Draft passes of a "
-                 "separate model are not counted."]  # fmt: skip
-        made.append(Table("Among each other", header, [_pair_cells(pair) for pair in found.pairs], notes))
+        notes = ["First minus second, on the common prompts; not corrected for the number of pairs. Passes of a separate draft "
+                 "model are not counted."]  # fmt: skip
+        made.append(
+            Table("Decoders compared with each other", header, [_pair_cells(pair) for pair in found.pairs], notes)
+        )
     made = made or [Table("", ["nothing to compare"], [])]
     made[0].title = " - ".join(filter(None, (title(found.runs[0]), made[0].title.lower())))
     made[-1].notes += [f"Not compared: {reason}" for reason in found.skipped]
     return made
 
 
-def _ar_table(found: Comparison) -> Table:
+def _ar_table(found: GroupComparison) -> Table:
     rows, names = found.against_ar, sorted({row.extractor for row in found.against_ar if row.kid})
     level = f"{100 * found.corrected_level:.5g} %"
     header = ["minus AR", "lossless", "N", f"Δ NLL/token ({level})", "p", "differs"]
     header += [f"Δ KID ({level})", "p", "differs"] if names else []
     cells = []
     for row in rows:
-        mark = "" if same_model(row.run, row.reference) else " †"
+        mark = "" if same_weights(row.run, row.reference) else " †"
         line = [row.run.label + mark, "yes" if row.run.lossless else "**no**", _n(row.nll, row.prompts)]
         line += _tested(row.nll, 4)
         if names:
@@ -151,8 +154,8 @@ def _ar_table(found: Comparison) -> Table:
             line += [first + own, *rest]
         cells.append(line)
     notes = [_verdict(rows), f"Nats per token; p-values and {level} intervals are corrected for {len(rows)} decoders, "
-             f"so that by chance one of them all differs in {100 * ALPHA:g} % of cases for each measure. No difference "
-             "found is no proof of equality: the interval says how far apart they may be."]  # fmt: skip
+             f"so the probability of even one false positive is {100 * ALPHA:g} % for each measure. No difference found "
+             "does not prove equality: the interval says how far apart they may be."]  # fmt: skip
     notes += [f"KID on features of {', '.join(names)}."] if names else []
     missing = {row.kid_missing: [r.run.label for r in rows if r.kid_missing == row.kid_missing] for row in rows}
     reasons = [f"No KID for {', '.join(labels)}: {reason}." for reason, labels in missing.items() if reason]
@@ -177,26 +180,26 @@ def _n(difference: Difference | None, prompts: int) -> str:
 
 
 def _tested(gap: Difference | None, digits: int) -> list[str]:
-    return [with_interval(gap, digits), p_value(gap), "**yes**" if differs(gap) else "no"] if gap else ["", "", ""]
+    return [gap.with_interval(digits), gap.p_text, "**yes**" if gap.differs else "no"] if gap else ["", "", ""]
 
 
-def _pair_cells(pair: Pair) -> list[str]:
-    gaps = [text for gap in (pair.passes, pair.compression) for text in (with_interval(gap, 2), p_value(gap))]
+def _pair_cells(pair: PassGap) -> list[str]:
+    gaps = [text for gap in (pair.passes, pair.compression) for text in (gap.with_interval(2), gap.p_text)]
     return [f"{pair.second.label} − {pair.first.label}", _n(pair.passes, 0), *gaps]
 
 
 # ---- for programs
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
-    """Return every number under its own name, unrounded; what does not exist is absent."""
+def group_json(found: GroupComparison) -> dict[str, Any]:
+    """Return every number under its own name, unrounded; what could not be tested is absent."""
     against = []
     for row in found.against_ar:
         line = {"run": row.run.path.name, "label": row.run.label, "decoder": row.run.decoder}
         line |= {"lossless": row.run.lossless, "reference": row.reference.path.name, "prompts": row.prompts}
-        line |= {"same_weights": same_model(row.run, row.reference)}
+        line |= {"same_weights": same_weights(row.run, row.reference)}
         for name, gap in (("nll_per_token", row.nll), ("kid", row.kid)):
-            line |= {name: asdict(gap) | {"differs": differs(gap)}} if gap else {}
+            line |= {name: asdict(gap) | {"differs": gap.differs}} if gap else {}
         against.append(line | ({"kid_extractor": row.extractor} if row.kid else {"kid_missing": row.kid_missing}))
     pairs = [
         {"run": pair.second.path.name, "minus": pair.first.path.name, "label": pair.second.label}
@@ -211,36 +214,35 @@ def as_json(found: Comparison) -> dict[str, Any]:
 def compare_folders(paths: Sequence[Path], out: Path, metric: Mapping[str, Any] | None = None) -> str:
     """Compare run folders group by group, write compare.md and compare.json into `out`; return the Markdown.
 
-    Raises UserError where no two runs belong together.
+    Raises UserError if no two runs may be compared.
     """
     runs, unreadable = read_runs(paths)
     found = [compare(group, metric) for group in groups(runs) if len(group) > 1]
     if not found:
-        raise UserError("stage=compare needs two runs of one model, prompt list and law; found no two.")
-    text = "\n".join(markdown(table) for comparison in found for table in tables(comparison))
-    text += "".join(f"\n{label} left out: {reason}\n" for label, reason in unreadable)
+        raise UserError(
+            "stage=compare needs two runs with the same model, prompts and sampling parameters, and found none."
+        )
+    text = "\n".join(markdown(table) for comparison in found for table in group_tables(comparison))
+    text += "".join(f"\nSkipped {label}: {reason}\n" for label, reason in unreadable)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "compare.md", text.encode())
-    content = json.dumps([as_json(comparison) for comparison in found], indent=1, allow_nan=False)
+    content = json.dumps([group_json(comparison) for comparison in found], indent=1, allow_nan=False)
     write_atomically(out / "compare.json", (content + "\n").encode())
     return text
 
 
 def stage(cfg: DictConfig) -> Path:
-    """Compare run_dir with against, or all run folders of runs_dir pairwise; returns the folder of what was written."""
-    from sweeps.compare.pair import compare_pair
-
+    """Compare run_dir with against, or all run folders of runs_dir pairwise; return the folder written to."""
     if (cfg.run_dir is None) != (cfg.against is None):
         raise UserError(
-            "stage=compare takes two runs, run_dir=FOLDER against=FOLDER, or all runs of runs_dir=FOLDER without either."
+            "stage=compare takes either two runs, run_dir=FOLDER against=FOLDER, or all runs of runs_dir=FOLDER."
         )
     settings = fid_settings(OmegaConf.to_container(cfg, resolve=True))
     out = Path(cfg.runs_dir) / "tables"
     if cfg.run_dir is not None:
         first, second = RunFolder.open(cfg.run_dir).path, RunFolder.open(cfg.against).path
-        pair = hashlib.sha256(f"{first.resolve()} {second.resolve()}".encode()).hexdigest()[
-            :6
-        ]  # one name, two machines
+        # two pairs of folders may share their names
+        pair = hashlib.sha256(f"{first.resolve()} {second.resolve()}".encode()).hexdigest()[:6]
         out = out / f"{first.resolve().name}-{second.resolve().name}-{pair}"
         show(compare_pair((first, second), out, settings))
         return out

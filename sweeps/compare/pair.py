@@ -1,4 +1,4 @@
-"""Compare two run folders: settings, tokens, what each image came to (paired), and what they ran on.
+"""Compare two run folders: settings, tokens, the paired results of every image, and what they ran on.
 
 `python run.py stage=compare run_dir=A against=B`. Every difference is B minus A on the images of both.
 """
@@ -16,25 +16,30 @@ import numpy as np
 from evaluation.run_folder import Id
 from evaluation.run_folder import name as image_name
 from evaluation.score import read_scores
-from evaluation.statistics import Difference, paired
+from evaluation.statistics import ALPHA, Difference, paired
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
-from sweeps.compare.differences import ALPHA, differs, p_value, with_interval
-from sweeps.compare.distances import FeatureDistances
-from sweeps.labels import flatten
-from sweeps.runs import Run, groups, obstacles, read_run, same_but_adapter, same_model, table_machine
+from sweeps.comparable import groups, obstacles, same_but_adapter, same_weights, table_machine
+from sweeps.compare.distances import DistanceGaps
+from sweeps.runs import Run, flatten_settings, read_run
 from sweeps.tables.formats import Table, markdown
 from sweeps.tables.notes import FEW
 from sweeps.tables.rows import nll_per_token
 
-UNSAID = ("launch", "run", "time", "ended", "peak_memory_gb")  # of a launch: what says nothing of where it ran
-EXAMPLES = 3  # values of one key that a cell shows
+NOT_PROVENANCE = (
+    "launch",
+    "run",
+    "time",
+    "ended",
+    "peak_memory_gb",
+)  # keys of a launch that do not describe where it ran
+EXAMPLES = 3  # values of one key shown in a cell
 LATENCY = "latency, s"
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """How many of the `images` of both have the very same tokens; `first`: (image, place) of the first other one."""
+class TokenMatch:
+    """How many of the common `images` have exactly the same tokens; `first`: (image, position) of the first mismatch."""
 
     images: int
     equal: int
@@ -43,40 +48,40 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Measure:
-    """One value of both runs on the images of both, and their paired difference."""
+    """One value of both runs on their common images, and its paired difference."""
 
     name: str
-    values: tuple[float | None, float | None]  # a distance between sets of images has none on a part of them
+    values: tuple[float | None, float | None]  # None for KID and FID, which are of a whole run
     gap: Difference
     digits: int
 
     @property
     def tested(self) -> bool:
-        """Say whether there are enough prompts for an interval and a p-value."""
+        """Whether there are enough prompts for an interval and a p-value."""
         return self.gap.prompts >= FEW
 
 
 @dataclass
-class Pair:
-    """All that is known of two runs together; `skipped` says what could not be compared and why."""
+class PairComparison:
+    """Everything compared between two runs; `skipped` lists what could not be compared, and why."""
 
     runs: tuple[Run, Run]
     settings: dict[str, tuple[str, str]]
     provenance: dict[str, tuple[list[str], list[str]]]
-    tests: int = 0  # that the intervals and p-values are corrected for
-    tokens: Tokens | None = None
+    tests: int = 0  # the number that intervals and p-values are corrected for
+    tokens: TokenMatch | None = None
     measures: list[Measure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
-def compare_two(first: Run, second: Run, metric: Mapping[str, Any] | None = None) -> Pair:
+def compare_two(first: Run, second: Run, metric: Mapping[str, Any] | None = None) -> PairComparison:
     """Compare two runs; metric: settings of a FeatureDistance, tried before those in the runs' folders."""
-    found = Pair((first, second), _settings(first, second), _unequal(_where(first), _where(second), []))
+    found = PairComparison((first, second), _settings(first, second), _unequal(_where(first), _where(second), []))
     common = sorted(first.images.keys() & second.images.keys())
     if first.identity["prompts"]["digest"] != second.identity["prompts"]["digest"]:
         found.skipped.append("images: the prompts differ")
     elif not common:
-        found.skipped.append("images: no image is in both")
+        found.skipped.append("images: the runs have none in common")
     else:
         if _canvas(first) == _canvas(second):
             found.tokens = _tokens(first, second, set(common))
@@ -87,19 +92,19 @@ def compare_two(first: Run, second: Run, metric: Mapping[str, Any] | None = None
 
 
 def _settings(first: Run, second: Run) -> dict[str, tuple[str, str]]:
-    """Return the settings that decide tokens in which the runs differ; weights by digest, not by path."""
+    """Return the settings that decide tokens and differ; weights by digest, not by path."""
     sides = ({key: value for key, value in run.identity.items() if key != "id"} for run in (first, second))
-    return _unequal(*({key: str(value) for key, value in flatten(side).items()} for side in sides), "")
+    return _unequal(*({key: str(value) for key, value in flatten_settings(side).items()} for side in sides), "")
 
 
 def _where(run: Run) -> dict[str, list[str]]:
-    """Return what the launches of a run ran on: each key's values, in the order of the launches."""
+    """Return what the launches of a run ran on: {key: its values in the order of the launches}."""
     values: dict[str, dict[str, None]] = {}
     for launch in run.launches.values():
-        said = {key: value for key, value in launch.items() if key not in UNSAID}
-        if isinstance(said.get("command"), list):
-            said["command"] = " ".join(map(str, said["command"]))
-        for key, value in flatten(said).items():
+        shown = {key: value for key, value in launch.items() if key not in NOT_PROVENANCE}
+        if isinstance(shown.get("command"), list):
+            shown["command"] = " ".join(map(str, shown["command"]))
+        for key, value in flatten_settings(shown).items():
             values.setdefault(key, {})[str(value)] = None
     return {key: list(found) for key, found in values.items()}
 
@@ -114,35 +119,35 @@ def _canvas(run: Run) -> tuple[Any, ...]:
     return tuple(run.identity["model"].get(key) for key in ("name", "rows", "columns", "vocabulary"))
 
 
-def _tokens(first: Run, second: Run, common: set[Id]) -> Tokens:
-    """Compare tokens by their digest; only the first image that differs is read."""
+def _tokens(first: Run, second: Run, common: set[Id]) -> TokenMatch:
+    """Compare tokens by their digest; only the tokens of the first image that differs are read."""
     records = [{(r["id"][0], r["id"][1]): r for r in run.folder.records()} for run in (first, second)]
     other = sorted(key for key in common if len({side[key]["tokens_sha256"] for side in records}) > 1)
     if not other:
-        return Tokens(len(common), len(common), None)
+        return TokenMatch(len(common), len(common), None)
     try:
         ours, theirs = (run.folder.tokens(side[other[0]]) for run, side in zip((first, second), records, strict=True))
-    except OSError:  # a folder copied without its tokens: the digests have told already
-        return Tokens(len(common), len(common) - len(other), None)
+    except OSError:  # a folder copied without its tokens; the digests suffice
+        return TokenMatch(len(common), len(common) - len(other), None)
     least = min(len(ours), len(theirs))
     places = np.flatnonzero(ours[:least] != theirs[:least])
-    return Tokens(len(common), len(common) - len(other), (other[0], int(places[0]) if places.size else least))
+    return TokenMatch(len(common), len(common) - len(other), (other[0], int(places[0]) if places.size else least))
 
 
 # ---- values of the images
 
 
-def _values(found: Pair) -> Iterator[tuple[str, int, list[dict[Id, float]]]]:
-    """Yield (name, digits, one value per image of either run) of all that both runs know."""
+def _values(found: PairComparison) -> Iterator[tuple[str, int, list[dict[Id, float]]]]:
+    """Yield (name, digits, [{image: value} of either run]) of every value per image."""
     runs = found.runs
     yield "passes per image", 2, [{k: float(i.forwards) for k, i in run.images.items()} for run in runs]
     yield "step compression", 3, [{k: i.tokens / i.forwards for k, i in run.images.items()} for run in runs]
     if timings := _latencies(found):
         yield LATENCY, 4, timings
     likely = [{k: nll for k, i in run.images.items() if (nll := nll_per_token(i)) is not None} for run in runs]
-    if runs[0].law != runs[1].law:
-        found.skipped.append("NLL per token: it is taken under each run's own law")
-    elif same_model(*runs) or same_but_adapter(*runs) or same_but_adapter(*reversed(runs)):
+    if runs[0].sampling != runs[1].sampling:
+        found.skipped.append("NLL per token: the runs have different target distributions")
+    elif same_weights(*runs) or same_but_adapter(*runs) or same_but_adapter(*reversed(runs)):
         yield "NLL per token", 4, likely
     else:
         found.skipped.append("NLL per token: the model weights differ")
@@ -151,49 +156,49 @@ def _values(found: Pair) -> Iterator[tuple[str, int, list[dict[Id, float]]]]:
     for name in sorted(names[0] | names[1]):
         sides = [{key: float(row[name]) for key, row in side.items() if name in row} for side in scores]
         if len({_protocol(run, name) for run in runs}) > 1:
-            found.skipped.append(f"{name}: not measured by the same protocol in both")
+            found.skipped.append(f"{name}: not measured with the same protocol")
         else:
             yield name, 4, sides
 
 
-def _latencies(found: Pair) -> list[dict[Id, float]]:
-    """Return the seconds of every separate timing of both runs: images of one batch were timed together and count once.
+def _latencies(found: PairComparison) -> list[dict[Id, float]]:
+    """Return the seconds of every separate timing of both runs; the images of a batch are timed together and count once.
 
-    Empty, with a reason in `skipped`, where the times do not compare.
+    Empty, with a reason in `skipped`, if the times cannot be compared.
     """
     machine = table_machine(found.runs)
     if reasons := obstacles(*found.runs, machine):
         found.skipped.append(f"latency: not the same {', '.join(reasons)}")
         return []
     if any(run.setting("refill") and run.setting("batch_size") != 1 for run in found.runs):
-        found.skipped.append("latency: rows of a refilled batch share their passes, so no timing is separate")
+        found.skipped.append("latency: the rows of a refilled batch share their passes, so there is no separate timing")
         return []
     a, b = (run.timed(machine) for run in found.runs)
     common = sorted(a.keys() & b.keys())
     batches = {(a[key].batch, b[key].batch): key for key in reversed(common)}  # named by their first image
     if len({first for first, _ in batches}) < len(batches) or len({second for _, second in batches}) < len(batches):
-        found.skipped.append("latency: the images were not batched alike")
+        found.skipped.append("latency: the images were batched differently")
         return []
     return [{key: side[key].latency for key in batches.values()} for side in (a, b)]
 
 
 def _protocol(run: Run, name: str) -> str | None:
-    """Return how a per-image score was taken; `alignment_all` is of the metric `alignment`."""
+    """Return the protocol of a per-image score; `alignment_all` belongs to the metric `alignment`."""
     protocol = run.metrics.get("protocol", {})
     return protocol.get(name) or protocol.get(name.partition("_")[0])
 
 
-def _measure(found: Pair, metric: Mapping[str, Any] | None) -> None:
+def _measure(found: PairComparison, metric: Mapping[str, Any] | None) -> None:
     """Test every value that both runs have, corrected for the number of tests."""
     values = []
     for name, digits, (a, b) in _values(found):
         common = a.keys() & b.keys()
         if len({key[0] for key in common}) < 2:
-            found.skipped.append(f"{name}: fewer than two prompts in both")
+            found.skipped.append(f"{name}: fewer than two common prompts")
         else:
             values.append((name, digits, a, b, sorted(common)))
-    distances = FeatureDistances(metric)
-    tests, level = len(values) + 2, 1 - ALPHA  # those below and two distances, whether these can be made or not
+    distances = DistanceGaps(metric)
+    tests, level = len(values) + 2, 1 - ALPHA  # `values` and two distances, whether or not these can be computed
     found.tests = tests
     for name, digits, a, b, common in values:
         gap = paired(a, b, level=level, comparisons=tests, replicates=min(40_000, 2000 * tests))
@@ -210,31 +215,31 @@ def _measure(found: Pair, metric: Mapping[str, Any] | None) -> None:
 # ---- for readers
 
 
-def verdict(found: Pair) -> list[str]:
-    """Say in a sentence each whether tokens and measures differ."""
+def verdict(found: PairComparison) -> list[str]:
+    """Return one sentence each on whether tokens and measures differ."""
     words, tokens = [], found.tokens
     if tokens is not None and tokens.equal == tokens.images:
-        words.append(f"Tokens: equal in all {tokens.images} images of both.")
+        words.append(f"Tokens: equal in all {tokens.images} common images.")
     elif tokens is not None:
         first = f", first in image {image_name(tokens.first[0])} at token {tokens.first[1]}" if tokens.first else ""
-        words.append(f"Tokens: different in {tokens.images - tokens.equal} of {tokens.images} images of both{first}.")
+        words.append(f"Tokens: different in {tokens.images - tokens.equal} of {tokens.images} common images{first}.")
     tested = [measure for measure in found.measures if measure.tested]
     if tested:
-        other = [measure.name for measure in tested if differs(measure.gap)]
-        named = f"different: {', '.join(other)}" if other else "no difference found, which is no proof of equality"
+        different = [measure.name for measure in tested if measure.gap.differs]
+        named = (
+            f"different: {', '.join(different)}" if different else "no difference found, which does not prove equality"
+        )
         words.append(
-            f"Measures: {named} ({100 * ALPHA:g} % for {found.tests} tests together, those that could not be made included)."
+            f"Measures: {named} ({100 * ALPHA:g} % over all {found.tests} tests, including those that could not be made)."
         )
     elif found.measures:
-        words.append(f"Measures: not tested, for which {FEW} prompts in both are needed.")
+        words.append(f"Measures: not tested, which needs {FEW} common prompts.")
     if any(measure.name == LATENCY for measure in tested):
-        words.append(
-            "A difference in latency also holds how the machine changed between runs made one after the other."
-        )
+        words.append("A difference in latency includes any change of the machine between the two runs.")
     return words
 
 
-def tables(found: Pair) -> list[Table]:
+def pair_tables(found: PairComparison) -> list[Table]:
     """Return the tables of two runs: measures, settings, and what they ran on."""
     made = []
     if found.measures:
@@ -247,14 +252,14 @@ def tables(found: Pair) -> list[Table]:
             made.append(Table(f"{name}: what differs", ["", "A", "B"], [[key, *pair] for key, pair in rows.items()]))
         else:
             equal.append(f"{name}: equal.")
-    made = made or [Table("", ["no measure, no setting and no provenance to compare"], [])]
+    made = made or [Table("", ["nothing to compare"], [])]
     made[0].notes = ["A is {}, B is {}.".format(*paths(found)), *verdict(found), *equal]
     made[-1].notes += [f"Not compared: {reason.rstrip('.')}." for reason in found.skipped]
     return made
 
 
-def paths(found: Pair) -> list[str]:
-    """Name both run folders: by their last part, or where that is the same by the whole path."""
+def paths(found: PairComparison) -> list[str]:
+    """Return the names of both run folders, or their paths if the names are equal."""
     whole = [run.path.resolve() for run in found.runs]
     return [str(path) if whole[0].name == whole[1].name else path.name for path in whole]
 
@@ -269,12 +274,12 @@ def _cells(measure: Measure) -> list[str]:
     sides = ["" if value is None else f"{value:.{digits}f}" for value in measure.values]
     if not measure.tested:
         return [measure.name, *sides, f"{gap.mean:+.{digits}f}", "", str(gap.prompts)]
-    mark = "**" if differs(gap) else ""
-    return [measure.name, *sides, f"{mark}{with_interval(gap, digits)}{mark}", p_value(gap), str(gap.prompts)]
+    mark = "**" if gap.differs else ""
+    return [measure.name, *sides, f"{mark}{gap.with_interval(digits)}{mark}", gap.p_text, str(gap.prompts)]
 
 
-def as_json(found: Pair) -> dict[str, Any]:
-    """Return every number under its own name, unrounded; what does not exist is absent."""
+def pair_json(found: PairComparison) -> dict[str, Any]:
+    """Return every number under its own name, unrounded; what could not be compared is absent."""
     about = {"a": str(found.runs[0].path), "b": str(found.runs[1].path), "tests": found.tests}
     about |= {"measures": [_numbers(measure) for measure in found.measures]}
     about |= {"settings": found.settings, "provenance": found.provenance, "skipped": found.skipped}
@@ -284,7 +289,7 @@ def as_json(found: Pair) -> dict[str, Any]:
 def _numbers(measure: Measure) -> dict[str, Any]:
     known: dict[str, Any] = {"name": measure.name, **asdict(measure.gap)}
     if measure.tested:
-        known["differs"] = differs(measure.gap)
+        known["differs"] = measure.gap.differs
     else:
         known = {key: value for key, value in known.items() if key not in ("low", "high", "p", "level")}
     return known | ({} if measure.values[0] is None else dict(zip("ab", measure.values, strict=True)))
@@ -293,15 +298,15 @@ def _numbers(measure: Measure) -> dict[str, Any]:
 def compare_pair(paths: tuple[Path, Path], out: Path, metric: Mapping[str, Any] | None = None) -> str:
     """Compare two run folders, write two.md and two.json into `out`; return the Markdown.
 
-    Raises UserError where a folder is no run, or both are one.
+    Raises UserError if a folder is not a run, or both are the same.
     """
     first, second = (read_run(path) for path in paths)
     if first.path.resolve() == second.path.resolve():
-        raise UserError(f"run_dir and against are one folder, {first.path}; name two.")
+        raise UserError(f"run_dir and against are the same folder, {first.path}; give two.")
     groups([first, second])
     found = compare_two(first, second, metric)
-    text = "\n".join(markdown(table) for table in tables(found))
+    text = "\n".join(markdown(table) for table in pair_tables(found))
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "two.md", text.encode())
-    write_atomically(out / "two.json", (json.dumps(as_json(found), indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(out / "two.json", (json.dumps(pair_json(found), indent=1, allow_nan=False) + "\n").encode())
     return text

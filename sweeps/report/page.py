@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from harness.console import say
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
+from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
 from sweeps.multirun.jobs import is_sweep, statuses
 from sweeps.report.ablation import Ablation, make_ablations
@@ -29,14 +30,14 @@ from sweeps.report.cells import Grid, main_grid, plain_grid
 from sweeps.report.charts import COLOURS, Dot, lines, scatter
 from sweeps.report.encode import drawing, picture
 from sweeps.report.gif import pace, write_gif
-from sweeps.report.race import LANES, Race, as_json, in_a_row, make_race
+from sweeps.report.race import LANES, Race, in_a_row, make_race, race_json
 from sweeps.report.trajectories import Trajectory, make_trajectories
-from sweeps.runs import Machine, Run, chosen_folders, groups, read_runs, table_machine, with_baselines
+from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
 from sweeps.tables.figures import GRID_ROWS, LIKELIHOOD, accepted_counts, quality_panels, same_seeds, waiting_maps
 from sweeps.tables.formats import failure
 from sweeps.tables.notes import notes
 from sweeps.tables.paper import paper_tables
-from sweeps.tables.plots import COLUMNS_MAX, front
+from sweeps.tables.plots import COLUMNS_MAX, pareto_front
 from sweeps.tables.rows import Row, make_rows
 from sweeps.tables.table import csv_row, difference_table, failed_row, published_table, title, to_csv
 
@@ -181,7 +182,7 @@ def _quality(section: Section) -> None:
         }
         best = []
         if lower is not None and rows is timed:
-            best = [dots[point.label] for point in front(points, lower_is_better=lower)]
+            best = [dots[point.label] for point in pareto_front(points, lower_is_better=lower)]
         arrow = {True: " (lower is better)", False: " (higher is better)", None: ""}[lower]
         section.quality.append(
             scatter(list(dots.values()), cost, name + arrow, front=best, level=0.0 if lower is None else None)
@@ -281,7 +282,7 @@ def render(
     }
     return environment.get_template("page.html").render(
         sections=sections,
-        races=[None if section.race is None else as_json(section.race, side) for section in sections],
+        races=[None if section.race is None else race_json(section.race, side) for section in sections],
         paces=[_pace(section.race) for section in sections],
         failed=failed,
         papers=papers,

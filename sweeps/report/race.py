@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from evaluation.run_folder import Id
 from sweeps.report.encode import picture
-from sweeps.runs import Image, Run
-from sweeps.tables.figures import guesses_ahead
+from sweeps.runs import ImageCost, Run
+from sweeps.tables.figures import num_drafted
 
 if TYPE_CHECKING:
     from sjd2.models.layout import TokenGrid
@@ -118,12 +118,12 @@ def _lane(index: int, run: Run, ids: Sequence[Id], layout: TokenGrid) -> Lane:
             order, cells = _grown(details["rows"], layout.columns)
         told = told and (order is not None or not _many_rows(run))
         heats[key] = _heat(run, run.images[key], trace, cells, order, image)
-    return Lane(run, index, guesses_ahead(run), not told, heats)
+    return Lane(run, index, num_drafted(run), not told, heats)
 
 
 def _heat(
     run: Run,
-    about: Image,
+    about: ImageCost,
     trace: Sequence[tuple[float, int]],
     cells: list[int],
     order: list[int] | None,
@@ -201,7 +201,7 @@ def _notes(lanes: Sequence[Lane], ids: Sequence[Id], runs: int) -> list[str]:
     return found + [f"Warning: {text}" for text in warnings]
 
 
-def as_json(race: Race, side: int) -> dict[str, Any]:
+def race_json(race: Race, side: int) -> dict[str, Any]:
     """Return the race as the page's script reads it; times and cells are differences, in units of UNIT and of one."""
     lanes = [
         {"label": lane.run.label, "lossless": lane.run.lossless, "colour": lane.index, "ahead": lane.ahead}

@@ -1,4 +1,4 @@
-"""Choose what to draw of a table's runs: quality against latency, the same seeds side by side, acceptance."""
+"""Choose what to plot of a table's runs: quality against latency, the same seeds side by side, acceptance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from evaluation.run_folder import Id
 from sjd2.errors import UserError
 from sweeps.runs import Run
-from sweeps.tables.plots import COLUMNS_MAX, Point, acceptance_histogram, acceptance_maps, image_grid, pareto
+from sweeps.tables.plots import COLUMNS_MAX, Point, acceptance_histogram, acceptance_maps, comparison_grid, pareto
 from sweeps.tables.rows import Row
 
 if TYPE_CHECKING:
@@ -34,39 +34,39 @@ PANELS = 3  # qualities in one Pareto plot
 
 
 @dataclass
-class Drawn:
-    """The pictures of one table as (caption, file name), and what had to be left out."""
+class Plots:
+    """The plots of one table as (caption, file name), and notes on those that could not be drawn."""
 
-    pictures: list[tuple[str, str]] = field(default_factory=list)
+    files: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def draw(rows: Sequence[Row], out: Path, *, suffix: str, title: str) -> Drawn:
-    """Draw all pictures that the runs of one table allow into `out`, as pareto.png ...; `suffix` tells tables apart."""
-    drawn = Drawn()
+def draw_plots(rows: Sequence[Row], out: Path, *, suffix: str, title: str) -> Plots:
+    """Draw every plot that the runs of one table allow into `out`, as pareto.png ...; `suffix` tells tables apart."""
+    plots = Plots()
     for name in NAMES:
         path = out / f"{name}{suffix}.png"
-        path.unlink(missing_ok=True)  # a picture of earlier runs must not stand beside this table
+        path.unlink(missing_ok=True)  # a plot of earlier runs must not stay beside this table
         try:
             caption = {"pareto": _pareto, "grid": _grid, "acceptance": _maps, "accepted": _histogram}[name](
                 rows, path, title
             )
         except UserError as error:
-            drawn.notes.append(f"Left out: {path.name}, since {error}")
+            plots.notes.append(f"Skipped {path.name}: {error}")
             continue
         if caption:
-            drawn.pictures.append((caption, path.name))
-    return drawn
+            plots.files.append((caption, path.name))
+    return plots
 
 
 def quality_panels(rows: Sequence[Row]) -> dict[str, tuple[list[Point], bool | None]]:
-    """Return {quality: (points, lower is better)} of the scores that compare between these runs, at most PANELS.
+    """Return {quality: (points, lower is better)} of the scores comparable between these runs, at most PANELS.
 
-    Where no score compares: the difference in likelihood to AR. Neither side of zero is better: it tells of bias.
+    If no score is comparable: the difference in likelihood to AR, where neither sign is better: it shows a bias.
     """
     panels: dict[str, tuple[list[Point], bool | None]] = {}
     for key, (name, spread, lower) in QUALITIES.items():
-        # scores of different N or different networks share no axis
+        # scores at different N or of different networks cannot share an axis
         fit = [row for row in rows if key in row.metrics and row.scored == row.n]
         alike = {
             (row.n if key == "fid" else 0, row.metrics.get("fid_extractor"), row.metrics.get("clip_model"))
@@ -93,8 +93,10 @@ def _pareto(rows: Sequence[Row], path: Path, title: str) -> str:
     n = ", ".join(map(str, sorted({row.n for row in timed})))
     pareto(panels, path, caption=f"{title}, N={n}" if scored else title)
     if not scored:
-        return "Difference in NLL per token to AR (95 % interval) against latency: a lossless decoder's includes zero"
-    return "Quality against latency; the grey line joins the runs that no other run beats in both"
+        return (
+            "Difference in NLL per token to AR (95 % interval) against latency: for a lossless decoder it includes zero"
+        )
+    return "Quality against latency; the grey line joins the Pareto-optimal runs"
 
 
 def _point(row: Row, quality: float, error: float | None) -> Point:
@@ -106,25 +108,25 @@ def _grid(rows: Sequence[Row], path: Path, title: str) -> str:
     if not ids:
         return ""
     shown, chosen = runs[:COLUMNS_MAX], ids[:GRID_ROWS]
-    pictures = {run.label: list(run.folder.images(chosen)) for run in shown}
+    images = {run.label: list(run.folder.images(chosen)) for run in shown}
     note = "the same prompt and seed in a row" + (
         f"; the first {len(shown)} of {len(rows)} runs" if len(shown) < len(rows) else ""
     )
-    image_grid(pictures, [shown[0].images[key].prompt for key in chosen], path, note=note)
+    comparison_grid(images, [shown[0].images[key].prompt for key in chosen], path, note=note)
     return f"Images of the same prompt and seed, decoder by decoder ({title})"
 
 
 def same_seeds(runs: Sequence[Run]) -> tuple[list[Run], list[Id]]:
-    """Return the runs that share images made from equal seeds, and the ids of those images, first repeats first.
+    """Return the runs that share images made from the same seeds, and the ids of those images, first repeats first.
 
-    Runs with another `seed=`, and runs with no image in common with the others, are left out.
+    Runs with another `seed=`, and runs without an image in common with the others, are left out.
     """
     seeds = Counter(run.identity.get("seed") for run in runs)
-    kept = [run for run in runs if run.identity.get("seed") == seeds.most_common(1)[0][0]]
-    common: set[Id] = set(kept[0].images)
+    same = [run for run in runs if run.identity.get("seed") == seeds.most_common(1)[0][0]]
+    common: set[Id] = set(same[0].images)
     alike = []
-    for run in kept:
-        both = {key for key in common & run.images.keys() if run.images[key].seed == kept[0].images[key].seed}
+    for run in same:
+        both = {key for key in common & run.images.keys() if run.images[key].seed == same[0].images[key].seed}
         if both:
             common = both
             alike.append(run)
@@ -132,7 +134,7 @@ def same_seeds(runs: Sequence[Run]) -> tuple[list[Run], list[Id]]:
 
 
 def waiting_maps(rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], TokenGrid | None]:
-    """Return {label: mean passes that each position waited as a guess [N]} of the runs that guess, and their layout."""
+    """Return {label: mean passes that each position was a draft token [N]} of the runs that draft, and their layout."""
     drafting = [row.run for row in rows if row.run.identity["decoder"].get("window", 1) > 1]
     if not drafting:
         return {}, None
@@ -148,11 +150,11 @@ def _maps(rows: Sequence[Row], path: Path, title: str) -> str:
     if not maps:
         return ""
     acceptance_maps(maps, layout.rows, layout.columns, path, free=np.asarray(layout.free))
-    return "Passes that each position of the picture waited as a guess, mean over images; AR waits nowhere"
+    return "Passes that each image position was a draft token before it was committed, mean over images; none with AR"
 
 
-def guesses_ahead(run: Run) -> int:
-    """Return how many positions behind the committed tokens a pass guessed; less than window - 1 where there was a tree."""
+def num_drafted(run: Run) -> int:
+    """Return how many positions after the committed tokens a pass drafts: window - 1 for a chain, fewer for a tree."""
     from sjd2.config import instantiate
 
     decoder = run.config["decoder"]
@@ -162,10 +164,10 @@ def guesses_ahead(run: Run) -> int:
 
 
 def mean_waiting(run: Run) -> np.ndarray:
-    """Return the mean number of passes that each position was a guess before it was committed: [N]."""
+    """Return the mean number of passes that each position was a draft token before it was committed: [N]."""
     from harness.grids import waiting
 
-    window = guesses_ahead(run) + 1
+    window = num_drafted(run) + 1
     images = [run.images[key] for key in sorted(run.images)[:MAP_IMAGES]]
     return np.mean([waiting(image.accepted.tolist(), window) for image in images], axis=0)
 
@@ -175,11 +177,11 @@ def _histogram(rows: Sequence[Row], path: Path, title: str) -> str:
     if not counts:
         return ""
     acceptance_histogram(counts, path)
-    return "Share of passes by the number of tokens they committed (the prefill's one left out)"
+    return "Share of passes by the number of tokens they committed (without the prefill)"
 
 
 def accepted_counts(run: Run) -> Counter[int]:
-    """Count the passes after the prefill by the tokens they committed."""
+    """Count the passes after the prefill by the number of tokens they committed."""
     lengths = np.concatenate([image.accepted[1:] for image in run.images.values()])
     return Counter(
         {int(value): int(count) for value, count in zip(*np.unique(lengths, return_counts=True), strict=True)}

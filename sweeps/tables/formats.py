@@ -1,6 +1,6 @@
 """Write tables of text as Markdown and LaTeX, and show them on a terminal.
 
-A `Table` holds cells that are ready to read; numbers for programs go to the CSV (table.py). `**text**` is bold.
+The cells of a `Table` are for readers; numbers for programs go to the CSV (table.py). `**text**` is bold.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ LATEX = {
 
 @dataclass
 class Table:
-    """Cells ready to read and the notes that belong to them; `failed` holds (job, reason)."""
+    """Cells for readers, and the notes below them; `failed` holds (job, reason)."""
 
     title: str
     header: Sequence[str]
     rows: list[Sequence[str]]
     notes: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
-    pictures: list[tuple[str, str]] = field(default_factory=list)  # (caption, file name)
+    plots: list[tuple[str, str]] = field(default_factory=list)  # (caption, file name)
 
 
 def markdown(table: Table, level: int = 2) -> str:
-    """Return a table as Markdown: heading, rows, failed jobs, notes, pictures."""
+    """Return a table as Markdown: heading, rows, failed jobs, notes, plots."""
     lines = [f"{'#' * level} {table.title}", ""] if table.title else []
     width = len(table.header)
     rows = [list(row) for row in table.rows]
@@ -59,13 +59,13 @@ def markdown(table: Table, level: int = 2) -> str:
     lines += [_pipe(row) for row in rows]
     for note in table.notes:
         lines += ["", _plain(note)]
-    for caption, name in table.pictures:
+    for caption, name in table.plots:
         lines += ["", f"![{caption}]({name})"]
     return "\n".join(lines) + "\n"
 
 
 def failure(reason: str) -> str:
-    """Say that a job failed and why; one that has not run, or was stopped, has not failed."""
+    """Return why a job has no run; one that has not started, or was stopped, has not failed."""
     return reason if reason.startswith(("has not started", "was stopped", "is still running")) else f"failed: {reason}"
 
 
@@ -79,14 +79,14 @@ def _plain(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text for LaTeX: special characters escaped, `**text**` bold, what is outside ASCII and unknown as '?'."""
+    """Return text for LaTeX: special characters escaped, `**text**` bold, unknown symbols as '?'."""
     parts = re.split(r"\*\*(.+?)\*\*", " ".join(text.split()))
     parts = ["".join(LATEX.get(c, c if c.isascii() else _fold(c)) for c in part) for part in parts]
     return "".join(rf"\textbf{{{part}}}" if index % 2 else part for index, part in enumerate(parts))
 
 
 def _fold(character: str) -> str:
-    """Keep letters (inputenc knows them), replace signs that a plain LaTeX has no glyph for."""
+    """Keep letters, which inputenc knows; replace symbols that plain LaTeX has no glyph for."""
     return character if character.isalpha() else "?"
 
 
@@ -107,7 +107,7 @@ def latex(table: Table) -> str:
 
 
 def csv_cells(tables: Sequence[Table]) -> str:
-    """Return the cells of tables of one header as CSV, the title of each in front."""
+    """Return the cells of tables with the same header as CSV, the title of its table first in each row."""
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
     for table in tables:
@@ -117,7 +117,7 @@ def csv_cells(tables: Sequence[Table]) -> str:
 
 
 def show(text: str) -> None:
-    """Print a Markdown page: laid out by rich on a terminal, as it is elsewhere; pictures are left out."""
+    """Print a Markdown page without its images: laid out by rich on a terminal, as it is elsewhere."""
     text = "\n".join(line for line in text.split("\n") if not line.startswith("!["))
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     if not sys.stdout.isatty():

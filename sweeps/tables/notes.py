@@ -1,37 +1,38 @@
-"""Say below a table how its numbers came about, and every reason to doubt a comparison."""
+"""The notes below a table: how its numbers were measured, and every reason to doubt a comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sweeps.comparable import NO_BASELINE
 from sweeps.runs import Machine
 from sweeps.tables.rows import Row
 
 COUNTS = (
-    "Passes are passes of the target model, the prefill included, since it yields the first token. Step compression is "
-    "the mean over images of tokens / passes, so it lies a little above tokens over mean passes. Counts include "
-    "forced tokens (row ends, headers), each its own pass for AR; "
+    "Passes are forward passes of the target model, including the prefill, which yields the first token. Step "
+    "compression is the mean over images of tokens / passes, slightly more than mean tokens / mean passes. Counts include "
+    "forced tokens (row ends, headers), each a pass of its own for AR; "
 )
-FREE = "the step compression in parentheses leaves them out."
-NO_FORCED = "step_compression_free in the CSV leaves them out."
+FREE = "the step compression in parentheses excludes them."
+NO_FORCED = "step_compression_free in the CSV excludes them."
 LOSSY = (
-    "**lossy**: the decoder does not sample from the model's own law (rule=paper, relaxed or grouped acceptance), so "
-    "its speed is bought with quality."
+    "**lossy**: the decoder does not sample from the model's own distribution (rule=paper, relaxed or grouped "
+    "acceptance), so it trades quality for speed."
 )
 INTERVALS = (
     "In brackets: 95 % intervals of the difference to AR on the same prompts (paired bootstrap over prompts, not "
-    "corrected for the number of rows). ± after a step compression is the standard error over prompts, after a KID the "
-    "standard deviation over its subsets; a single FID has no interval."
+    "corrected for the number of rows). ± is the standard error over prompts for step compression, the standard deviation "
+    "over subsets for KID; a single FID has no interval."
 )
-FEW = 16  # images from which a bootstrap over prompts and a standard error mean something
-TIMINGS = 4  # separate timings below which a speed-up is a hint
-STARVED = 0.8  # of the CPU time that a run wanted, below which its seconds say little
-SHORT = 3  # rows up to which a note names them where all are meant
-ADAPTER = "† The run has a fine-tuned adapter; the AR run beside it is the same model without one."
+FEW = 16  # images below which a bootstrap over prompts and a standard error are unreliable
+TIMINGS = 4  # separate timings below which a speed-up is only indicative
+CPU_SHARE = 0.8  # share of the CPU time a run asked for, below which its timings are inflated
+SHORT = 3  # up to so many rows a note names them one by one even if it means all
+ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same model without one."
 
 
 def notes(rows: Sequence[Row], machine: Machine | None) -> list[str]:
-    """Return what stands below a table, warnings last."""
+    """Return the notes below a table, warnings last."""
     found = [_times(rows, machine), COUNTS + (FREE if has_forced_tokens(rows) else NO_FORCED)]
     if any(not row.run.lossless for row in rows):
         found.append(LOSSY)
@@ -44,20 +45,20 @@ def notes(rows: Sequence[Row], machine: Machine | None) -> list[str]:
     return found + [f"Warning: {text}" for text in doubts]
 
 
-def agreed(rows: Sequence[Row], key: str) -> str:
-    """Return the one value of a metric that all rows with it agree on, '' where they differ or none has it."""
+def shared_value(rows: Sequence[Row], key: str) -> str:
+    """Return the value of a metric that all rows with it share; '' if they differ or none has it."""
     values = {str(row.metrics[key]) for row in rows if key in row.metrics}
     return values.pop() if len(values) == 1 else ""
 
 
 def has_forced_tokens(rows: Sequence[Row]) -> bool:
-    """Say whether leaving forced tokens out makes any difference to a step compression."""
+    """Return whether excluding forced tokens changes any step compression."""
     return any(row.compression_free is not None and abs(row.compression_free - row.compression) > 1e-9 for row in rows)
 
 
 def _times(rows: Sequence[Row], machine: Machine | None) -> str:
     if machine is None:
-        return "No times: every image was made under trace=, or on hardware that its run does not name."
+        return "No times: every image was made with trace=, or on hardware that its run does not name."
     hardware, threads = machine
     name = hardware if threads is None or "thread" in hardware else f"{hardware}, {threads} CPU threads"
     dtypes = sorted({str(row.run.setting("dtype")) for row in rows})
@@ -65,9 +66,9 @@ def _times(rows: Sequence[Row], machine: Machine | None) -> str:
     counts = sorted({row.timings for row in rows if row.timed})
     batches = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
     return (
-        f"Times: {', '.join(words)}; batches timed per run: {batches}. Latency: median of what one waits for an image, "
-        "prefill and decoding of its batch. Speed-up: against the AR run of equal model, law, batch size, dtype and "
-        "hardware, on the images both have; else blank."
+        f"Times: {', '.join(words)}; batches timed per run: {batches}. Latency: median time to an image, prefill and "
+        "decoding of its batch. Speed-up: over the AR run with the same model, sampling parameters, batch size, dtype and "
+        "hardware, on the images both have; otherwise blank."
     )
 
 
@@ -77,7 +78,7 @@ def _torch(rows: Sequence[Row]) -> list[str]:
 
 
 def _scores(rows: Sequence[Row]) -> list[str]:
-    """Name extractor, reference and model of every score, and the lines beside which an alignment is read."""
+    """Name extractor, reference and model of every score, and the values to read an alignment against."""
     found = []
     for row in rows:
         if "fid" in row.metrics:
@@ -85,14 +86,14 @@ def _scores(rows: Sequence[Row]) -> list[str]:
             found.append(f"FID and KID: features of {source}, reference {reference}; N as in the row.")
     found += [f"CLIP score: {row.metrics['clip_model']}." for row in rows if "clip_model" in row.metrics]
     known = []
-    for key, name in (("alignment_ceiling", "ceiling (VQ reconstructions)"), ("alignment_real", "rendered pictures")):
-        if text := agreed(rows, key):
+    for key, name in (("alignment_ceiling", "ceiling (VQ reconstructions)"), ("alignment_real", "rendered images")):
+        if text := shared_value(rows, key):
             known.append(f"{name} {float(text):.3f}")
-    chances = sorted(f"{row.metrics['alignment_chance']:.3f}" for row in rows if "alignment_chance" in row.metrics)
-    if chances:
-        known.append(f"chance {' to '.join(dict.fromkeys((chances[0], chances[-1])))}")
+    by_chance = sorted(f"{row.metrics['alignment_chance']:.3f}" for row in rows if "alignment_chance" in row.metrics)
+    if by_chance:
+        known.append(f"chance level {' to '.join(dict.fromkeys((by_chance[0], by_chance[-1])))}")
     if known:
-        found.append(f"Alignment, the share of the caption's attributes found in the picture: {', '.join(known)}.")
+        found.append(f"Alignment, the share of the caption's attributes found in the image: {', '.join(known)}.")
     return list(dict.fromkeys(found))
 
 
@@ -103,14 +104,16 @@ def _doubts_about_n(rows: Sequence[Row]) -> list[str]:
     found = []
     if few := [row for row in rows if row.n < FEW]:
         who = "all rows" if len(few) == len(rows) else _names(few)
-        found.append(f"{who}: with fewer than {FEW} images, intervals and standard errors are too narrow to trust.")
+        found.append(
+            f"{who}: with fewer than {FEW} images, intervals and standard errors are too narrow to be trusted."
+        )
     if len({row.n for row in rows}) == 1:
         return found
     return [
         *found,
         f"runs have different N ({_listed(rows, lambda row: row.n)}): differences and speed-ups use only the images "
-        "that both runs have; passes, latency and scores are of each run's own images, and FID does not compare "
-        "between N.",
+        "that both runs have; passes, latency and scores are of each run's own images, and FIDs at different N are not "
+        "comparable.",
     ]
 
 
@@ -118,12 +121,12 @@ def _doubts_about_scores(rows: Sequence[Row]) -> list[str]:
     found = []
     for key, name in (("fid_extractor", "extractors"), ("fid_reference", "references")):
         if len({row.metrics[key] for row in rows if key in row.metrics}) > 1:
-            found.append(f"FID and KID of different {name} do not compare.")
+            found.append(f"FID and KID with different {name} are not comparable.")
     if len({row.metrics["clip_model"] for row in rows if "clip_model" in row.metrics}) > 1:
-        found.append("CLIP scores of different models do not compare.")
+        found.append("CLIP scores of different models are not comparable.")
     if stale := [row for row in rows if row.scored and row.scored != row.n]:
         counts = _listed(stale, lambda row: row.scored)
-        found.append(f"{_names(stale)}: scored on {counts} images only; run stage=score on them.")
+        found.append(f"{_names(stale)}: scored on only {counts} images; run stage=score on them.")
     for key, name in (("fid_warning", "FID"), ("geneval_warning", "GenEval")):
         for text, members in _by_reason(rows, lambda row, key=key: str(row.metrics.get(key, ""))).items():
             found.append(f"{name}{'' if len(members) == len(rows) else f' of {_names(members)}'}: {text}")
@@ -135,17 +138,15 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
     if partly := [row for row in rows if machine is not None and row.timed < row.n]:
         counts = _listed(partly, lambda row: row.timed)
         found.append(
-            f"times of {_names(partly)} are of {counts} images: the others were made elsewhere or under trace=."
+            f"timings of {_names(partly)} cover {counts} images: the others were made elsewhere or with trace=."
         )
-    for share, members in _by_reason(rows, _starved).items():
-        found.append(
-            f"times of {_names(members)} are too long: other work had the CPU, they got {share} of their time."
-        )
+    for share, members in _by_reason(rows, _low_cpu_share).items():
+        found.append(f"timings of {_names(members)} are inflated: the process got only {share} of the CPU.")
     if few := [row for row in rows if row.speedup is not None and not row.run.is_ar and row.timings < TIMINGS]:
         counts = _listed(few, lambda row: row.timings)
-        found.append(f"speed-ups of {_names(few)} rest on {counts} timings each: no more than a hint.")
+        found.append(f"speed-ups of {_names(few)} rest on {counts} timings each: indicative only.")
     for reason, members in _by_reason(rows, lambda row: row.speedup_missing).items():
-        why = reason if reason.startswith("no AR") else f"the nearest AR run differs in {reason}"
+        why = reason if reason == NO_BASELINE else f"the nearest AR run differs in {reason}"
         others = [row for row in rows if not row.run.is_ar]
         who = f"any of the {len(others)} decoders" if len(members) == len(others) > SHORT else _names(members)
         found.append(f"no speed-up for {who}: {why}.")
@@ -154,10 +155,10 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
     return found
 
 
-def _starved(row: Row) -> str:
-    """Return the least share of the CPU time it wanted that a launch behind the times got, '' where it had enough."""
+def _low_cpu_share(row: Row) -> str:
+    """Return the smallest share of the CPU that a launch got of what it asked for; '' if it had enough."""
     shares = [launch["cpu_share"] for launch in row.run.launches.values() if "cpu_share" in launch]
-    return f"{100 * min(shares):.0f} %" if shares and row.timed and min(shares) < STARVED else ""
+    return f"{100 * min(shares):.0f} %" if shares and row.timed and min(shares) < CPU_SHARE else ""
 
 
 def _by_reason(rows: Sequence[Row], reason: Callable[[Row], str]) -> dict[str, list[Row]]:

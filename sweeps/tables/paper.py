@@ -1,8 +1,8 @@
-"""Tables of the SJD2 paper (arXiv 2510.08994) with our value beside every published one; what no one has run stays blank.
+"""Tables of the SJD2 paper (arXiv 2510.08994) with our value beside every published one, blank where there is none.
 
-`paper="Table 1"` on the command line, or set by experiment=, says which table. Ours are matched by model, prompts, decoder
-and whether the weights are tuned. On a model that the paper has not (the embedded one) the rows are matched by decoder
-alone, and the heading says so: same table, other model.
+`paper="Table 1"` on the command line, or set by experiment=, chooses the table. Our runs are matched by model, prompts,
+decoder and whether the weights are fine-tuned. On a model that the paper does not have (the embedded one) they are
+matched by decoder alone, and the heading says so.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from sjd2.errors import unknown
 from sjd2.files import write_atomically
-from sweeps.labels import tail
-from sweeps.runs import Run, groups, table_machine
+from sweeps.comparable import groups, table_machine
+from sweeps.runs import Run, path_tail
 from sweeps.tables.formats import Table, csv_cells, latex, markdown
 from sweeps.tables.published import Published, read
 from sweeps.tables.rows import Row, make_rows
 
 ARXIV = "2510.08994"
-# a published figure, its heading, our metric, and how ours is written
+# published column, heading, our metric, and the format of ours
 METRICS = (
     ("steps", "passes", "forwards_mean", ".1f"),
     ("step_compression", "step compression", "step_compression", ".2f"),
@@ -38,21 +38,21 @@ METRICS = (
     ("memory_gb", "memory GB", "peak_memory_gb", ".1f"),
     ("gflops_per_token", "GFLOP/token", "gflops_per_token", ".3g"),
 )
-COUNTERPART = ("", "all attributes right", "alignment_all", ".2f")  # the embedded model's: no paper has it
+ALL_ATTRIBUTES = ("", "all attributes right", "alignment_all", ".2f")  # of the embedded model alone
 METHODS = {name: name.lower() for name in ("AR", "Jacobi", "SJD", "EAGLE", "LANTERN", "ZipAR", "SJD2")}
 BLANK = (
-    "Blank: not printed in the paper, or not run here. Ours is measured on the machine and prompts of its run; the paper's "
-    "latency and memory are of its hardware, its FID and CLIP score of its code, networks and reference images."
+    "Blank: not printed in the paper, or not run here. Ours was measured on the machine and prompts of its run; the paper's "
+    "latency and memory depend on its hardware, its FID and CLIP score on its code, networks and reference images."
 )
 DENOISING_ONLY = "SJD2 denoising only"
 MODELS = {"lumina-mgpt (768 px)": "lumina", "emu3": "emu3", "janus-pro-1b": "janus"}
-SIZES = {"lumina": ("768", "768x768"), "emu3": ("720", "720x720"), "janus": ("384",)}  # that the paper draws
+SIZES = {"lumina": ("768", "768x768"), "emu3": ("720", "720x720"), "janus": ("384",)}  # that the paper uses
 DATASETS = {"COCO2017": "coco2017", "COCO2014": "coco2014", "GenEval": "geneval", "COCO subset": "coco2017"}
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which run answers a published row; None leaves a property open."""
+class RunFilter:
+    """Which runs correspond to a published row; None leaves a property open."""
 
     decoder: str | None
     tuned: bool | None
@@ -60,8 +60,8 @@ class Wanted:
     prompts: str | None
 
     def fits(self, run: Run, *, stand_in: bool) -> bool:
-        """Say whether a run is the row's; stand_in: its model is none of the paper's, so only the method counts."""
-        # the paper's SJD2 is rule=paper; ours by the exact rule stands beside it and says so
+        """Return whether a run matches; stand_in: its model is not one of the paper's, so only the method counts."""
+        # the paper's SJD2 is rule=paper; ours with the exact rule is listed too, and labelled
         if run.decoder.removesuffix("-paper") != self.decoder or (
             self.tuned is not None and (run.adapter is not None) != self.tuned
         ):
@@ -71,13 +71,13 @@ class Wanted:
         prompts, model = (run.config.get("prompts") or {}).get("name"), run.config["model"]
         if self.model is None or str(model.get("size", SIZES[self.model][0])) not in SIZES[self.model]:
             return False
-        if self.model == "janus" and "7b" in tail(str(model.get("weights"))).lower():  # the paper's is the 1B one
+        if self.model == "janus" and "7b" in path_tail(str(model.get("weights"))).lower():  # the paper's is the 1B one
             return False
         return model["name"] == self.model and self.prompts in (None, prompts)
 
 
 def names(rows: Sequence[Published] | None = None) -> list[str]:
-    """Return the tables and figures of the paper that have printed figures."""
+    """Return the tables and figures of the paper that print numbers."""
     return list(dict.fromkeys(_name(row) for row in (read() if rows is None else rows) if row.arxiv == ARXIV))
 
 
@@ -92,8 +92,8 @@ def check(table: str | None) -> None:
         raise unknown("paper", table, names())
 
 
-def wanted(row: Published) -> Wanted:
-    """Read from a published row which run answers it."""
+def run_filter(row: Published) -> RunFilter:
+    """Return which runs correspond to a published row."""
     method = row.method.partition(" (")[0]
     decoder = "denoise" if method.startswith(DENOISING_ONLY) else METHODS.get(method)
     tuned = None
@@ -102,7 +102,7 @@ def wanted(row: Published) -> Wanted:
     elif "tuned" in row.method or decoder == "sjd2":
         tuned = True
     prompts = next((ours for theirs, ours in DATASETS.items() if row.dataset.startswith(theirs)), None)
-    return Wanted(decoder, tuned, MODELS.get(row.model.lower()), prompts)
+    return RunFilter(decoder, tuned, MODELS.get(row.model.lower()), prompts)
 
 
 def make_paper_table(table: str, runs: Sequence[Run], out: Path) -> str:
@@ -119,7 +119,7 @@ def make_paper_table(table: str, runs: Sequence[Run], out: Path) -> str:
 
 
 def paper_tables(table: str, runs: Sequence[Run]) -> list[Table]:
-    """Return one table of the paper with our values, per model that is none of the paper's another one.
+    """Return one table of the paper with our values, and another for each model that is not one of the paper's.
 
     Raises `UserError` if the paper has no such table.
     """
@@ -130,7 +130,7 @@ def paper_tables(table: str, runs: Sequence[Run]) -> list[Table]:
 
 
 def _stand_ins(runs: Sequence[Run]) -> list[str | None]:
-    """Return None for the paper's own models, and the name of every other model among the runs."""
+    """Return None for the paper's own models, and the name of each other model among the runs."""
     others = {run.config["model"]["name"] for run in runs} - set(MODELS.values())
     own = any(run.config["model"]["name"] in MODELS.values() for run in runs)
     return ([None] if own or not others else []) + sorted(others)
@@ -142,22 +142,22 @@ def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand
     header = ["method", "model", "prompts"]
     notes = [BLANK]
     if stand_in and any(theirs.startswith("geneval") for theirs, *_ in shown):
-        shown.append(COUNTERPART)
+        shown.append(ALL_ATTRIBUTES)
         notes.append(
-            "GenEval's detector knows no such pictures. All attributes right, the share of images that show everything the "
-            "caption names, is the embedded model's own answer to its question."
+            "GenEval's detector does not apply to such images. All attributes right, the share of images that show everything "
+            "the caption names, is the embedded model's counterpart."
         )
     for theirs, title, _, _ in shown:
         header += [f"{title}, published"] * bool(theirs) + [f"{title}, ours"]
     header += ["ours", "source"]
     found = [(entry, [row for row in mine if _fits(entry, row, stand_in)]) for entry in published]
     cells = [line for entry, fit in found for line in _lines(entry, fit, shown, stand_in is not None)]
-    own = f"ours: {stand_in}, which is not the paper's model" if stand_in else "ours: the same models"
+    own = f"ours: {stand_in}, not one of the paper's models" if stand_in else "ours: the same models"
     own_models = [row for row in mine if stand_in or row.run.config["model"]["name"] in MODELS.values()]
-    lonely = [row for row in own_models if not any(row in fit for _, fit in found)]
-    if lonely:
-        who = ", ".join(map(_run, lonely))
-        notes.append(f"No published row is that of {who}: another method, model, size, prompt list or tuning.")
+    unmatched = [row for row in own_models if not any(row in fit for _, fit in found)]
+    if unmatched:
+        who = ", ".join(map(_run, unmatched))
+        notes.append(f"No published row matches {who}: another method, model, size, prompt list or tuning.")
     return Table(f"SJD2 paper, {name} ({own})", header, cells, notes)
 
 
@@ -166,13 +166,13 @@ def _run(row: Row) -> str:
 
 
 def _fits(entry: Published, row: Row, stand_in: str | None) -> bool:
-    return wanted(entry).fits(row.run, stand_in=stand_in is not None)
+    return run_filter(entry).fits(row.run, stand_in=stand_in is not None)
 
 
 def _lines(
     entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, str, str, str]], stand_in: bool
 ) -> list[list[str]]:
-    """Return one line per run that answers the published row; one with blanks where none does."""
+    """Return one line per run that corresponds to the published row, or one with blanks if there is none."""
     lines = []
     for row in found or [None]:
         values = [cell for metric in shown for cell in _pair(entry, row, metric)]
@@ -183,9 +183,9 @@ def _lines(
 
 
 def _who(row: Row, stand_in: bool = False) -> str:
-    """Return what our values are of: model, adapter, prompts and number of images (of the scores, if another one).
+    """Return what our values are of: model, adapter, prompts and number of images (and that of the scores, if different).
 
-    On a model that is none of the paper's only the method counts, so its adapter is not named.
+    For a model that is not one of the paper's only the method counts, so its adapter is not named.
     """
     tuned = row.run.adapter is not None and not stand_in
     model = row.run.config["model"]["name"] + (" with adapter" if tuned else "")
@@ -194,15 +194,15 @@ def _who(row: Row, stand_in: bool = False) -> str:
 
 
 def _label(entry: Published, run: Run) -> str:
-    """Return the published name, with what tells our run from the paper's or from others that answer the row."""
+    """Return the published name, with what distinguishes our run from the paper's or from others in the row."""
     own = [] if run.label == run.decoder else [run.label]
-    if run.identity["decoder"].get("rule") == "exact" and run.decoder != "denoise":  # which tests no guess by any rule
+    if run.identity["decoder"].get("rule") == "exact" and run.decoder != "denoise":  # which verifies no draft token
         own.append("rule=exact")
     return f"{entry.method} ({', '.join(own)})" if own else entry.method
 
 
 def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, str]) -> list[str]:
-    """Return the published value and ours as text; ours alone of what no paper has."""
+    """Return the published value and ours as text; ours alone if no paper has such a value."""
     theirs, _, ours, form = metric
     value, mine = getattr(entry, theirs) if theirs else None, None if row is None else _ours(row, ours)
     cells = ["" if value is None else f"{value:g}", "" if mine is None else f"{mine:{form}}"]
@@ -210,14 +210,14 @@ def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, str]) 
 
 
 def _ours(row: Row, name: str) -> float | None:
-    """Return our value of a metric: costs from the row, which times on one machine only, scores from metrics.json."""
+    """Return our value of a metric: costs from the row (timed on one machine only), scores from metrics.json."""
     costs = {
         "forwards_mean": row.passes,
         "step_compression": row.compression,
         "latency_s_median": row.latency_s,
         "speedup": row.speedup,
     }
-    if name == "peak_memory_gb" and row.latency_s is None:  # of another machine than the table's
+    if name == "peak_memory_gb" and row.latency_s is None:  # not measured on the table's machine
         return None
     value = costs[name] if name in costs else row.metrics.get(name)
     return None if value is None else float(value)

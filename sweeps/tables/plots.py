@@ -1,7 +1,7 @@
-"""Draw runs: quality against latency, where tokens waited, how many a pass committed, the same seeds side by side.
+"""Draw plots: quality against latency, where tokens waited, tokens per pass, the same seeds side by side.
 
 Every function takes plain numbers and arrays, writes one PNG and returns its path; none knows a run folder.
-matplotlib is imported inside, so that `--help` and tab completion stay quick. Needs no display.
+matplotlib is imported inside, so that `--help` and tab completion stay fast. Needs no display.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS_MAX = 8  # decoders in one image grid or row of maps: more would shrink the pictures to stamps
+COLUMNS_MAX = 8  # decoders in one image grid or row of maps: more would shrink the images to stamps
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Point:
     latency_s: float
     quality: float
     lossless: bool
-    error: float | None = None  # length of the bar above and below
+    error: float | None = None  # half the length of the error bar
 
 
 def _figure(
@@ -51,7 +51,7 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
+def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
     """Return the points that no other point beats in both latency and quality, by latency."""
     best, kept = math.inf, []
     sign = 1 if lower_is_better else -1
@@ -78,7 +78,7 @@ def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_bett
             label=point.label if point.lossless else f"{point.label} (lossy)",
         )
     if lower_is_better is not None:
-        line = front(points, lower_is_better=lower_is_better)
+        line = pareto_front(points, lower_is_better=lower_is_better)
         axis.plot([p.latency_s for p in line], [p.quality for p in line], color="0.6", linewidth=1, zorder=0)
     arrow = {True: " (lower is better)", False: " (higher is better)", None: ""}[lower_is_better]
     axis.set(xlabel="latency of an image, median (s)", ylabel=f"{title}{arrow}")
@@ -87,9 +87,9 @@ def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_bett
 
 
 def pareto(panels: Mapping[str, tuple[Sequence[Point], bool | None]], path: Path, *, caption: str) -> Path:
-    """Plot quality against latency, one panel per measure: {title: (points, lower is better, or None for neither)}.
+    """Plot quality against latency, one panel per measure: {title: (points, lower is better; None: neither)}.
 
-    The grey line joins the runs that no other run beats in both. Filled: lossless; hollow cross: lossy.
+    The grey line joins the Pareto-optimal runs. Filled: lossless; hollow cross: lossy.
     """
     figure, axes = _figure(1.5 + 4.6 * len(panels), 4.6, 1, len(panels))
     for axis, (title, (points, lower)) in zip(axes[0], panels.items(), strict=True):
@@ -107,24 +107,24 @@ def pareto(panels: Mapping[str, tuple[Sequence[Point], bool | None]], path: Path
 def acceptance_maps(
     maps: Mapping[str, np.ndarray], rows: int, columns: int, path: Path, *, free: np.ndarray | None = None
 ) -> Path:
-    """Draw one map per decoder, {label: [N]}, of the mean passes that a position waited as a guess; one colour scale.
+    """Draw one map per decoder, {label: [N]}, of the mean passes that a position was a draft token; one colour scale.
 
-    `free` [N] bool: the rows x columns positions of the picture, forced tokens are left out; None: all positions.
+    free: [N] bool, the rows x columns image positions, without forced tokens; None: all positions.
     """
     names = list(maps)[:COLUMNS_MAX]
     across = min(4, len(names))
     down = -(-len(names) // across)
     figure, axes = _figure(2.6 * across + 1, 2.6 * down + 0.4, down, across)
     top = max(float(np.max(maps[name])) for name in names)
-    picture = None
+    image = None
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
         values = np.asarray(maps[name], dtype=float)
         values = values if free is None else values[free]
-        picture = axis.imshow(values.reshape(rows, columns), vmin=0, vmax=max(top, 0.01), cmap="viridis")
+        image = axis.imshow(values.reshape(rows, columns), vmin=0, vmax=max(top, 0.01), cmap="viridis")
         axis.set_title(f"{name}\nmean {values.mean():.2f}", fontsize="small")
-    figure.colorbar(picture, ax=axes, label="passes waited in the window", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="passes waited in the window", shrink=0.8)
     return _save(figure, path)
 
 
@@ -145,15 +145,15 @@ def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) ->
     return _save(figure, path)
 
 
-def image_grid(
-    pictures: Mapping[str, Sequence[np.ndarray | None]], captions: Sequence[str], path: Path, *, note: str = ""
+def comparison_grid(
+    images: Mapping[str, Sequence[np.ndarray | None]], captions: Sequence[str], path: Path, *, note: str = ""
 ) -> Path:
     """Draw the same prompts and seeds over decoders: a column per decoder, a row per prompt, its caption on the left.
 
-    pictures: {decoder: [uint8 [H, W, 3] or None where a run lacks the image]}, each as long as `captions`.
-    Small pictures keep their pixels (no smoothing), so that a 48 px image is judged as it is.
+    images: {decoder: [uint8 [H, W, 3], or None if a run lacks the image]}, each as long as `captions`.
+    Small images are not smoothed, so that a 48 px image is seen as it is.
     """
-    names = list(pictures)[:COLUMNS_MAX]
+    names = list(images)[:COLUMNS_MAX]
     rows = len(captions)
     figure, axes = _figure(
         1.5 + 1.45 * len(names), 0.5 + 1.5 * rows, rows, len(names) + 1, width_ratios=[1.0] + [1.0] * len(names)
@@ -166,9 +166,9 @@ def image_grid(
             0.98, 0.5, text, ha="right", va="center", fontsize="x-small", transform=axes[row, 0].transAxes
         )
         for column, name in enumerate(names, start=1):
-            picture = pictures[name][row]
-            if picture is not None:
-                axes[row, column].imshow(picture, interpolation="nearest" if picture.shape[0] < 128 else "antialiased")
+            image = images[name][row]
+            if image is not None:
+                axes[row, column].imshow(image, interpolation="nearest" if image.shape[0] < 128 else "antialiased")
             if row == 0:
                 axes[row, column].set_title(textwrap.fill(name, 18), fontsize="small")
     if note:

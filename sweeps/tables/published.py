@@ -1,25 +1,23 @@
-"""Read the published figures of `published.csv`, to stand beside ours, never among them.
+"""Read the published numbers of `published.csv`, to be shown beside ours, never among them.
 
 Every paper has its own hardware, FID library and prompts, so a published value is context, not a row to subtract from.
-The last column says where a figure was read: in the `paper`, in a third-party `note`, or `uncertain`.
+The last column says where a number comes from: the `paper`, a third-party `note`, or `uncertain`.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sjd2.files import ROOT
-
-CSV = ROOT / "sweeps" / "published.csv"
+CSV = Path(__file__).with_name("published.csv")
 
 
 @dataclass(frozen=True)
 class Published:
-    """One row of one published table; a figure that its paper does not give is None."""
+    """One row of one published table; a number that its paper does not give is None."""
 
     method: str
     model: str
@@ -45,17 +43,44 @@ class Published:
     table: str
     confidence: str
 
+    @classmethod
+    def from_csv(cls, cells: Mapping[str, str]) -> Published:
+        """Make a row from its cells; an empty number is None."""
 
-def _value(name: str, text: str) -> str | float | None:
-    if "float" not in Published.__annotations__[name]:
-        return text
-    return float(text) if text else None
+        def number(name: str) -> float | None:
+            return float(cells[name]) if cells[name] else None
+
+        return cls(
+            method=cells["method"],
+            model=cells["model"],
+            dataset=cells["dataset"],
+            steps=number("steps"),
+            step_compression=number("step_compression"),
+            latency_s=number("latency_s"),
+            latency_speedup=number("latency_speedup"),
+            fid=number("fid"),
+            clip_score=number("clip_score"),
+            geneval_overall=number("geneval_overall"),
+            geneval_single_object=number("geneval_single_object"),
+            geneval_two_object=number("geneval_two_object"),
+            geneval_counting=number("geneval_counting"),
+            geneval_colors=number("geneval_colors"),
+            geneval_position=number("geneval_position"),
+            geneval_color_attr=number("geneval_color_attr"),
+            memory_gb=number("memory_gb"),
+            gflops_per_token=number("gflops_per_token"),
+            hardware=cells["hardware"],
+            paper=cells["paper"],
+            arxiv=cells["arxiv"],
+            table=cells["table"],
+            confidence=cells["confidence"],
+        )
 
 
 def read(path: Path = CSV) -> list[Published]:
     """Return every published row, in the order of the file."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [Published(**{name: _value(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
+        return [Published.from_csv(cells) for cells in csv.DictReader(file)]
 
 
 def _squash(text: str) -> str:
@@ -68,7 +93,7 @@ def _method(text: str) -> str:
 
 
 def select(model: str, decoders: Iterable[str], rows: Iterable[Published] | None = None) -> list[Published]:
-    """Return the rows of this model (`lumina`, `emu3` ...) and these decoders, without figures of a single picture."""
+    """Return the rows of this model (`lumina`, `emu3` ...) and these decoders, without those of a single image."""
     names = {_squash(name) for name in decoders}
     key = _squash(model).split(" ")[0]
     kept = []

@@ -13,7 +13,8 @@ import numpy as np
 
 from evaluation.run_folder import Id
 from evaluation.score import read_scores
-from sweeps.runs import Image, Machine, Run, baseline, quality_reference, same_model
+from sweeps.comparable import baseline, quality_reference, same_weights
+from sweeps.runs import ImageCost, Machine, Run
 
 if TYPE_CHECKING:
     from evaluation.statistics import Difference
@@ -103,7 +104,7 @@ def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
     return row
 
 
-def nll_per_token(image: Image) -> float | None:
+def nll_per_token(image: ImageCost) -> float | None:
     """Return nats per token of one image."""
     return None if image.nll is None else image.nll / image.tokens
 
@@ -132,7 +133,7 @@ def _add_speedup(row: Row, runs: Sequence[Run], machine: Machine | None) -> None
         np.median([theirs[key].latency for key in common]) / np.median([ours[key].latency for key in common])
     )
     row.speedup_images = len(common)
-    row.other_adapter = not same_model(run, reference)
+    row.other_adapter = not same_weights(run, reference)
 
 
 def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) -> None:
@@ -140,7 +141,7 @@ def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) 
     if reference is None:
         return
     row.reference_images = len(row.run.images.keys() & reference.images.keys())
-    row.other_adapter = row.other_adapter or not same_model(row.run, reference)
+    row.other_adapter = row.other_adapter or not same_weights(row.run, reference)
     theirs = {key: nll for key, image in reference.images.items() if (nll := nll_per_token(image)) is not None}
     row.nll_difference = _paired(theirs, likely)
     pair = [read_scores(run.folder) for run in (reference, row.run)]

@@ -1,4 +1,4 @@
-"""Make tables of run folders: table.md, table.tex, table.csv and pictures; one table per model, prompts and law.
+"""Make tables of run folders: table.md, table.tex, table.csv and plots; one per model, prompts and sampling parameters.
 
 A new column is one line in `COLUMNS` (for readers) and one in `csv_row` (for programs).
 """
@@ -17,10 +17,11 @@ from omegaconf import DictConfig
 from harness.console import say
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
+from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
-from sweeps.runs import Machine, Run, chosen_folders, groups, read_runs, table_machine, with_baselines
+from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
 from sweeps.tables.formats import Table, latex, markdown, show
-from sweeps.tables.notes import agreed, has_forced_tokens, notes
+from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
 from sweeps.tables.published import Published, select
 from sweeps.tables.rows import SCORES, Row, make_rows
@@ -89,7 +90,7 @@ def _geneval(row: Row) -> str:
 
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns of a table; what produced a score stands in its heading where all rows agree on it."""
-    extractor, clip = agreed(rows, "fid_extractor"), agreed(rows, "clip_model")
+    extractor, clip = shared_value(rows, "fid_extractor"), shared_value(rows, "clip_model")
     forced = has_forced_tokens(rows)
     fid = f" ({extractor.rpartition(' ')[0] or extractor})" if extractor else ""
     found = [
@@ -130,11 +131,11 @@ def _mark(row: Row, key: str, source: str, shared: str) -> str:
 
 
 def title(run: Run) -> str:
-    """Return what the runs of a table have in common, in words."""
+    """Return what the runs of a table have in common, as a heading."""
     model, prompts = run.config["model"], run.config.get("prompts") or {}
-    law = {key: value for key, value in run.law if not (key == "top_k" and value == 0)}
+    sampling = {key: value for key, value in run.sampling if not (key == "top_k" and value == 0)}
     name = " ".join(str(model[key]) for key in ("name", "size") if model.get(key) is not None)
-    words = ", ".join(f"{key}={value}" for key, value in law.items())
+    words = ", ".join(f"{key}={value}" for key, value in sampling.items())
     return f"{name} on {prompts.get('name', 'prompts')} ({words})"
 
 
@@ -146,7 +147,7 @@ def main_table(rows: Sequence[Row], machine: Machine | None) -> Table:
 
 
 def difference_table(rows: Sequence[Row]) -> Table | None:
-    """Return the paired differences in scores to AR; None where no run has one."""
+    """Return the paired differences in scores to AR; None if no run has one."""
     names = [name for name in SCORES if any(name in row.differences for row in rows)]
     if not names:
         return None
@@ -161,7 +162,7 @@ def difference_table(rows: Sequence[Row]) -> Table | None:
 
 
 def published_table(runs: Sequence[Run]) -> Table | None:
-    """Return the published figures of this model and these decoders; None where there are none."""
+    """Return the published numbers of this model and these decoders; None if there are none."""
     model = str(runs[0].config["model"]["name"])
     found = select(model, {run.decoder for run in runs})
     header = [
@@ -178,8 +179,8 @@ def published_table(runs: Sequence[Run]) -> Table | None:
     ]
     header += ["hardware", "source"]
     note = (
-        "Other hardware, FID libraries, captions and prompt sets than ours, and partly than each other: context, not "
-        "rows to subtract from. CLIP scores as printed, some divided by 100. Read in the paper itself unless the "
+        "Hardware, FID libraries, captions and prompt sets differ from ours, and partly among the papers: context, not "
+        "rows to subtract from. CLIP scores as printed, some divided by 100. Taken from the paper itself unless the "
         "source says note or uncertain."
     )
     return Table(f"{model}: published", header, [_published_row(row) for row in found], [note]) if found else None
@@ -197,7 +198,7 @@ def _published_row(row: Published) -> list[str]:
 
 
 def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
-    """Return every number of a row under its own name, unrounded; what a run lacks is absent."""
+    """Return every number of a row under its own name, unrounded; what a run does not have is absent."""
     run, gap = row.run, row.nll_difference
     values: dict[str, Any] = {
         "table": title(run),
@@ -230,7 +231,7 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
         values |= {f"{name}_difference": difference.mean, **ends}
     values |= {"n_compared": row.reference_images or None, "n_scored": row.scored}
     scores = {key: value for key, value in row.metrics.items() if isinstance(value, (int, float, str))}
-    if machine is None or scores.get("hardware") != machine[0]:  # these are seconds and bytes of another machine
+    if machine is None or scores.get("hardware") != machine[0]:  # seconds and bytes of another machine
         scores = {key: value for key, value in scores.items() if not key.startswith(("seconds_", "peak_memory"))}
     values |= {key: value for key, value in scores.items() if key not in values}
     values |= {"id": run.identity["id"], "run_dir": run.path.name}
@@ -238,7 +239,7 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV with the union of their columns, in the order of first sight."""
+    """Return rows as CSV with the union of their columns, in the order of their first appearance."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
@@ -251,11 +252,11 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def failed_row(job: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the name of a failed job, written as a run's label is, and its reason."""
+    """Return the name of a failed job, in the form of a run's label, and its reason."""
     overrides = [str(text).lstrip("+") for text in job.get("overrides") or ()]
     decoder = [text.partition("=")[2] for text in overrides if text.startswith("decoder=")]
     others = [text.removeprefix("decoder.") for text in overrides if not text.startswith("decoder=")]
-    return " ".join([*decoder, *others]) or "job", " ".join(str(job.get("reason") or "no reason was given").split())
+    return " ".join([*decoder, *others]) or "job", " ".join(str(job.get("reason") or "unknown reason").split())
 
 
 def make_tables(
@@ -266,18 +267,18 @@ def make_tables(
     published: bool = False,
     paper: str | None = None,
 ) -> str:
-    """Write table.md, table.tex, table.csv and the pictures of these runs into `out`; return the Markdown.
+    """Write table.md, table.tex, table.csv and the plots of these runs into `out`; return the Markdown.
 
-    failed: status.json of jobs that made no run; they, and folders that cannot be read, become rows with their reason.
-    published: put the published figures of the same model below. paper: a table of the SJD2 paper to write beside ours.
+    failed: status.json of jobs without a run; they, and unreadable folders, become rows with their reason.
+    published: add the published numbers of the same model. paper: also write this table of the SJD2 paper beside ours.
     Raises UserError if there is neither a run nor a failed job.
     """
-    from sweeps.tables.figures import draw
+    from sweeps.tables.figures import draw_plots
 
     runs, unreadable = read_runs(run_dirs)
     jobs = [failed_row(job) for job in failed] + unreadable
     if not runs and not jobs:
-        raise UserError("no run folder here holds an image; make a run with: python run.py")
+        raise UserError("no run folder here has an image; make a run with: python run.py")
     out.mkdir(parents=True, exist_ok=True)
     tables, lines = [], []
     members = groups(runs, swept(failed))
@@ -285,11 +286,11 @@ def make_tables(
         machine = table_machine(group)
         rows = make_rows(group, machine)
         table = main_table(rows, machine)
-        drawn = draw(rows, out, suffix="" if index == 0 else f"-{index + 1}", title=table.title)
-        table.pictures, table.notes = drawn.pictures, table.notes + drawn.notes
+        plots = draw_plots(rows, out, suffix="" if index == 0 else f"-{index + 1}", title=table.title)
+        table.plots, table.notes = plots.files, table.notes + plots.notes
         beside = published_table(group) if published else None
         if published and beside is None and paper is None:
-            table.notes.append("sweeps/published.csv has no figures of this model with these decoders.")
+            table.notes.append("sweeps/tables/published.csv has no numbers for this model with these decoders.")
         tables += [part for part in (table, difference_table(rows), beside) if part is not None]
         lines += [csv_row(row, machine) for row in rows]
     if jobs and len(members) == 1:
@@ -304,7 +305,7 @@ def make_tables(
 
 
 def stage(cfg: DictConfig) -> Path:
-    """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; returns the folder written."""
+    """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; return the folder written to."""
     out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
     show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True, paper=cfg.paper))
     say(f"tables: {out}")

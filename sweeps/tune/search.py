@@ -254,7 +254,6 @@ class Search:
 
     def verdict(self, reference: RunFolder, default: RunFolder, best: RunFolder) -> list[str]:
         """Say how the best compares with the decoder's own settings and, in quality, with AR."""
-        from sweeps.compare.differences import differs, p_value, with_interval
         from sweeps.compare.pair import compare_two
         from sweeps.runs import read_run
 
@@ -273,12 +272,12 @@ class Search:
         costs = {
             measure.name: measure for measure in found.measures if measure.name in COSTS.values() and measure.tested
         }
-        gaps = [f"{m.name} {with_interval(m.gap, m.digits)}, p {p_value(m.gap)}" for m in costs.values()]
+        gaps = [f"{m.name} {m.gap.with_interval(m.digits)}, p {m.gap.p_text}" for m in costs.values()]
         asked = costs.get(COSTS[tune.objective])
         test = f"the best minus them, 99 %, corrected for {found.tests} tests: {'; '.join(gaps)}"
         if asked is None:
             proof = "Not tested: the images are too few, or share their passes"
-        elif differs(asked.gap):
+        elif asked.gap.differs:
             proof = f"The difference is shown ({test})"
         else:
             proof = f"No difference shown ({test})"

@@ -24,7 +24,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out pictures and plots, which other tests look at: they are most of a small command's time."""
     monkeypatch.setattr(job, "image_grid", lambda *_: None)
     monkeypatch.setattr(job, "acceptance_map", lambda *_: None)
-    monkeypatch.setattr(figures, "draw", lambda *_, **__: figures.Drawn())
+    monkeypatch.setattr(figures, "draw_plots", lambda *_, **__: figures.Plots())
 
 
 class Forked:

@@ -1,4 +1,4 @@
-"""Pairwise comparison of runs: a shifted law is found, an equal one is not, and every N is of common prompts."""
+"""Pairwise comparison of runs: a shifted distribution is found, an equal one is not, and every N is of common prompts."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_different_n_use_the_prompts_of_both(tmp_path: Path) -> None:
     assert [(pair["label"], pair["minus_label"], pair["passes"]["prompts"]) for pair in group["pairs"]] == [
         ("sjd2", "scd", 7)
     ]
-    assert "Not compared: sjd: no AR run of the same weights shares two prompts." in text
-    assert "Not compared: sjd − scd: fewer than two prompts in both." in text
+    assert "Not compared: sjd: no AR run with the same weights shares two prompts." in text
+    assert "Not compared: sjd − scd: fewer than two common prompts." in text
 
 
 def test_missing_features_leave_kid_out(tmp_path: Path, metric: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def test_adapters_and_other_weights(tmp_path: Path) -> None:
 
 def test_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(command.STAGES) == sorted(STAGES)
-    monkeypatch.setattr(figures, "draw", lambda *_args, **_settings: figures.Drawn())
+    monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
     runs = tmp_path / "runs"
     cfg = OmegaConf.create(
         {"runs_dir": str(runs), "run_dir": None, "against": None, "paper": None, "evaluation": {"metrics": {}}}

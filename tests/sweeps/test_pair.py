@@ -40,7 +40,7 @@ def test_a_copy_is_equal_in_everything(tmp_path: Path, metric: dict[str, Any]) -
     assert all(measure["mean"] == 0 for measure in found["measures"])
     assert {"KID (six numbers)", "FID (six numbers)", "NLL per token"} <= measures(found).keys()
     assert found["settings"] == found["provenance"] == {}
-    assert f"Tokens: equal in all {N} images of both." in text
+    assert f"Tokens: equal in all {N} common images." in text
     assert "Settings: equal." in text
     assert "Provenance: equal." in text
 
@@ -59,7 +59,7 @@ def test_one_other_token_is_found(tmp_path: Path) -> None:
     (other.path / "samples.jsonl").write_text("".join(lines))
     text, found = compared(tmp_path, name, "other")
     assert found["tokens"] == {"images": N, "equal": N - 1, "first": [[5, 0], 2]}
-    assert f"Tokens: different in 1 of {N} images of both, first in image 00005_0 at token 2." in text
+    assert f"Tokens: different in 1 of {N} common images, first in image 00005_0 at token 2." in text
 
 
 def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, A
     assert rows["alignment"]["mean"] == pytest.approx(-0.25)
     for name in ("passes per image", "NLL per token", "alignment", "KID (six numbers)", "FID (six numbers)"):
         assert rows[name]["differs"], name
-    assert f"(1 % for {tests} tests together" in text
+    assert f"(1 % over all {tests} tests" in text
     assert f"({100 * (1 - 0.01 / tests):.4g} %)" in text
 
 
@@ -99,14 +99,14 @@ def test_equal_laws_do_not_differ(tmp_path: Path, metric: dict[str, Any]) -> Non
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     first, second = make(tmp_path, "sjd", seed=2), make(tmp_path, "sjd", seed=3, ids=range(40, 45))
     text, found = compared(tmp_path, first, second)
-    assert found["skipped"] == ["images: no image is in both"]
-    assert "Not compared: images: no image is in both." in text
+    assert found["skipped"] == ["images: the runs have none in common"]
+    assert "Not compared: images: the runs have none in common." in text
     third = make(tmp_path, "scd", seed=4, digest="retrained")
     for name, digest in ((first, "a"), (third, "b")):
         keep_scores(RunFolder(tmp_path / "runs" / name), {"clip": {(i, 0): float(i) for i in range(N)}})
         (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps({"protocol": {"clip": digest}}))
     _, found = compared(tmp_path, first, third)
-    assert "clip: not measured by the same protocol in both" in found["skipped"]
+    assert "clip: not measured with the same protocol" in found["skipped"]
     assert any(reason.startswith("latency: not the same model weights") for reason in found["skipped"])
 
 
@@ -158,12 +158,12 @@ def test_images_of_one_batch_are_one_timing(tmp_path: Path) -> None:
     slow = timed(tmp_path, "sjd2", 300, 3, 1.2)
     text, found = compared(tmp_path, first, slow)
     assert measures(found)["latency, s"]["differs"]
-    assert "how the machine changed" in text
+    assert "any change of the machine" in text
     _, found = compared(tmp_path, timed(tmp_path, "sjd2", 301, 2), slow)
-    assert "latency: the images were not batched alike" in found["skipped"]
+    assert "latency: the images were batched differently" in found["skipped"]
     shared = [make(tmp_path, name, seed=400, refilled=8) for name in ("sjd", "scd")]
     _, found = compared(tmp_path, *shared)
-    assert "latency: rows of a refilled batch share their passes, so no timing is separate" in found["skipped"]
+    assert "latency: the rows of a refilled batch share their passes, so there is no separate timing" in found["skipped"]
     _, found = compared(tmp_path, timed(tmp_path, "sjd2", 302, 4), timed(tmp_path, "scd", 303, 4, 1.2))
     assert measures(found)["latency, s"]["prompts"] == 12  # too few to test: no p-value
     assert "differs" not in measures(found)["latency, s"]
@@ -174,7 +174,7 @@ def test_the_tests_that_could_not_be_made_count(tmp_path: Path) -> None:
     text, found = compared(tmp_path, make(tmp_path, "sjd", seed=2), make(tmp_path, "scd", seed=3))
     assert len(found["measures"]) == found["tests"] - 2
     assert f"({100 * (1 - 0.01 / found['tests']):.4g} %)" in text
-    assert f"for {found['tests']} tests together" in text
+    assert f"over all {found['tests']} tests" in text
 
 
 def test_the_likelihood_is_of_one_model(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_lost_token_file_costs_its_place_only(tmp_path: Path) -> None:
     (run.path / "tokens" / "00003_0.npy").unlink()
     text, found = compared(tmp_path, first, second)
     assert found["tokens"]["first"] is None
-    assert f"Tokens: different in 1 of {N} images of both." in text
+    assert f"Tokens: different in 1 of {N} common images." in text
 
 
 def test_two_prompts_prove_nothing(tmp_path: Path) -> None:
@@ -217,5 +217,5 @@ def test_two_prompts_prove_nothing(tmp_path: Path) -> None:
     row = measures(found)["passes per image"]
     assert row["mean"] == -4
     assert not {"low", "high", "p", "differs"} & row.keys()
-    assert "Measures: not tested, for which 16 prompts in both are needed." in text
+    assert "Measures: not tested, which needs 16 common prompts." in text
     assert "| passes per image | 8.50 | 4.50 | -4.00 |  | 2 |" in text

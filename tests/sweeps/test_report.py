@@ -17,14 +17,15 @@ from PIL import Image
 
 from evaluation.run_folder import RunFolder
 from sjd2.errors import UserError
+from sweeps.comparable import groups
 from sweeps.report import gif, page
 from sweeps.report.charts import axis
 from sweeps.report.encode import picture
 from sweeps.report.gif import LIMIT, pace
 from sweeps.report.page import make_report
-from sweeps.report.race import UNIT, as_json, in_a_row, make_race
+from sweeps.report.race import UNIT, in_a_row, make_race, race_json
 from sweeps.report.trajectories import CHANGED, COMMITTED, FINAL, NOTHING, OTHER, classes, guess_table
-from sweeps.runs import groups, read_runs
+from sweeps.runs import read_runs
 from sweeps.tables.published import select
 from tests.helpers.cli import Cli
 from tests.helpers.table_runs import ar, make
@@ -222,7 +223,7 @@ def test_unreadable_pictures_leave_the_numbers(tmp_path: Path) -> None:
 
 def heats(*paths: Path) -> dict:
     (members,) = groups(read_runs(paths)[0])
-    return as_json(make_race(members), 64)
+    return race_json(make_race(members), 64)
 
 
 def test_the_race_replays_the_traces(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sweeps.multirun import callback
 from sweeps.runs import read_run
 from sweeps.tables import figures
 from sweeps.tables.formats import Table, escape, latex, markdown
-from sweeps.tables.plots import Point, front
+from sweeps.tables.plots import Point, pareto_front
 from sweeps.tables.rows import make_rows
 from sweeps.tables.table import make_tables, show
 from tests.helpers.table_runs import CPU, ar, cells, make, table
@@ -29,7 +29,7 @@ from tests.helpers.table_runs import CPU, ar, cells, make, table
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the pictures out of tests about numbers."""
     if "with_pictures" not in request.fixturenames:
-        monkeypatch.setattr(figures, "draw", lambda *_args, **_settings: figures.Drawn())
+        monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
 
 
 @pytest.fixture
@@ -166,8 +166,8 @@ def test_show_prints_plain_text_without_a_terminal(capsys: pytest.CaptureFixture
 
 def test_pareto_front() -> None:
     a, b, c = Point("a", 1.0, 5.0, True), Point("b", 2.0, 3.0, True), Point("c", 3.0, 4.0, True)
-    assert front([c, b, a], lower_is_better=True) == [a, b]
-    assert front([c, b, a], lower_is_better=False) == [a]
+    assert pareto_front([c, b, a], lower_is_better=True) == [a, b]
+    assert pareto_front([c, b, a], lower_is_better=False) == [a]
 
 
 def test_the_image_grid_takes_only_equal_seeds(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.helpers.table_runs import TOKENS, ar, cells, make, table
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the pictures out of tests about numbers."""
     if "with_pictures" not in request.fixturenames:
-        monkeypatch.setattr(figures, "draw", lambda *_args, **_settings: figures.Drawn())
+        monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_times_come_from_one_hardware_only(tmp_path: Path) -> None:
     ours = next(row for row in rows if row["decoder"] == "scd")
     assert (ours["latency_s_median"], ours["images_per_s"], ours["hardware"], ours["n_timed"]) == ("", "", "", "0")
     assert cells(text, "scd")["latency s"] == ""
-    assert "times of scd are of 0 images" in text
+    assert "timings of scd cover 0 images" in text
 
 
 def test_a_run_resumed_on_other_hardware_is_timed_on_the_common_part(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_run_resumed_on_other_hardware_is_timed_on_the_common_part(tmp_path: P
     assert (ours["n"], ours["n_timed"], ours["speedup_images"]) == ("4", "2", "2")
     assert float(ours["latency_s_median"]) == 1
     assert float(ours["speedup"]) == 4  # the first two images of both
-    assert "times of sjd are of 2 images" in text
+    assert "timings of sjd cover 2 images" in text
 
 
 def test_traced_images_count_in_no_time(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_different_extractors_are_named(tmp_path: Path) -> None:
     a = ar(runs, metrics={"fid": 1.0, "fid_extractor": "net a"})
     text, _ = table(tmp_path, a, make(runs, "sjd", metrics={"fid": 2.0, "fid_extractor": "net b"}))
     assert cells(text, "sjd")["FID ↓"] == "2.00 (net b)"
-    assert "FID and KID of different extractors do not compare" in text
+    assert "FID and KID with different extractors are not comparable" in text
 
 
 def test_an_adapter_is_marked_and_ar_with_it_preferred(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_what_does_not_compare_stands_in_two_tables(tmp_path: Path, change: dict
     text, rows = table(tmp_path, ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd", **change))
     assert text.count("| decoder |") == 2
     assert all(row["speedup"] == "" for row in rows if row["decoder"] == "sjd")
-    assert "no speed-up for sjd: no AR run is there." in text
+    assert "no speed-up for sjd: no AR baseline found." in text
 
 
 def test_a_busy_machine_is_told(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_busy_machine_is_told(tmp_path: Path) -> None:
     for path, share in ((quiet, 0.99), (busy, 0.52)):
         RunFolder(path).close_launch(0, {"cpu_share": share})
     text, _ = table(tmp_path, quiet, busy)
-    assert "Warning: times of sjd are too long: other work had the CPU, they got 52 % of their time." in text
+    assert "Warning: timings of sjd are inflated: the process got only 52 % of the CPU." in text
     assert "rest on" not in text  # four timings
 
 
@@ -161,4 +161,4 @@ def test_published_figures_stand_in_a_table_of_their_own(tmp_path: Path) -> None
     assert "context, not rows to subtract from" in text
     assert len(rows) == 1  # the CSV holds our runs only
     text, _ = table(tmp_path, make(tmp_path / "runs", "sjd2"), published=True)
-    assert "has no figures of this model" in text
+    assert "has no numbers for this model" in text

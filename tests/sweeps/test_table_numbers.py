@@ -17,7 +17,7 @@ from tests.helpers.table_runs import CPU, TOKENS, ar, cells, make, table
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the pictures out of tests about numbers."""
     if "with_pictures" not in request.fixturenames:
-        monkeypatch.setattr(figures, "draw", lambda *_args, **_settings: figures.Drawn())
+        monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
 
 
 def test_every_number_of_two_runs(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_scores_stand_with_what_made_them(tmp_path: Path) -> None:
     assert rows[1]["fid_extractor"] == "net abc"
     assert "features of net abc, reference held-out" in text
     assert "ceiling (VQ reconstructions) 0.970" in text
-    assert "chance 0.310 to 0.330" in text
+    assert "chance level 0.310 to 0.330" in text
     assert "Warning: FID: N=4 is few for 64 features." in text
 
 
@@ -101,7 +101,7 @@ def test_scores_of_fewer_images_are_marked(tmp_path: Path) -> None:
     text, rows = table(tmp_path, path)
     assert cells(text, "sjd")["FID (net) ↓"] == "9.00 (N=3)"
     assert rows[0]["n_scored"] == "3"
-    assert "sjd: scored on 3 images only" in text
+    assert "sjd: scored on only 3 images" in text
 
 
 def test_a_lossy_decoder_is_labelled_whatever_its_yaml_says(tmp_path: Path) -> None:
