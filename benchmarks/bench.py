@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from benchmarks.files import result_file
+from benchmarks.result_file import result_file
 from harness.console import say
 from harness.plan import make_plan
 from harness.provenance import start_entry

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.architectures import ARCHITECTURES, Architecture, entry_bytes, weight_bytes
-from benchmarks.files import result_file
+from benchmarks.result_file import result_file
 from benchmarks.roofline import Peaks, peaks
 from benchmarks.sections import Bench, Row, reason
 from benchmarks.timing import Budget, synchronize

@@ -1,1 +1,1 @@
-"""Many runs side by side: the table, its pictures, the published figures, and what happens at the end of a multirun."""
+"""Many runs: multiruns, tables with plots and published numbers, pairwise comparison, tuning, the HTML report."""

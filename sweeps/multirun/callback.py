@@ -1,9 +1,9 @@
-"""Build the table of a multirun when its last job ends, also when jobs failed or died.
+"""Build the table of a multirun when its last job ends, even if jobs failed or died.
 
-Hydra skips `on_multirun_end` as soon as one job raises, so the harness' task never raises in a multirun (sweeps/multirun/jobs.py).
-A job that dies hard can still make its launcher give up; then `run.py` calls `close`, which waits for the jobs that go on.
-Where the sweep's own process was killed, `python run.py stage=table run_dir=FOLDER` builds the same table later, and the
-same command again makes what is missing. `run.py` ends with a code that is not 0 if `Tables.failed`.
+Hydra skips `on_multirun_end` as soon as one job raises, so a job never raises in a multirun (jobs.py).
+A job that is killed can still make its launcher give up; then `close` is called, which waits for the remaining jobs.
+If the sweep's own process was killed, `python run.py stage=table run_dir=FOLDER` builds the same table later, and
+repeating the command makes the missing runs. The command exits with a non-zero code if `Tables.failed`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ from sweeps.tables.table import make_tables, show, with_baselines
 __all__ = ["KILLED", "Tables", "close", "statuses", "tabulate"]
 
 LATER = "python run.py stage=table run_dir={folder}"
-PATIENCE_S = 60.0  # how long Ray may take from one job to the next
-QUIET_S = (
-    20.0  # how long a queue is empty before a result that is still missing will not come: longer than file systems need
-)
+PATIENCE_S = 60.0  # the longest that Ray may take from one job to the next
+QUIET_S = 20.0  # a result missing after the queue was empty for so long will not come; file systems take less
 
 
 def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None) -> int:
@@ -41,7 +39,7 @@ def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None) 
     jobs = statuses(sweep)
     failed = [job for job in jobs if job["status"] != "ok"]
     runs = with_baselines([Path(job["run_dir"]) for job in jobs if job["status"] == "ok" and job.get("run_dir")])
-    if runs or failed:  # neither after e.g. stage=bench
+    if runs or failed:  # neither, e.g. after stage=bench
         show(make_tables(runs, sweep, failed, published=published, paper=paper or _paper(sweep)))
         print(f"table: {sweep / 'table.md'}")
     return len(failed)
@@ -49,41 +47,41 @@ def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None) 
 
 def _paper(sweep: Path) -> str | None:
     """Return the `paper=` that the sweep was started with."""
-    asked = sweep / "multirun.yaml"
-    return OmegaConf.load(asked).get("paper") if asked.is_file() else None
+    command = sweep / "multirun.yaml"
+    return OmegaConf.load(command).get("paper") if command.is_file() else None
 
 
 class Tables(Callback):
     """Hydra callback: `hydra.callbacks.tables._target_: sweeps.multirun.callback.Tables`."""
 
-    failed = 0  # jobs of this process' multirun that failed; run.py turns it into the exit code
-    sweep: Path | None = None  # the folder of the multirun that this process drives, until its table is made
+    failed = 0  # jobs of this process' multirun that failed; becomes the exit code
+    sweep: Path | None = None  # the folder of the multirun that this process drives, until its table is built
     launcher = ""
-    gave_up = False  # whether the queue was found empty while submitit still waited
+    gave_up = False  # whether the queue was empty while submitit still waited
     _held = contextlib.ExitStack()
 
     def __init__(self, *, published: bool = False) -> None:
-        """Say whether the published figures of the same model are put below the table."""
+        """Set whether the published numbers of the same model follow the table."""
         self.published = published
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
-        """Take the sweep's folder; what a former multirun said there of its jobs does not count for this one."""
+        """Lock the sweep's folder and remove the job statuses of an earlier multirun there."""
         sweep = Path(config.hydra.sweep.dir)
         try:
             Tables._held.enter_context(lock(sweep / ".lock", what="sweep folder"))
-        except UserError as error:  # Hydra would only warn and go on
+        except UserError as error:  # Hydra would only warn and continue
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
         for status in sweep.glob("[0-9]*/status.json"):
             status.unlink()
         Tables.sweep, Tables.gave_up, Tables.launcher = sweep, False, str(config.hydra.launcher.get("_target_"))
         say(f"sweep folder: {sweep}")
-        if Tables.launcher.endswith("SlurmLauncher") and not slurm.keeps_accounts():
-            say("this cluster keeps no accounts (sacct fails), so the queue is watched for jobs that die")
+        if Tables.launcher.endswith("SlurmLauncher") and not slurm.has_accounting():
+            say("this cluster has no accounting (sacct fails), so the queue is watched for jobs that die")
             threading.Thread(target=_watch, args=(sweep,), daemon=True).start()
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        """Build the table; one that cannot be built is reported and counted as a failure, never raised."""
+        """Build the table; a failure to do so is reported and counted, never raised."""
         sweep, Tables.sweep = Path(config.hydra.sweep.dir), None
         try:
             Tables.failed = tabulate(sweep, published=self.published, paper=config.get("paper"))
@@ -93,22 +91,22 @@ class Tables(Callback):
         Tables._held.close()
 
 
-# ---- sweeps that did not end by themselves
+# ---- sweeps that ended abnormally
 
 
 def close(error: BaseException) -> bool:
-    """Build the table of a multirun whose launcher gave up, once the other jobs have ended; False if none was under way."""
+    """Build the table of a multirun whose launcher gave up, once the other jobs have ended; return False if none was running."""
     sweep, Tables.sweep = Tables.sweep, None
     if sweep is None or not (list(sweep.glob("[0-9]*/status.json")) or slurm.submitted(sweep)):
         Tables._held.close()
-        return False  # nothing has started: what stopped it is the error to tell
+        return False  # nothing has started: the error itself is what to report
     if isinstance(error, (KeyboardInterrupt, SystemExit)) and not Tables.gave_up:
         Tables._held.close()
-        say(f"table of what is there: {LATER.format(folder=sweep)}")
+        say(f"table of the finished runs: {LATER.format(folder=sweep)}")
         return False
     first = (" ".join(str(error).split()) or type(error).__name__)[:160]
-    print(f"the launcher gave up ({first}); waiting for the jobs that go on", file=sys.stderr, flush=True)
-    wait(sweep)
+    print(f"the launcher gave up ({first}); waiting for the remaining jobs", file=sys.stderr, flush=True)
+    wait_for_jobs(sweep)
     try:
         Tables.failed = max(1, tabulate(sweep))
     except (UserError, OSError) as problem:
@@ -118,13 +116,13 @@ def close(error: BaseException) -> bool:
     return True
 
 
-def wait(sweep: Path, poll_s: float = 1.0) -> None:
+def wait_for_jobs(sweep: Path, poll_s: float = 1.0) -> None:
     """Wait until no job of a sweep runs or can still start."""
     if Tables.launcher.endswith("SlurmLauncher"):
-        slurm.wait(sweep)
+        slurm.wait_for_queue(sweep)
         return
     quiet = time.monotonic()
-    patience = PATIENCE_S if "ray" in Tables.launcher.lower() else 0.0  # it starts the next jobs by itself
+    patience = PATIENCE_S if "ray" in Tables.launcher.lower() else 0.0  # it starts further jobs by itself
     while True:
         reasons = [job["reason"] or "" for job in statuses(sweep)]
         if any(reason.startswith(RUNNING) for reason in reasons):
@@ -135,7 +133,7 @@ def wait(sweep: Path, poll_s: float = 1.0) -> None:
 
 
 def _watch(sweep: Path, poll_s: float = 5.0) -> None:
-    """Interrupt a launcher that waits for jobs which Slurm has no more: without accounts submitit waits for ever."""
+    """Interrupt a launcher that waits for jobs no longer in Slurm: without accounting submitit waits forever."""
     empty: float | None = None
     while Tables.sweep == sweep:
         states = slurm.queued(slurm.submitted(sweep)) if slurm.submitted(sweep) else None
@@ -148,7 +146,7 @@ def _watch(sweep: Path, poll_s: float = 5.0) -> None:
 
 
 def stage(cfg: DictConfig) -> Path:
-    """Run stage=table: on the multirun that run_dir names, else on run folders; returns the folder written."""
+    """Run stage=table on the multirun that run_dir names, or else on run folders; return the folder written to."""
     sweep = None if cfg.run_dir is None else Path(cfg.run_dir)
     if sweep is None or not is_sweep(sweep):
         return table.stage(cfg)
@@ -157,7 +155,7 @@ def stage(cfg: DictConfig) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build the table of a finished or broken-off multirun: `python -m sweeps.multirun.callback runs/sweeps/FOLDER`."""
+    """Build the table of a finished or interrupted multirun: `python -m sweeps.multirun.callback runs/sweeps/FOLDER`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
         print("give one multirun folder: python -m sweeps.multirun.callback FOLDER", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Run one job in a process of its own (Linux), so that its death is an exit code and the sweep goes on.
+"""Run one job in its own process (Linux), so that its death is an exit code and the sweep continues.
 
 The process is forked from one that has imported the libraries but used neither a GPU nor threads. It dies with its parent,
-and signals that reach the parent are handed on to it.
+and signals that reach the parent are forwarded to it.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def can_isolate() -> bool:
-    """Say whether this process can: on other systems a fork is not safe once libraries are loaded."""
+    """Return whether this process may fork: on other systems that is not safe once libraries are loaded."""
     return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
 
 
 def in_child(work: Callable[[], None]) -> int:
     """Run `work` in a forked process and return its exit code, or minus the number of the signal that ended it.
 
-    Raises Interrupted, KeyboardInterrupt if this process was told to stop meanwhile; the child was told too, and has ended.
+    Raises Interrupted or KeyboardInterrupt if this process is stopped meanwhile; the child is stopped too, and has ended.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the parent can hand them on
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the parent can forward them
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
         code = 1
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == parent:
                 code = _code(work)
         finally:
-            os._exit(code)  # whatever happens, the child never returns into its parent's code
-    with _handing_on(pid) as sent:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            os._exit(code)  # the child must never return into its parent's code
+    with _forwarding(pid) as received:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         try:
             status = os.waitpid(pid, 0)[1]
         except KeyboardInterrupt:
             _stop(pid)
             raise
-    if sent:
-        raise Interrupted(128 + sent[0])
+    if received:
+        raise Interrupted(128 + received[0])
     return os.waitstatus_to_exitcode(status)
 
 
@@ -65,7 +65,7 @@ def _code(work: Callable[[], None]) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         return 130
-    except BaseException:  # the top of this process: nobody above could report it
+    except BaseException:  # the top of this process: nothing above could report it
         traceback.print_exc()
         return 1
     finally:
@@ -74,25 +74,25 @@ def _code(work: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def _handing_on(pid: int) -> Iterator[list[int]]:
-    """Send the signals of a scheduler on to the child; yields those that came."""
-    sent: list[int] = []
+def _forwarding(pid: int) -> Iterator[list[int]]:
+    """Forward the signals of a scheduler to the child; yields those received."""
+    received: list[int] = []
 
-    def hand_on(number: int, _frame: Any) -> None:
-        sent.append(number)
+    def forward(number: int, _frame: Any) -> None:
+        received.append(number)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        yield sent
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _stop(pid: int, patience_s: float = 5.0) -> None:
-    """Wait for a child that Ctrl-C has reached too (a terminal sends it to all); interrupt it if it has not."""
+    """Wait for a child that Ctrl-C normally reached too (a terminal sends it to both); interrupt it if not."""
     for number in (None, signal.SIGINT, signal.SIGKILL):
         if number is not None:
             os.kill(pid, number)

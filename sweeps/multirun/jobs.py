@@ -1,10 +1,10 @@
-"""The jobs of a multirun: how each ended, also where it could not say so itself.
+"""The jobs of a multirun: how each ended, even if it could not report so itself.
 
-    <sweep>/multirun.yaml         what Hydra was asked for: the jobs follow from it
+    <sweep>/multirun.yaml         the command as Hydra keeps it: the jobs follow from it
     <sweep>/<job>/status.json     {"status": "running", "ok", "failed" or "stopped", "reason", "run_dir", "overrides", ...}
     <sweep>/<job>/traceback.txt   of a job that failed by a bug
 
-Hydra skips the end of a multirun as soon as one job raises, so a job never does; one that was killed has left "running".
+Hydra skips the end of a multirun as soon as one job raises, so a job never does; a killed one leaves "running".
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from sweeps.multirun import slurm
 from sweeps.multirun.child import can_isolate, in_child
 
 KILLED = "ended without a status: killed, out of memory or still running"
-AGAIN = "the same command goes on where it ended."
-WAITING = "has not started: it waits for its turn, or the sweep was cut before; the same command makes it."
+AGAIN = "the same command resumes it."
+WAITING = "has not started: it waits for its turn, or the sweep was interrupted; the same command runs it."
 RUNNING = "is still running"
 SHARED = ("BasicLauncher", "JoblibLauncher")  # launchers that run several jobs in one process
 
 
-# ---- one job, from within
+# ---- inside a job
 
 
 def run_job(work: Callable[[DictConfig], Path], cfg: DictConfig) -> None:
-    """Run one job of a multirun and write its status.json; never raises but to end the sweep."""
+    """Run one job of a multirun and write its status.json; raises only to end the sweep."""
     hydra = HydraConfig.get()
     out = Path(hydra.runtime.output_dir)
     overrides = list(hydra.overrides.task)
@@ -54,12 +54,12 @@ def run_job(work: Callable[[DictConfig], Path], cfg: DictConfig) -> None:
     _write(out, status)
     say(f"job {hydra.job.num}: {' '.join(overrides)}")
     if not (cfg.runtime.isolate and can_isolate() and str(hydra.launcher.get("_target_")).endswith(SHARED)):
-        _do(work, cfg, status, out)
+        _work(work, cfg, status, out)
         return
     _import_parts(cfg)
-    code = in_child(lambda: _do(work, cfg, status, out))
+    code = in_child(lambda: _work(work, cfg, status, out))
     if code < 0:
-        _write(out, status | {"status": "failed", "reason": died(-code)})
+        _write(out, status | {"status": "failed", "reason": death_reason(-code)})
     elif code and _status(out).get("status") == "running":
         _write(out, status | {"status": "failed", "reason": f"ended with exit code {code}; {AGAIN}"})
     if code:
@@ -67,11 +67,11 @@ def run_job(work: Callable[[DictConfig], Path], cfg: DictConfig) -> None:
 
 
 def _import_parts(cfg: DictConfig) -> None:
-    """Import what a job needs into this process, once for all jobs to come; importing uses no GPU."""
+    """Import what a job needs into this process, once for all jobs; importing does not use a GPU."""
     modules = ["harness.job", "matplotlib.pyplot"]
     modules += [target.rpartition(".")[0] for target in _targets(OmegaConf.to_container(cfg))]
     for module in dict.fromkeys(filter(None, modules)):
-        with contextlib.suppress(Exception):  # the job itself says what is wrong with it
+        with contextlib.suppress(Exception):  # the job itself reports what is wrong
             importlib.import_module(module)
 
 
@@ -83,7 +83,7 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def _do(work: Callable[[DictConfig], Path], cfg: DictConfig, status: dict[str, Any], out: Path) -> None:
+def _work(work: Callable[[DictConfig], Path], cfg: DictConfig, status: dict[str, Any], out: Path) -> None:
     try:
         status |= {"status": "ok", "run_dir": str(work(cfg).absolute())}
     except (KeyboardInterrupt, SystemExit):
@@ -101,43 +101,43 @@ def _do(work: Callable[[DictConfig], Path], cfg: DictConfig, status: dict[str, A
 def _write(out: Path, status: dict[str, Any]) -> None:
     try:
         write_atomically(out / "status.json", json.dumps(status).encode())
-    except OSError as error:  # the job's own work does not depend on it
+    except OSError as error:  # the job's work does not depend on it
         print(f"error: no status.json: {sentence(error)}", file=sys.stderr, flush=True)
 
 
-def died(number: int) -> str:
-    """Return the sentence for a job that a signal ended."""
-    name = next((known.name for known in signal.Signals if known == number), "a signal without a name")
+def death_reason(number: int) -> str:
+    """Return why a job ended by a signal has no run."""
+    name = next((known.name for known in signal.Signals if known == number), "unknown signal")
     cause = ": killed from outside, or out of memory" if name == "SIGKILL" else f", {name}"
     return f"died (signal {number}{cause}); {AGAIN}"
 
 
-# ---- all jobs, from outside
+# ---- all jobs of a multirun
 
 
 def is_sweep(folder: Path) -> bool:
-    """Say whether this is the folder of a multirun."""
+    """Return whether this is the folder of a multirun."""
     return (folder / "multirun.yaml").is_file() or any(folder.glob("[0-9]*/status.json"))
 
 
 def statuses(sweep: Path) -> list[dict[str, Any]]:
-    """Return the status of every job of a multirun, in the order of the jobs; all but "ok" have a reason.
+    """Return the status of every job of a multirun, in order; all but "ok" have a reason.
 
-    Overrides that all jobs share are left out.
+    Overrides shared by all jobs are omitted.
     """
     planned = dict(enumerate(planned_jobs(sweep)))
-    there = {int(path.name) for path in sweep.glob("*/") if path.name.isdigit()}
-    found = [_job(sweep / str(number), planned.get(number)) for number in sorted(planned or there)]
-    told = [set(job["overrides"]) for job in found if not job.get("unnamed")]
-    if len(told) > 1:  # what all jobs say tells none apart
-        shared = {text for text in set.intersection(*told) if not text.startswith("decoder=")}
+    existing = {int(path.name) for path in sweep.glob("*/") if path.name.isdigit()}
+    found = [_job(sweep / str(number), planned.get(number)) for number in sorted(planned or existing)]
+    named = [set(job["overrides"]) for job in found if not job.get("unnamed")]
+    if len(named) > 1:  # what all jobs share distinguishes none
+        shared = {text for text in set.intersection(*named) if not text.startswith("decoder=")}
         for job in found:
             job["overrides"] = [text for text in job["overrides"] if text not in shared]
     return found
 
 
 def planned_jobs(sweep: Path) -> list[list[str]]:
-    """Return the overrides of each job that this multirun was asked for; [] where Hydra's file does not tell."""
+    """Return the overrides of each job of the command; [] if Hydra's file does not determine them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     try:
@@ -147,7 +147,12 @@ def planned_jobs(sweep: Path) -> list[list[str]]:
         words = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()] + list(hydra.overrides.task)
         (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
         return batch
-    except (OSError, AttributeError, OmegaConfBaseException, HydraException):  # glob() needs the folders of the command
+    except (
+        OSError,
+        AttributeError,
+        OmegaConfBaseException,
+        HydraException,
+    ):  # glob() needs the folders of that machine
         return []
 
 
@@ -159,10 +164,10 @@ def _job(folder: Path, planned: list[str] | None) -> dict[str, Any]:
         return {"status": "failed", "reason": reason, "run_dir": None, **named}
     if status["status"] == "running":
         status |= {"reason": _fate(status)}
-    elif status["status"] == "stopped" and status.get("slurm") is not None:  # Slurm may have put it back into its queue
-        told = slurm.outcome(status["slurm"])
-        if told is not None and told.running:
-            status |= {"status": "running", "reason": f"{RUNNING} ({told.state.lower()})."}
+    elif status["status"] == "stopped" and status.get("slurm") is not None:  # Slurm may have requeued it
+        state = slurm.job_state(status["slurm"])
+        if state is not None and state.running:
+            status |= {"status": "running", "reason": f"{RUNNING} ({state.name.lower()})."}
     return status
 
 
@@ -174,13 +179,15 @@ def _status(folder: Path) -> dict[str, Any]:
 
 
 def _fate(status: dict[str, Any]) -> str:
-    """Return what became of a job that has not written its end."""
-    if status.get("slurm") is not None and (told := slurm.outcome(status["slurm"])) is not None:
-        if told.running:
-            return f"{RUNNING} ({told.state.lower()})."
-        if told.state in slurm.ENDED:
-            return f"{slurm.ENDED[told.state]} in Slurm; {AGAIN}"
-        return died(told.number) if told.number else f"ended without a word ({told.state.lower()} in Slurm); {AGAIN}"
+    """Return what happened to a job that did not write how it ended."""
+    if status.get("slurm") is not None and (state := slurm.job_state(status["slurm"])) is not None:
+        if state.running:
+            return f"{RUNNING} ({state.name.lower()})."
+        if state.name in slurm.ENDED:
+            return f"{slurm.ENDED[state.name]} in Slurm; {AGAIN}"
+        if state.signal:
+            return death_reason(state.signal)
+        return f"ended without a status ({state.name.lower()} in Slurm); {AGAIN}"
     if status.get("host") != socket.gethostname():
         return KILLED
-    return f"{RUNNING}." if alive(status["pid"]) else f"died without a word: killed or out of memory; {AGAIN}"
+    return f"{RUNNING}." if alive(status["pid"]) else f"died: killed or out of memory; {AGAIN}"

@@ -1,7 +1,7 @@
-"""Ask Slurm what became of jobs, and wait for those of a sweep.
+"""Ask Slurm for the state of jobs, and wait for those of a sweep.
 
-submitit waits for a job's result file; where a job died without one it asks `sacct`, which only clusters with accounting
-have. So a sweep looks into the queue itself.
+submitit waits for a job's result file; if a job died without one it asks `sacct`, which needs a cluster with accounting.
+So a sweep looks into the queue itself.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ ENDED = {
     "CANCELLED": "was cancelled",
     "DEADLINE": "ran into its deadline",
 }
-OVER = (*ENDED, "FAILED", "COMPLETED")  # every other state is one of waiting, running or going back into the queue
+OVER = (*ENDED, "FAILED", "COMPLETED")  # in every other state a job waits, runs or is requeued
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What Slurm says of a job. number: the signal that ended it, 0 for none."""
+class JobState:
+    """The state of a job in Slurm. signal: the number of the signal that ended it, 0 for none."""
 
-    state: str
-    number: int = 0
+    name: str
+    signal: int = 0
 
     @property
     def running(self) -> bool:
-        return self.state not in OVER
+        return self.name not in OVER
 
 
 def own_job() -> str | None:
-    """Return the Slurm job that runs this process alone; None elsewhere, and in a shell that Slurm gave to a user.
+    """Return the Slurm job that submitit started for this process; None elsewhere, e.g. in an interactive Slurm shell.
 
-    12_0 is the first of an array; the plain number of one of its jobs is also that of the whole array.
+    A job of an array is named 12_0: its plain number may also be that of the whole array.
     """
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         return None
@@ -50,20 +50,20 @@ def own_job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def outcome(job: str) -> Outcome | None:
-    """Return what became of a job; None where Slurm does not know it, or cannot be asked."""
-    text = _ask("scontrol", "--oneliner", "show", "job", job) or ""  # remembers a job for minutes
+def job_state(job: str) -> JobState | None:
+    """Return the state of a job; None if Slurm does not know it, or does not answer."""
+    text = _ask("scontrol", "--oneliner", "show", "job", job) or ""  # knows a job for minutes after its end
     states, codes = re.findall(r"\bJobState=(\w+)", text), re.findall(r"\bExitCode=(\d+:\d+)", text)
-    if not states or states[0] == "FAILED":  # then its steps may tell the signal
+    if not states or states[0] == "FAILED":  # its steps may show the signal
         lines = _ask("sacct", "--noheader", "--parsable2", "--format=State,ExitCode", "--jobs", job) or ""
         rows = [line.split("|") for line in lines.splitlines() if "|" in line]
         states = states or [state.split()[0] for state, _ in rows]
         codes = [code for _, code in rows] + codes
-    return Outcome(states[0], _signal(codes)) if states else None
+    return JobState(states[0], _signal(codes)) if states else None
 
 
 def _signal(codes: Iterable[str]) -> int:
-    """Return the signal in Slurm's exit codes 'code:signal'; a shell tells it as 128 + signal."""
+    """Return the signal in Slurm's exit codes 'code:signal'; a shell reports it as 128 + signal."""
     pairs = [tuple(map(int, code.split(":"))) for code in codes]
     found = [number for _, number in pairs] + [code - 128 for code, _ in pairs]
     return next((number for number in found if number in signal.valid_signals()), 0)
@@ -75,7 +75,7 @@ def submitted(sweep: Path) -> list[str]:
 
 
 def queued(jobs: Sequence[str]) -> list[str] | None:
-    """Return the states of those of `jobs` that wait or run; None where the controller does not answer."""
+    """Return the states of those of `jobs` that wait or run; None if the controller does not answer."""
     if not jobs:
         return []
     try:
@@ -84,19 +84,19 @@ def queued(jobs: Sequence[str]) -> list[str] | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode:
-        return [] if "Invalid job id" in done.stderr else None  # forgotten by now, so they are over
+        return [] if "Invalid job id" in done.stderr else None  # no longer known, so they have ended
     return done.stdout.split()
 
 
-def wait(sweep: Path, poll_s: float = 5.0) -> None:
-    """Wait until no job of the sweep is in the queue any more."""
+def wait_for_queue(sweep: Path, poll_s: float = 5.0) -> None:
+    """Wait until no job of the sweep is in the queue."""
     jobs = submitted(sweep)
     while queued(jobs) != []:
         time.sleep(poll_s)
 
 
-def keeps_accounts() -> bool:
-    """Say whether sacct works here."""
+def has_accounting() -> bool:
+    """Return whether sacct works here."""
     return _ask("sacct", "--noheader", "--allocations", "--jobs=1") is not None
 
 

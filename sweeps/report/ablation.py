@@ -1,4 +1,4 @@
-"""Window x steps: the runs of one decoder that differ in nothing but these two, as in the paper's figure 4."""
+"""Window x steps: the runs of one decoder that differ only in these two, as in the paper's figure 4."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from sweeps.report.charts import lines
 from sweeps.tables.rows import Row
 
-MEASURES = (  # title, value of a row
+MEASURES = (  # heading, value of a row
     ("step compression", lambda row: row.compression),
     ("latency of an image, median (s)", lambda row: row.latency_s),
     ("FID (lower is better)", lambda row: row.metrics.get("fid") if row.scored == row.n else None),
@@ -22,11 +22,11 @@ MEASURES = (  # title, value of a row
 
 @dataclass(frozen=True)
 class Ablation:
-    """One decoder over windows and steps: its plots, and step compression as a grid where both vary."""
+    """One decoder over windows and steps: its plots, and step compression as a grid if both vary."""
 
     name: str
     plots: list[Markup]
-    legend: list[tuple[int, str]]  # (colour, text) of the lines; empty where there is only one
+    legend: list[tuple[int, str]]  # (colour, text) of the lines; empty if there is only one
     windows: list[int]
     steps: list[int]
     grid: list[list[Row | None]]  # [steps][windows]
@@ -47,7 +47,7 @@ def _place(row: Row) -> tuple[int, int]:
 
 
 def _family(row: Row) -> str:
-    """Return everything that makes a run but window and steps, as text."""
+    """Return everything that identifies a run except window and steps, as text."""
     identity: dict[str, Any] = {key: value for key, value in row.run.identity.items() if key != "id"}
     identity["decoder"] = {key: value for key, value in identity["decoder"].items() if key not in ("window", "steps")}
     return json.dumps(identity, sort_keys=True, default=str)

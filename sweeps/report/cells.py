@@ -1,4 +1,4 @@
-"""Tables as a page shows them: every cell with its text, its unrounded number to sort by, and what papers print."""
+"""Tables of the page: every cell with its text, its unrounded number to sort by, and the published values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sweeps.tables.published import Published, select
 from sweeps.tables.rows import Row
 from sweeps.tables.table import columns, csv_row
 
-BARS = ("step_compression", "speedup")  # columns whose cells hold a bar as long as their number
+BARS = ("step_compression", "speedup")  # columns whose cells show a bar of the length of their number
 PRINTED = {  # column -> field of published.csv
     "step_compression": "step_compression",
     "speedup": "latency_speedup",
@@ -26,7 +26,7 @@ PRINTED = {  # column -> field of published.csv
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: `text` and, smaller, `more` (interval, spread); `value` as in table.csv, '' where there is none."""
+    """One cell: `text` and, smaller, `more` (interval, spread); `value` as in table.csv, '' if there is none."""
 
     text: str
     more: str = ""
@@ -34,13 +34,13 @@ class Cell:
     key: str = ""
     bold: bool = False
     bar: float = 0.0  # 0 to 1
-    printed: str = ""  # what papers print of this decoder
+    printed: str = ""  # values that papers print for this decoder
     sources: str = ""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: `keys` name the CSV columns behind the header; a row's first cell names it."""
+    """A table: `keys` are the CSV columns of the header; the first cell of a row names it."""
 
     header: list[str]
     rows: list[list[Cell]]
@@ -104,7 +104,7 @@ def _split(text: str) -> tuple[str, str, bool]:
 
 
 def plain_grid(table: Table) -> Grid:
-    """Return a table of text, sorted by the first number of a cell where it has one."""
+    """Return a table of text; cells with a number can be sorted by it."""
     return Grid(
         header=list(table.header),
         rows=[[_plain(text, place) for place, text in enumerate(row)] for row in table.rows],

@@ -1,4 +1,4 @@
-"""Draw plots as SVG text that follows the page's colours, light or dark, and needs no script.
+"""Draw plots as SVG text that uses the page's colours, light or dark, and needs no script.
 
 Every colour is a class (`c0` ... `c9`, the place of a run in its table); points have a tooltip.
 """
@@ -19,7 +19,7 @@ LONG = 26  # characters of a name that fits beside a point
 
 @dataclass(frozen=True)
 class Dot:
-    """One point of a plot; `hollow` for a lossy decoder; `error` is the length of the bar above and below."""
+    """One point of a plot; `hollow` for a lossy decoder; `error` is half the length of the error bar."""
 
     label: str
     x: float
@@ -31,7 +31,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Axis:
-    """The range of an axis and its ticks; `log` spaces it by powers of ten."""
+    """The range of an axis and its ticks; `log`: a logarithmic one."""
 
     title: str
     low: float
@@ -40,14 +40,14 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Return where a value stands, 0 to 1."""
+        """Return the position of a value on the axis, 0 to 1."""
         if self.log:
             return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
         return (value - self.low) / (self.high - self.low)
 
 
 def axis(title: str, values: Sequence[float], *, zero: bool = False, log: bool = False) -> Axis:
-    """Return an axis with round ticks that holds all `values`, and zero where it is asked for."""
+    """Return an axis with round ticks that covers all `values`, and zero if asked."""
     if log:
         low = math.floor(math.log10(min(values)))
         high = max(math.ceil(math.log10(max(values))), low + 1)
@@ -64,20 +64,20 @@ def axis(title: str, values: Sequence[float], *, zero: bool = False, log: bool =
 
 
 def _round(step: float) -> float:
-    """Return 1, 2 or 5 times a power of ten, the one next above `step`."""
+    """Return the smallest 1, 2 or 5 times a power of ten that is at least `step`."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
-def number(value: float) -> str:
-    """Return a number as short as a reader needs it."""
+def short_number(value: float) -> str:
+    """Return a number with the digits a reader needs."""
     if value and abs(value) < 0.001:
         return f"{value:.0e}".replace("e-0", "e-")
     return f"{value:.4g}"
 
 
 def scatter(dots: Sequence[Dot], x: str, y: str, *, front: Sequence[Dot] = (), level: float | None = None) -> Markup:
-    """Plot quality against cost: `front` is joined by a line, `level` is a horizontal one, e.g. AR's."""
+    """Plot quality against cost: the points of `front` are joined by a line, `level` is a horizontal one, e.g. AR's."""
     heights = [value for dot in dots for value in (dot.y - (dot.error or 0), dot.y + (dot.error or 0))]
     across = axis(x, [dot.x for dot in dots], zero=True)
     up = axis(y, heights + ([] if level is None else [level]))
@@ -94,7 +94,7 @@ def scatter(dots: Sequence[Dot], x: str, y: str, *, front: Sequence[Dot] = (), l
 def lines(
     series: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], x: str, y: str, *, log: bool = False
 ) -> Markup:
-    """Plot {label: (colour, points)} as lines; points without a place on a logarithmic axis are left out."""
+    """Plot {label: (colour, points)} as lines; points that a logarithmic axis cannot show are skipped."""
     shown = {name: (colour, [p for p in points if not log or p[1] > 0]) for name, (colour, points) in series.items()}
     shown = {name: value for name, value in shown.items() if value[1]}
     points = [point for _, found in shown.values() for point in found]
@@ -106,7 +106,7 @@ def lines(
         dash = ("", " dash", " dots")[colour // COLOURS % 3]
         parts.append(_line(spots, f"c{colour % COLOURS} stroke{dash}"))
         parts += [
-            _shape(cx, cy, 3, colour, "dot", f"{name}: {number(a)}, {number(b)}")
+            _shape(cx, cy, 3, colour, "dot", f"{name}: {short_number(a)}, {short_number(b)}")
             for (cx, cy), (a, b) in zip(spots, found, strict=True)
         ]
     return _svg(parts, f"{y} against {x}")
@@ -126,11 +126,11 @@ def _frame(across: Axis, up: Axis) -> list[str]:
     for value in up.ticks:
         y = _y(up, value)
         found.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        found.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{number(value)}</text>')
+        found.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{short_number(value)}</text>')
     for value in across.ticks:
         x = _x(across, value)
         found.append(f'<line class="base" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>')
-        found.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 19}">{number(value)}</text>')
+        found.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 19}">{short_number(value)}</text>')
     found.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     middle = (TOP + bottom) / 2
     found.append(
@@ -152,13 +152,13 @@ def _mark(dot: Dot, across: Axis, up: Axis) -> str:
     if dot.error:
         top, bottom = _y(up, dot.y + dot.error), _y(up, dot.y - dot.error)
         bar = _line([(x, top), (x, bottom)], f"{colour} stroke bar")
-    words = f"{dot.label}{' (lossy)' if dot.hollow else ''}: {number(dot.x)}, {number(dot.y)}"
-    words += f" ± {number(dot.error)}" if dot.error else ""
+    words = f"{dot.label}{' (lossy)' if dot.hollow else ''}: {short_number(dot.x)}, {short_number(dot.y)}"
+    words += f" ± {short_number(dot.error)}" if dot.error else ""
     return bar + _shape(x, y, 5.5, dot.colour, "ring" if dot.hollow else "dot", words)
 
 
 def _shape(x: float, y: float, size: float, colour: int, kind: str, words: str) -> str:
-    """Return a mark with a tooltip: a circle, and where the colours come round a second and third time another shape."""
+    """Return a mark with a tooltip: a circle, or another shape when the colours repeat."""
     name, inner = f'class="c{colour % COLOURS} {kind}"', f"<title>{escape(words)}</title>"
     turn = colour // COLOURS % 3
     if turn == 0:

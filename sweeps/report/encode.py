@@ -1,6 +1,6 @@
-"""Turn pictures into data URIs, so that a page needs no file beside it.
+"""Turn images into data URIs, so that the page needs no other file.
 
-# H, W height and width of a picture
+# H, W height and width of an image
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import io
 import numpy as np
 from PIL import Image
 
-EXACT = 128  # pixels up to which a picture keeps every one of them
+EXACT = 128  # images up to this many pixels wide are stored losslessly
 
 
-def picture(image: np.ndarray, side: int) -> str:
-    """Return a picture uint8 [H, W, 3 or 4] as a WebP data URI, at most `side` pixels high and wide.
+def image_uri(image: np.ndarray, side: int) -> str:
+    """Return an image uint8 [H, W, 3 or 4] as a WebP data URI, at most `side` pixels high and wide.
 
-    Small pictures are kept exactly; large ones are stored at the size they are shown at, at quality 82.
+    Small images are stored losslessly; large ones at the size they are shown at, with quality 82.
     """
     shown = Image.fromarray(image)
     exact = max(shown.size) <= EXACT
@@ -28,8 +28,8 @@ def picture(image: np.ndarray, side: int) -> str:
     return _uri("webp", buffer)
 
 
-def drawing(image: np.ndarray) -> str:
-    """Return a drawing of few colours, uint8 [H, W, 4], as a PNG data URI; every pixel is kept."""
+def chart_uri(image: np.ndarray) -> str:
+    """Return an image of few colours, uint8 [H, W, 4], as a lossless PNG data URI."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
     return _uri("png", buffer)

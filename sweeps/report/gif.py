@@ -1,4 +1,4 @@
-"""Draw the race as an animated GIF for a README: the same measured traces as on the page, in a handful of frames a second."""
+"""Draw the race as an animated GIF for a README: the measured traces of the page, in a few frames per second."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sjd2.files import write_atomically
 from sweeps.report.race import Heat, Lane, Race, in_a_row
 
 LIMIT = 1_500_000  # bytes
-SECONDS = 8.0  # the slowest decoder fills about this much of the film; a race of fitting length runs in real time
+SECONDS = 8.0  # about the length of the film; a race of similar length is shown in real time
 FRAMES = 12  # per second
-HOLD = 2.5  # seconds that the finished race stays
+HOLD = 2.5  # seconds that the finished race is shown
 ACROSS = 5  # lanes in a row
 PACES = (0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100)
 INK, SOFT, LINE, PAPER, BLANK = "#1d1f24", "#6b7078", "#d9d6cf", "#ffffff", "#e9e6df"
@@ -28,7 +28,7 @@ WINDOW = "#f3d596"
 
 @dataclass(frozen=True)
 class _Size:
-    """Pixels of one lane's picture and of its text."""
+    """Pixels of one lane's image and of its text."""
 
     side: int
     font: int
@@ -43,18 +43,18 @@ class _Size:
 
 
 def pace(longest: float) -> float:
-    """Return how fast to replay a race of `longest` seconds: real time if it takes 3 to 20 s, else the nearest round pace."""
+    """Return how fast to replay a race of `longest` seconds: in real time if it takes 3 to 20 s, else at the nearest round pace."""
     return 1 if 3 <= longest <= 20 else min(PACES, key=lambda value: abs(math.log(longest / value / SECONDS)))
 
 
 def write_gif(race: Race, path: Path, key: Id | None = None) -> Path:
-    """Write the race on one prompt (the first by default) as a GIF below LIMIT bytes; smaller pictures where it must be."""
+    """Write the race on one prompt (the first by default) as a GIF below LIMIT bytes, with smaller images if necessary."""
     key = race.ids[0] if key is None else key
     lanes = [lane for lane in race.lanes if key in lane.heats]
     data = b""
     for side, frames in ((160, FRAMES), (128, FRAMES), (96, FRAMES), (96, FRAMES // 2), (64, FRAMES // 2)):
         pixels = max(lanes[0].heats[key].image.shape)
-        sharp = side // pixels * pixels if pixels < side else side  # small pictures by a whole factor
+        sharp = side // pixels * pixels if pixels < side else side  # small images by an integer factor
         data = _film(race, lanes, key, _Size(sharp, 13 if side > 100 else 11), frames)
         if len(data) <= LIMIT:
             break
@@ -67,9 +67,9 @@ def _film(race: Race, lanes: list[Lane], key: Id, size: _Size, frames: int) -> b
     longest = max(lane.heats[key].seconds[-1] for lane in lanes)
     speed = pace(longest)
     count = math.ceil(longest / speed * frames)
-    pictures = {lane.index: _fit(lane.heats[key].image, size.side) for lane in lanes}
+    images = {lane.index: _fit(lane.heats[key].image, size.side) for lane in lanes}
     moments = [min(number * speed / frames, longest) for number in range(count + 1)]
-    drawn = [_frame(race, lanes, key, size, pictures, moment, speed) for moment in moments]
+    drawn = [_frame(race, lanes, key, size, images, moment, speed) for moment in moments]
     palette = _palette(drawn[-1])
     drawn = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in drawn]
     duration = [round(1000 / frames)] * (len(drawn) - 1) + [round(1000 * HOLD)]
@@ -79,7 +79,7 @@ def _film(race: Race, lanes: list[Lane], key: Id, size: _Size, frames: int) -> b
 
 
 def _palette(last: Image.Image) -> Image.Image:
-    """Return a palette: the film's own colours as they are, the others from the last frame, which has all pictures."""
+    """Return a palette: the film's own colours exactly, the others from the last frame, which has all images."""
     own = [ImageColor.getrgb(name) for name in (INK, SOFT, LINE, PAPER, BLANK, GOOD, LOSSY, WINDOW)]
     found = last.quantize(256 - len(own), method=Image.Quantize.MEDIANCUT).getpalette()[: 3 * (256 - len(own))]
     palette = Image.new("P", (1, 1))
@@ -88,7 +88,7 @@ def _palette(last: Image.Image) -> Image.Image:
 
 
 def _fit(image: np.ndarray, side: int) -> Image.Image:
-    """Return the picture `side` pixels wide or high; the pixels of a small one stay sharp."""
+    """Return the image scaled to `side` pixels on its longer side; a small one keeps sharp pixels."""
     shown = Image.fromarray(image)
     scale = side / max(shown.size)
     small = max(shown.size) < side
@@ -97,7 +97,7 @@ def _fit(image: np.ndarray, side: int) -> Image.Image:
 
 
 def _frame(
-    race: Race, lanes: list[Lane], key: Id, size: _Size, pictures: dict[int, Image.Image], moment: float, speed: float
+    race: Race, lanes: list[Lane], key: Id, size: _Size, images: dict[int, Image.Image], moment: float, speed: float
 ) -> Image.Image:
     across = in_a_row(len(lanes), ACROSS)
     gap, down = 14, -(-len(lanes) // across)
@@ -106,14 +106,14 @@ def _frame(
     tile = size.head + size.side + size.foot
     frame = Image.new("RGB", (width, top + down * (tile + gap)), PAPER)
     pen = ImageDraw.Draw(frame)
-    said = textwrap.wrap(race.prompt(key), max(20, int((width - 2 * gap) / (size.font * 0.55))))
-    text = said[0] + (" ..." if len(said) > 1 else "")
+    prompt = textwrap.wrap(race.prompt(key), max(20, int((width - 2 * gap) / (size.font * 0.55))))
+    text = prompt[0] + (" ..." if len(prompt) > 1 else "")
     pen.text((gap, gap), text, fill=INK, font=font)
-    clock = f"{moment:.2f} s" + ("" if speed == 1 else f"   replayed at {speed:g}x of real time")
+    clock = f"{moment:.2f} s" + ("" if speed == 1 else f"   replayed at {speed:g}x real time")
     pen.text((gap, gap + size.font + 8), clock, fill=SOFT, font=font)
     for place, lane in enumerate(lanes):
         corner = (gap + place % across * (size.side + gap), top + place // across * (tile + gap))
-        _tile(pen, frame, race, lane, lane.heats[key], pictures[lane.index], corner, size, moment)
+        _tile(pen, frame, race, lane, lane.heats[key], images[lane.index], corner, size, moment)
     return frame
 
 
@@ -128,7 +128,7 @@ def _tile(
     size: _Size,
     moment: float,
 ) -> None:
-    """Draw one decoder at one moment: name, what is there of its picture, passes and time."""
+    """Draw one decoder at one moment: its name, the image so far, passes and time."""
     x, y = corner
     font = _font(size.font)
     step = int(np.searchsorted(heat.seconds, moment, side="right"))
@@ -136,8 +136,8 @@ def _tile(
     pen.text((x, y), _cut(pen, lane.run.label, size.side, font), fill=INK, font=font)
     good = lane.run.lossless
     pen.text((x, y + size.font + 4), "lossless" if good else "lossy", fill=GOOD if good else LOSSY, font=font)
-    picture = _partial(race, lane, heat, shown, heat.cells[step - 1] if step else 0, done)
-    frame.paste(picture, (x, y + size.head))
+    so_far = _partial(race, lane, heat, shown, heat.cells[step - 1] if step else 0, done)
+    frame.paste(so_far, (x, y + size.head))
     y += size.head + size.side + 5
     share = (heat.cells[step - 1] if step else 0) / (race.rows * race.columns)
     pen.rectangle((x, y, x + size.side - 1, y + 3), fill=LINE)
@@ -149,23 +149,23 @@ def _tile(
 
 
 def _partial(race: Race, lane: Lane, heat: Heat, shown: Image.Image, cells: int, done: bool) -> Image.Image:
-    """Return the picture with its first `cells` cells; those under guess are tinted, the others blank."""
+    """Return the image with its first `cells` cells; drafted cells are tinted, the others blank."""
     if done:
         return shown
     total = race.rows * race.columns
     order = heat.order or list(range(total))
     cover = np.zeros(total, np.uint8)
     cover[order[:cells]] = 255
-    guessed = np.zeros(total, np.uint8)
-    guessed[order[cells : cells + lane.ahead]] = 255
+    drafted = np.zeros(total, np.uint8)
+    drafted[order[cells : cells + lane.ahead]] = 255
     masks = [
         Image.fromarray(flat.reshape(race.rows, race.columns)).resize(shown.size, Image.Resampling.NEAREST)
-        for flat in (guessed, cover)
+        for flat in (drafted, cover)
     ]
-    picture = Image.new("RGB", shown.size, BLANK)
-    picture.paste(WINDOW, mask=masks[0])
-    picture.paste(shown, mask=masks[1])
-    return picture
+    so_far = Image.new("RGB", shown.size, BLANK)
+    so_far.paste(WINDOW, mask=masks[0])
+    so_far.paste(shown, mask=masks[1])
+    return so_far
 
 
 def _cut(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont) -> str:

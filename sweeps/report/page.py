@@ -1,7 +1,7 @@
-"""Make the report: one HTML page of run folders that needs no network and no file beside it.
+"""Make the report: one HTML page of run folders that needs no network and no other file.
 
-Its numbers are those of table.csv, which is written beside it; pictures are data URIs, plots are SVG, and the race
-(race.py) is replayed by race.js from the traces. What cannot be drawn is named on the page with its reason.
+Its numbers are those of table.csv, which is written beside it; images are data URIs, plots are SVG, and the race
+(race.py) is replayed by race.js from the traces. What cannot be drawn is listed on the page with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sweeps.multirun.jobs import is_sweep, statuses
 from sweeps.report.ablation import Ablation, make_ablations
 from sweeps.report.cells import Grid, main_grid, plain_grid
 from sweeps.report.charts import COLOURS, Dot, lines, scatter
-from sweeps.report.encode import drawing, picture
+from sweeps.report.encode import chart_uri, image_uri
 from sweeps.report.gif import pace, write_gif
 from sweeps.report.race import LANES, Race, in_a_row, make_race, race_json
 from sweeps.report.trajectories import Trajectory, make_trajectories
@@ -42,20 +42,20 @@ from sweeps.tables.rows import Row, make_rows
 from sweeps.tables.table import csv_row, difference_table, failed_row, published_table, title, to_csv
 
 LIMIT = 12_000_000  # bytes of the page
-SIDES = (320, 224, 160, 112)  # pixels of a picture; the first that keeps the page below LIMIT
-SHOWN = 4  # images per decoder that a command for a race makes
+SIDES = (320, 224, 160, 112)  # pixels of an image; the first that keeps the page below LIMIT
+SHOWN = 4  # images per decoder in the suggested command for a race
 
 
 @dataclass
 class Section:
-    """Everything the page says of the runs of one table."""
+    """Everything the page shows of the runs of one table."""
 
     title: str
     rows: list[Row]
     machine: Machine | None
     main: Grid
     notes: list[str]
-    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # (number, what it is, whose)
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # (number, meaning, run)
     differences: Grid | None = None
     published: Grid | None = None
     race: Race | None = None
@@ -90,14 +90,14 @@ def make_report(
 ) -> Path:
     """Write report.html, table.csv and, where there are traces, race.gif of these runs into `out`; return the page.
 
-    failed: status.json of jobs that made no run; they, and folders that cannot be read, become rows with their reason.
+    failed: status.json of jobs without a run; they, and unreadable folders, become rows with their reason.
     paper: a table of the SJD2 paper to show beside ours.
     Raises UserError if there is neither a run nor a failed job.
     """
     runs, unreadable = read_runs(run_dirs)
     jobs = [failed_row(job) for job in failed] + unreadable
     if not runs and not jobs:
-        raise UserError("no run folder here holds an image; make a run with: python run.py")
+        raise UserError("no run folder here has an image; make a run with: python run.py")
     members = groups(runs, swept(failed))
     sections = [make_section(group, jobs if len(members) == 1 else []) for group in members]
     papers = [] if paper is None else [(table.title, plain_grid(table)) for table in paper_tables(paper, runs)]
@@ -105,13 +105,13 @@ def make_report(
     text, side = _fitting(sections, jobs if len(members) != 1 else [], papers)
     if len(text.encode()) > LIMIT:
         say(
-            f"the page has {len(text.encode()) / 1e6:.0f} MB although its pictures are {side} px; report fewer runs at a time."
+            f"the page has {len(text.encode()) / 1e6:.0f} MB even with images of {side} px; report fewer runs at a time."
         )
     write_atomically(out / "report.html", text.encode())
     numbers = [csv_row(row, section.machine) for section in sections for row in section.rows]
     numbers += [{"label": label, "status": "failed", "reason": reason} for label, reason in jobs]
     write_atomically(out / "table.csv", to_csv(numbers).encode())
-    (out / "race.gif").unlink(missing_ok=True)  # of earlier runs
+    (out / "race.gif").unlink(missing_ok=True)  # left by earlier runs
     if race := next((section.race for section in sections if section.race is not None), None):
         write_gif(race, out / "race.gif")
     return out / "report.html"
@@ -121,7 +121,7 @@ def make_report(
 
 
 def make_section(group: Sequence[Run], failed: Sequence[tuple[str, str]] = ()) -> Section:
-    """Collect everything the page says of the runs of one table."""
+    """Collect everything the page shows of the runs of one table."""
     machine = table_machine(group)
     rows = make_rows(group, machine)
     section = Section(title(group[0]), rows, machine, main_grid(rows, machine, failed), notes(rows, machine))
@@ -135,12 +135,12 @@ def make_section(group: Sequence[Run], failed: Sequence[tuple[str, str]] = ()) -
         try:
             part(section)
         except UserError as error:
-            section.notes.append(f"Warning: left out: {name}, since {error}")
+            section.notes.append(f"Warning: skipped {name}: {error}")
     return section
 
 
 def tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Return the figures at the head of a section: (number, what it is, whose); of lossless decoders only."""
+    """Return the headline numbers of a section, of lossless decoders only: (number, meaning, run)."""
     fair = [row for row in rows if row.run.lossless and not row.run.is_ar]
     found = []
     if fair:
@@ -151,7 +151,9 @@ def tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     timed = [row for row in fair if row.speedup is not None]
     if timed:
         best = max(timed, key=lambda row: row.speedup)
-        found.append((f"{best.speedup:.2f}×", "of AR's speed, the quickest lossless decoder on this hardware", best))
+        found.append(
+            (f"{best.speedup:.2f}×", "the speed of AR, by the fastest lossless decoder on this hardware", best)
+        )
     images = sum(row.n for row in rows)
     whole = [(f"{images:,}", f"image{'s' * (images != 1)} in {len(rows)} run{'s' * (len(rows) != 1)}", "")]
     return [(value, what, row.run.label) for value, what, row in found] + whole
@@ -170,7 +172,7 @@ def _race(section: Section) -> None:
 
 
 def _quality(section: Section) -> None:
-    """Plot every score that compares against latency, or against passes where fewer than two runs have times."""
+    """Plot every comparable score against latency, or against passes if fewer than two runs have times."""
     timed = [row for row in section.rows if row.latency_s is not None]
     rows, cost = (timed, "latency of an image, median (s)") if len(timed) > 1 else (section.rows, "passes per image")
     place = {row.run.label: index for index, row in enumerate(section.rows)}
@@ -190,14 +192,14 @@ def _quality(section: Section) -> None:
     if LIKELIHOOD in panels:
         section.quality_note = "A lossless decoder's interval should include zero; neither side of zero is better."
     elif panels and rows is timed:
-        section.quality_note = "The line joins the runs that no other run beats in both."
+        section.quality_note = "The line joins the Pareto-optimal runs."
 
 
 def _accepted(section: Section) -> None:
     series = {}
     for index, row in enumerate(section.rows):
         counts = accepted_counts(row.run)
-        if row.run.is_ar or not counts:  # without a pass behind the prefill there is nothing to count
+        if row.run.is_ar or not counts:  # only a prefill: nothing to count
             continue
         total = sum(counts.values())
         shares = [(float(k), sum(counts[j] for j in counts if j >= k) / total) for k in sorted(counts)]
@@ -227,7 +229,7 @@ def _maps(section: Section) -> None:
     for label, values in maps.items():
         shape = values[free].reshape(layout.rows, layout.columns)
         colours = matplotlib.colormaps["viridis"](shape / section.maps_top, bytes=True)
-        section.maps.append((place[label], label, drawing(colours), float(shape.mean())))
+        section.maps.append((place[label], label, chart_uri(colours), float(shape.mean())))
 
 
 def _trajectories(section: Section) -> None:
@@ -253,15 +255,15 @@ PARTS: dict[str, Callable[[Section], None]] = {
 def _fitting(
     sections: Sequence[Section], failed: Sequence[tuple[str, str]], papers: Sequence[tuple[str, Grid]]
 ) -> tuple[str, int]:
-    """Render the page with pictures as large as LIMIT allows; returns the text and the pictures' side."""
+    """Render the page with images as large as LIMIT allows; return the text and the images' side."""
     for side in SIDES:
-        text = render(sections, failed, papers, side)
+        text = render_page(sections, failed, papers, side)
         if len(text.encode()) <= LIMIT:
             break
     return text, side
 
 
-def render(
+def render_page(
     sections: Sequence[Section], failed: Sequence[tuple[str, str]], papers: Sequence[tuple[str, Grid]], side: int
 ) -> str:
     """Return the page as text; prompts, labels and reasons are escaped by the template."""
@@ -272,7 +274,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["picture"] = lambda image: picture(image, side)
+    environment.filters["image_uri"] = lambda image: image_uri(image, side)
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["bold"] = _bold
     environment.filters["failure"] = failure
@@ -300,7 +302,7 @@ def _bold(text: str) -> Markup:
 
 
 def _pace(race: Race | None) -> float:
-    """Return the pace at which the race starts, within the reach of the page's slider."""
+    """Return the pace at which the race starts, within the range of the page's slider."""
     if race is None:
         return 1.0
     longest = max(heat.seconds[-1] for lane in race.lanes for heat in lane.heats.values())

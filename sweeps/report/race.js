@@ -1,4 +1,4 @@
-// Replay traces: every lane shows the cells that its decoder had committed at this moment of the clock.
+// Replay traces: every lane shows the cells that its decoder has committed at this moment.
 "use strict";
 
 for (const root of document.querySelectorAll(".race")) {
@@ -12,10 +12,10 @@ for (const root of document.querySelectorAll(".race")) {
   let speed = 1;
   let playing = false;
   let before = 0; // time stamp of the last frame
-  let next = 0; // the frame that is asked for
+  let next = 0; // the requested frame
   let lanes = [];
   let longest = 0;
-  let seen = null; // starts the race when it comes into view, unless somebody was quicker
+  let seen = null; // starts the race when it comes into view, unless already started
 
   const sums = (steps, unit) => {
     let sum = 0;
@@ -50,8 +50,8 @@ for (const root of document.querySelectorAll(".race")) {
         first: lane.passes,
         tokens: lane.tokens,
         order: lane.order || null,
-        shown: -2, // the pass that is drawn; -1: none yet
-        painted: -1, // the cells that are; -1: the canvas is new
+        shown: -2, // the pass shown; -1: none yet
+        painted: -1, // the cells painted; -1: the canvas is new
         ready: false,
       };
       image.onload = () => {
@@ -99,14 +99,14 @@ for (const root of document.querySelectorAll(".race")) {
   function fill(lane, context, cells) {
     const style = getComputedStyle(root);
     const at = (cell) => (lane.order ? lane.order[cell] : cell);
-    let guessed = lane.painted + lane.ahead;
+    let drafted = lane.painted + lane.ahead;
     if (lane.painted < 0 || cells < lane.painted) {
       context.fillStyle = style.getPropertyValue("--blank");
       context.fillRect(0, 0, lane.canvas.width, lane.canvas.height);
-      lane.painted = guessed = 0;
+      lane.painted = drafted = 0;
     }
-    context.fillStyle = style.getPropertyValue("--guess");
-    for (let cell = Math.max(guessed, cells); cell < Math.min(total, cells + lane.ahead); cell++) context.fillRect(...box(lane, at(cell)));
+    context.fillStyle = style.getPropertyValue("--draft");
+    for (let cell = Math.max(drafted, cells); cell < Math.min(total, cells + lane.ahead); cell++) context.fillRect(...box(lane, at(cell)));
     for (let cell = lane.painted; cell < cells; cell++) paint(lane, context, at(cell));
     lane.painted = cells;
   }
@@ -149,7 +149,7 @@ for (const root of document.querySelectorAll(".race")) {
     if (now >= longest) {
       playing = false;
       const best = lanes.reduce((a, b) => (a.place <= b.place ? a : b));
-      find(".said").textContent = `${best.label} finished first, in ${best.times.at(-1).toFixed(2)} seconds.`;
+      find(".announcement").textContent = `${best.label} finished first, in ${best.times.at(-1).toFixed(2)} seconds.`;
     }
     show();
     if (playing) next = requestAnimationFrame(frame);
@@ -159,7 +159,7 @@ for (const root of document.querySelectorAll(".race")) {
     if (playing) return;
     seen?.disconnect();
     if (now >= longest) now = 0;
-    find(".said").textContent = "";
+    find(".announcement").textContent = "";
     playing = true;
     before = performance.now();
     show();
@@ -184,7 +184,7 @@ for (const root of document.querySelectorAll(".race")) {
     const text = `${Number(speed.toPrecision(2))}×`;
     find(".rate-text").textContent = text;
     slider.setAttribute("aria-valuetext", text);
-    find(".pace").textContent = Math.abs(speed - 1) < 0.01 ? "real time" : `at ${text} of real time`;
+    find(".pace").textContent = Math.abs(speed - 1) < 0.01 ? "real time" : `at ${text} real time`;
   }
 
   function restart() {
@@ -232,7 +232,7 @@ for (const root of document.querySelectorAll(".race")) {
   load(0);
   setSpeed(Math.log10(Number(root.dataset.pace)));
   if (still.matches) {
-    jump(longest); // no motion that nobody asked for: the finished pictures, until play is pressed
+    jump(longest); // reduced motion: the finished images, until play is pressed
   } else {
     show();
     seen = new IntersectionObserver((entries) => {

@@ -1,7 +1,7 @@
-"""The decoding race: what `trace=N` wrote of several decoders on the same prompts, ready to be replayed side by side.
+"""The decoding race: the traces (`trace=N`) of several decoders on the same prompts, to be replayed side by side.
 
-# N image-phase tokens, G x M grid rows and columns of the picture
-A cell is one patch of the picture, the place of one free token; forced tokens (row ends, headers) have none.
+# N image-phase tokens, G x M grid rows and columns of the image
+A cell is one patch of the image, that of one free token; forced tokens (row ends, headers) have none.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from evaluation.run_folder import Id
-from sweeps.report.encode import picture
+from sweeps.report.encode import image_uri
 from sweeps.runs import ImageCost, Run
 from sweeps.tables.figures import num_drafted
 
 if TYPE_CHECKING:
     from sjd2.models.layout import TokenGrid
 
-LANES = 8  # decoders side by side: more would shrink the pictures to stamps
+LANES = 8  # decoders side by side: more would shrink the images to stamps
 PROMPTS = 6
 UNIT = 1e-4  # seconds: the resolution of the times on the page
 
@@ -30,8 +30,8 @@ UNIT = 1e-4  # seconds: the resolution of the times on the page
 class Heat:
     """One decoder on one prompt.
 
-    seconds: when each pass ended, from the start of the batch, its prefill included; cells: how many are there after it;
-    passes: how many passes that makes, the prefill included. order: the cells as they came; None: in raster order.
+    seconds: the end of each pass, from the start of the batch, prefill included; cells: their number after each pass;
+    passes: the number of passes so far, prefill included. order: the cells as committed; None: in raster order.
     """
 
     seconds: list[float]
@@ -46,12 +46,12 @@ class Heat:
 
 @dataclass(frozen=True)
 class Lane:
-    """One decoder: its place in the table, and its heats by image id."""
+    """One decoder: its row in the table, and its heats by image id."""
 
     run: Run
     index: int
-    ahead: int  # positions behind the committed tokens that a pass guesses
-    out_of_order: bool  # commits out of raster order, but its traces do not say in which
+    ahead: int  # positions after the committed tokens that a pass drafts
+    out_of_order: bool  # commits out of raster order, and its traces do not record the order
     heats: dict[Id, Heat]
 
 
@@ -71,9 +71,9 @@ class Race:
 
 
 def make_race(runs: Sequence[Run]) -> Race | None:
-    """Return the race of the runs of one table, None where no run has a trace.
+    """Return the race of the runs of one table; None if no run has a trace.
 
-    Raises UserError where a picture cannot be read.
+    Raises UserError if an image cannot be read.
     """
     traced = {run.path: [key for key in run.folder.traces() if key in run.images] for run in runs}
     chosen = [(index, run) for index, run in enumerate(runs) if traced[run.path]]
@@ -90,7 +90,7 @@ def make_race(runs: Sequence[Run]) -> Race | None:
 
 
 def layout_of(run: Run) -> TokenGrid:
-    """Return where on the picture the tokens of a run stand."""
+    """Return the layout of a run's tokens on the image."""
     from sjd2.config import instantiate
 
     return instantiate(OmegaConf.create(run.config["model"])).layout
@@ -108,7 +108,7 @@ def _shared(traced: Sequence[Sequence[Id]]) -> list[Id]:
 
 def _lane(index: int, run: Run, ids: Sequence[Id], layout: TokenGrid) -> Lane:
     before = np.concatenate([[0], np.cumsum(np.asarray(layout.free))])  # cells among the first n tokens
-    heats, told = {}, True
+    heats, known = {}, True
     for key, image in zip(ids, run.folder.images(ids), strict=True):
         trace, details = run.folder.trace(key)
         if not trace:
@@ -116,27 +116,27 @@ def _lane(index: int, run: Run, ids: Sequence[Id], layout: TokenGrid) -> Lane:
         order, cells = None, [int(before[committed]) for _, committed in trace]
         if "rows" in details:
             order, cells = _grown(details["rows"], layout.columns)
-        told = told and (order is not None or not _many_rows(run))
+        known = known and (order is not None or not _many_rows(run))
         heats[key] = _heat(run, run.images[key], trace, cells, order, image)
-    return Lane(run, index, num_drafted(run), not told, heats)
+    return Lane(run, index, num_drafted(run), not known, heats)
 
 
 def _heat(
     run: Run,
-    about: ImageCost,
+    costs: ImageCost,
     trace: Sequence[tuple[float, int]],
     cells: list[int],
     order: list[int] | None,
     image: np.ndarray,
 ) -> Heat:
-    launch = run.launches.get(about.batch[0], {})
-    first = about.forwards - len(trace) + 1
+    launch = run.launches.get(costs.batch[0], {})
+    first = costs.forwards - len(trace) + 1
     return Heat(
         seconds=[moment for moment, _ in trace],
         cells=cells,
-        passes=list(range(first, about.forwards + 1)),
+        passes=list(range(first, costs.forwards + 1)),
         order=order,
-        tokens=about.tokens,
+        tokens=costs.tokens,
         image=image,
         batch_rows=int(run.setting("batch_size")),
         machine=machine_name(launch.get("hardware"), launch.get("threads")),
@@ -144,12 +144,12 @@ def _heat(
 
 
 def in_a_row(count: int, most: int) -> int:
-    """Return how many of `count` things stand in a row, at most `most`, so that the rows are about equally long."""
+    """Return how many of `count` things to put in a row, at most `most`, so that the rows are about equally long."""
     return -(-count // -(-count // most))
 
 
 def machine_name(hardware: str | None, threads: int | None) -> str:
-    """Return hardware and threads in words."""
+    """Return hardware and threads as text."""
     if hardware is None:
         return "unknown hardware"
     return hardware if threads is None or "thread" in hardware else f"{hardware}, {threads} CPU threads"
@@ -160,40 +160,40 @@ def _many_rows(run: Run) -> bool:
 
 
 def _grown(rows: Sequence[Sequence[int]], columns: int) -> tuple[list[int], list[int]]:
-    """Turn codes per grid row after each pass [passes][G] into the cells as they came, and their number after each."""
+    """Turn codes per grid row after each pass [passes][G] into the cells in order of commit, and their number after each pass."""
     order: list[int] = []
     counts, old = [], [0] * len(rows[0])
     for new in rows:
-        for row, (was, now) in enumerate(zip(old, new, strict=True)):
-            order += range(row * columns + was, row * columns + now)
+        for row, (before, after) in enumerate(zip(old, new, strict=True)):
+            order += range(row * columns + before, row * columns + after)
         counts.append(len(order))
         old = new
     return order, counts
 
 
 def _notes(lanes: Sequence[Lane], ids: Sequence[Id], runs: int) -> list[str]:
-    """Say what the race shows and what it does not."""
+    """Return notes on what the race shows and what it does not."""
     heats = [heat for lane in lanes for heat in lane.heats.values()]
     machines, sizes = sorted({heat.machine for heat in heats}), sorted({heat.batch_rows for heat in heats})
     dtypes = sorted({str(lane.run.setting("dtype")) for lane in lanes})
     rows = "one image at a time" if sizes == [1] else f"{' or '.join(map(str, sizes))} images decoded together"
     found = [
         f"Measured on {' and on '.join(machines)}, {rows}, {', '.join(dtypes)}. The decoders ran one after "
-        "another, not at once; the replay starts their clocks together. The clock holds prefill and decoding.",
-        "Each pass of a traced image waits for the device, so these times lie above those of the table, from which traced "
-        "images are left out.",
-        "A patch of the finished picture appears when its token is committed. The decoder itself turns tokens into pixels "
-        "only once, at the end, which the clock leaves out.",
+        "another, not at once; the replay starts their clocks together. The clock covers prefill and decoding.",
+        "Each pass of a traced image waits for the device, so these times are longer than those of the table, which "
+        "excludes traced images.",
+        "A patch of the finished image appears when its token is committed. In reality tokens become pixels only once, at "
+        "the end, which the clock excludes.",
     ]
     seeds = {key: {lane.run.images[key].seed for lane in lanes if key in lane.heats} for key in ids}
     warnings = []
     if any(len(values) > 1 for values in seeds.values()):
-        warnings.append("the runs have different seeds, so their pictures are not of equal random numbers.")
+        warnings.append("the runs have different seeds, so their images do not share random numbers.")
     if len(machines) > 1 or len(sizes) > 1 or len(dtypes) > 1:
-        warnings.append("hardware, batch size or dtype differ between the decoders, so their times do not compare.")
+        warnings.append("hardware, batch size or dtype differ between the decoders, so their times are not comparable.")
     if unknown := [lane.run.label for lane in lanes if lane.out_of_order]:
         warnings.append(
-            f"{', '.join(unknown)} decodes several rows at once, but this trace is too old to say in which order; "
+            f"{', '.join(unknown)} decodes several rows at once, but this old trace does not record the order; "
             "it is shown row by row."
         )
     if runs > len(lanes):
@@ -202,7 +202,7 @@ def _notes(lanes: Sequence[Lane], ids: Sequence[Id], runs: int) -> list[str]:
 
 
 def race_json(race: Race, side: int) -> dict[str, Any]:
-    """Return the race as the page's script reads it; times and cells are differences, in units of UNIT and of one."""
+    """Return the race for the page's script; times and cells are differences, times in units of UNIT."""
     lanes = [
         {"label": lane.run.label, "lossless": lane.run.lossless, "colour": lane.index, "ahead": lane.ahead}
         for lane in race.lanes
@@ -221,6 +221,6 @@ def _packed(heat: Heat, side: int) -> dict[str, Any]:
         "cells": np.diff(heat.cells, prepend=0).tolist(),
         "passes": heat.passes[0],
         "tokens": heat.tokens,
-        "image": picture(heat.image, side),
+        "image": image_uri(heat.image, side),
     }
     return packed if heat.order is None else packed | {"order": heat.order}

@@ -1,4 +1,4 @@
-// Sort a table by a column: the first press from the best end of habit (largest first for numbers), the next turns it round.
+// Sort a table by a column: the first click in the usual order (largest first for numbers), the next reverses it.
 "use strict";
 
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       rows.sort((first, second) => {
         const [a, b] = [value(first, column), value(second, column)];
-        if (a === null || b === null) return (a === null) - (b === null); // blanks stay at the end
+        if (a === null || b === null) return (a === null) - (b === null); // blanks stay last
         return down ? compare(b, a) : compare(a, b);
       });
       body.append(...rows);

@@ -1,4 +1,4 @@
-"""How the guess at a position changes from pass to pass until its token is committed (as in SJD2's figure 8).
+"""How the draft token at a position changes from pass to pass until it is committed (as in SJD2's figure 8).
 
 # T passes, N image-phase tokens
 """
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.run_folder import Id
-from sweeps.report.encode import drawing
+from sweeps.report.encode import chart_uri
 from sweeps.runs import Run
 
-PLACES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the image: positions whose guesses are written out
-LONGEST = 40  # guesses written out of one position, the last ones
+PLACES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the image: positions whose draft tokens are listed
+LONGEST = 40  # draft tokens listed for one position, the last ones
 NOTHING, COMMITTED, OTHER, CHANGED, FINAL = range(5)
 COLOURS = np.array(  # RGBA, readable on light and dark paper
     [[0, 0, 0, 0], [128, 134, 148, 70], [226, 160, 63, 255], [196, 84, 36, 255], [24, 145, 118, 255]], np.uint8
@@ -24,11 +24,11 @@ COLOURS = np.array(  # RGBA, readable on light and dark paper
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The guesses of one decoder's image.
+    """The draft tokens of one decoder's image.
 
     chart: a data URI, a column per pass and a row per position. width: passes, as a share of the slowest decoder's.
-    changes: how often a position's guess changed before its commit, mean; settled: share of positions whose last guess
-    before the commit was the committed token. samples: (position, guesses in order, committed token).
+    changes: mean number of changes of a position's draft token before the commit; settled: share of positions whose last
+    draft token was the committed one. samples: (position, draft tokens in order, committed token).
     """
 
     run: Run
@@ -41,26 +41,26 @@ class Trajectory:
     samples: list[tuple[int, list[int], int]]
 
 
-def guess_table(trace: Sequence[tuple[float, int]], guesses: Sequence[Sequence[int]], tokens: int) -> np.ndarray:
-    """Return what stood as a guess after each pass at each position, -1: nothing: [T, N]."""
+def draft_table(trace: Sequence[tuple[float, int]], drafts: Sequence[Sequence[int]], tokens: int) -> np.ndarray:
+    """Return the draft token after each pass at each position, [T, N]; -1: none."""
     table = np.full((len(trace), tokens), -1, np.int64)
-    for step, ((_, committed), row) in enumerate(zip(trace, guesses, strict=True)):
+    for step, ((_, committed), row) in enumerate(zip(trace, drafts, strict=True)):
         width = min(len(row), tokens - committed)
         table[step, committed : committed + width] = row[:width]
     return table
 
 
 def make_trajectories(runs: Sequence[Run]) -> tuple[list[Trajectory], Id | None]:
-    """Return the trajectories of the runs whose trace of the same image holds guesses, and that image's id."""
+    """Return the trajectories of the runs whose trace of one image has draft tokens, and that image's id."""
     kept: dict[Id, list[tuple[int, Run, np.ndarray, list[tuple[float, int]]]]] = {}
     for index, run in enumerate(runs):
         for key in run.folder.traces():
             if key not in run.images:
                 continue
             trace, details = run.folder.trace(key)
-            guesses = details.get("guesses")
-            if guesses and len(guesses) == len(trace):
-                table = guess_table(trace, guesses, run.images[key].tokens)
+            drafts = details.get("guesses")
+            if drafts and len(drafts) == len(trace):
+                table = draft_table(trace, drafts, run.images[key].tokens)
                 kept.setdefault(key, []).append((index, run, table, trace))
     if not kept:
         return [], None
@@ -84,7 +84,7 @@ def _trajectory(
     return Trajectory(
         run=run,
         index=index,
-        chart=drawing(COLOURS[classes(table, final, committed)].transpose(1, 0, 2)),
+        chart=chart_uri(COLOURS[classes(table, final, committed)].transpose(1, 0, 2)),
         passes=len(table),
         width=len(table) / most,
         changes=float(np.mean(changes)) if changes else 0.0,
@@ -94,7 +94,7 @@ def _trajectory(
 
 
 def classes(table: np.ndarray, final: np.ndarray, committed: Sequence[int]) -> np.ndarray:
-    """Say of each pass and position [T, N] what stood there: nothing, a committed token, a guess and of which kind."""
+    """Return what each pass had at each position, [T, N]: nothing, a committed token, or a kind of draft token."""
     kind = np.full(table.shape, OTHER)
     kind[1:][(table[1:] != table[:-1]) & (table[:-1] >= 0)] = CHANGED
     kind[table == final] = FINAL
@@ -108,7 +108,7 @@ def _path(table: np.ndarray, position: int) -> list[int]:
 
 
 def _places(tables: Sequence[np.ndarray]) -> list[int]:
-    """Return positions spread over the image that were a guess in every decoder."""
+    """Return positions spread over the image that every decoder drafted."""
     tokens = min(table.shape[1] for table in tables)
     waited = np.all([(table[:, :tokens] >= 0).any(0) for table in tables], axis=0)
     fit = np.flatnonzero(waited)

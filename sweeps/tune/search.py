@@ -1,7 +1,7 @@
-"""stage=tune: search a decoder's settings for least latency under a bound on quality, with Optuna used directly.
+"""stage=tune: search a decoder's settings for the lowest latency under a bound on quality, with Optuna.
 
-Every trial is an ordinary run folder of its own captions, so a killed search goes on where it was (study.db, sqlite) and no
-image is made twice. The captions that judge the outcome are never those of the search.
+Every trial is an ordinary run folder, so a killed search resumes (study.db, sqlite) and no image is made twice. The
+result is judged on captions that the search never used.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sjd2.locks import lock
 from sweeps.compare.pair import LATENCY
 from sweeps.tune.space import OBJECTIVES, QUALITIES, UNITS, Tune, suggest
 from sweeps.tune.study import (
+    best_trial,
     complete,
-    describe,
-    least,
     open_study,
     show_front,
-    within,
+    trial_line,
+    within_bound,
     write_decoder,
     write_trials,
 )
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-TURNS = 4  # of the finals and the judgement
-COSTS = {"passes": "passes per image", "latency": LATENCY}  # as two runs are compared
+TURNS = 4  # in which the finals and the judgement are run
+COSTS = {"passes": "passes per image", "latency": LATENCY}  # names in the comparison of two runs
 
 
 @dataclass
-class Outcome:
-    """What one setting came to on its captions: the objective, the quality's distance to AR, whether it is lossless."""
+class TrialResult:
+    """Result of one setting on its captions: the objective, the quality minus AR's, and whether it is lossless."""
 
     objective: float
     quality: float
@@ -69,19 +69,19 @@ class Search:
                 f"tune.judge={tune.judge}, tune.finals={tune.finals} and tune.prompts={tune.prompts} together exceed the "
                 f"{total} captions of prompts={cfg.prompts.name}; take fewer."
             )
-        # captions of the search, last of the list, and of the finals before them; `total` leaves out the command's own skip
+        # the search uses the last captions of the list, the finals those before; `total` excludes what the command skips
         last = cfg.prompts.get("skip", 0) + total - tune.prompts
-        self.own, self.other = [f"prompts.skip={last}"], [f"prompts.skip={last - tune.finals}"]
+        self.search_captions, self.final_captions = [f"prompts.skip={last}"], [f"prompts.skip={last - tune.finals}"]
 
     def compose(self, *overrides: str, decoder: str | None = None) -> DictConfig:
-        """Compose the command once more with further settings; with `decoder`, without those of the command's own one."""
+        """Compose the command again with further settings; `decoder` replaces the command's decoder and its settings."""
         fixed = [word for word in self.tune.fixed if decoder is None or not job.OWN.match(word)]
         cfg = job.recompose([*fixed, "baseline=null", "run_dir=null", *overrides], decoder=decoder)
         cfg.runs_dir = str(self.out / "runs")
         return cfg
 
     def make(self, cfg: DictConfig, limit: int, metrics: Mapping[str, Metric]) -> RunFolder:
-        """Make the first `limit` images of a run and score them; what is there stays."""
+        """Make and score the first `limit` images of a run; existing ones are kept."""
         cfg = cfg.copy()
         cfg.limit = limit
         nodes = cfg.evaluation.get("metrics") or {}
@@ -93,39 +93,37 @@ class Search:
             job.make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=self.models, wait=True)
         return plan.run
 
-    def outcome(self, run: RunFolder, reference: RunFolder) -> Outcome:
+    def result(self, run: RunFolder, reference: RunFolder) -> TrialResult:
         """Compare a scored run with AR on the same captions."""
         key, quality = OBJECTIVES[self.tune.objective], QUALITIES[self.tune.quality]
-        lacking = [run.path.name for run in (run, reference) if quality not in run.metrics]
-        if lacking:
-            raise UserError(
-                f"tune.quality={self.tune.quality} is not measured under evaluation=; choose another of the two."
-            )
-        return Outcome(
+        incomplete = [run.path.name for run in (run, reference) if quality not in run.metrics]
+        if incomplete:
+            raise UserError(f"tune.quality={self.tune.quality} is not measured by this evaluation=; change either.")
+        return TrialResult(
             run.metrics[key], run.metrics[quality] - reference.metrics[quality], bool(run.config.decoder.lossless)
         )
 
-    def violation(self, outcome: Outcome) -> float:
-        """Return by how much a setting exceeds the bound; 0 or less is allowed."""
-        if outcome.lossless and self.tune.trust_lossless:
+    def violation(self, result: TrialResult) -> float:
+        """Return by how much a setting exceeds the bound; 0 or less is within it."""
+        if result.lossless and self.tune.trust_lossless:
             return 0.0
-        return outcome.quality - self.tune.bound
+        return result.quality - self.tune.bound
 
     def attempt(self, trial: Trial, best: Callable[[], float | None]) -> tuple[float, float]:
-        """Run one trial; raises TrialPruned for settings that do not fit together or are hopeless after a few images."""
+        """Run one trial; raise TrialPruned for settings that are invalid together, or hopeless after a few images."""
         import optuna
 
         overrides = suggest(trial, self.tune.space)
         try:
-            cfg = self.compose(*overrides, *self.own)
+            cfg = self.compose(*overrides, *self.search_captions)
             early = min(self.tune.early, self.tune.prompts)
             run = self.make(cfg, early, {"speed": Speed()})
-            soon, champion = run.metrics[OBJECTIVES[self.tune.objective]], best()
-            if champion is not None and soon > self.tune.hopeless * champion:
-                trial.set_user_attr("pruned", f"{soon:.4g} after {early} images, the best has {champion:.4g}")
+            value, champion = run.metrics[OBJECTIVES[self.tune.objective]], best()
+            if champion is not None and value > self.tune.hopeless * champion:
+                trial.set_user_attr("pruned", f"{value:.4g} after {early} images, the best has {champion:.4g}")
                 raise optuna.TrialPruned
             run = self.make(cfg, self.tune.prompts, self.metrics)
-            found = self.outcome(run, self.reference)
+            found = self.result(run, self.reference)
         except (UserError, torch.OutOfMemoryError) as error:
             trial.set_user_attr("pruned", sentence(error))
             raise optuna.TrialPruned from error
@@ -138,64 +136,66 @@ class Search:
         return found.objective, found.quality
 
     def run(self) -> Path:
-        """Search, judge the outcome on other captions, and write trials.csv, pareto.png and the best as a decoder yaml."""
+        """Search, judge the best on other captions, write trials.csv, pareto.png and the best settings as a decoder yaml."""
         with lock(self.out / ".lock", what="search folder"):
             return self._run()
 
     def _run(self) -> Path:
-        base = make_plan(self.compose(*self.own))
+        base = make_plan(self.compose(*self.search_captions))
         say(f"tune: AR on the {self.tune.prompts} captions of the search")
-        self.reference = self.make(self.compose(*self.own, decoder="ar"), self.tune.prompts, self.metrics)
+        self.reference = self.make(self.compose(*self.search_captions, decoder="ar"), self.tune.prompts, self.metrics)
         runs = (self.reference.config.identity.id, base.identity["id"])
         study = open_study(self.out, self.tune, runs, hardware(torch.device(base.device)))
-        done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)  # a kill's FAIL is tried again
+        done = sum(
+            trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials
+        )  # FAIL, left by a kill, is tried again
         while done < self.tune.trials:
             trial = study.ask()
             self._step(study, trial)
             done += 1
-            say(f"trial {done}/{self.tune.trials}: {describe(study.trials[trial.number], self.tune)}")
+            say(f"trial {done}/{self.tune.trials}: {trial_line(study.trials[trial.number], self.tune)}")
         write_trials(study, self.out)
-        if least(study) is None:
+        if best_trial(study) is None:
             raise UserError(
-                f"none of {done} trials of stage=tune keeps tune.bound={self.tune.bound}; see {self.out / 'trials.csv'}."
+                f"none of {done} trials of stage=tune is within tune.bound={self.tune.bound}; see {self.out / 'trials.csv'}."
             )
         show_front(study, self.tune)
         return self.judge(self.final(study))
 
     def final(self, study: Study) -> FrozenTrial:
-        """Let the best trials run once more on captions of their own and return the winner.
+        """Run the best trials once more on other captions and return the winner.
 
-        If none of them keeps the bound there, the next best ones follow. Raises UserError if none at all does.
+        If none of them stays within the bound, the next best ones follow. Raises UserError if no trial does.
         """
-        trials, size = within(study), self.tune.finalists
+        trials, size = within_bound(study), self.tune.finalists
         if size == 1:
             return trials[0]
-        # a longer search has finals of its own: old seconds and new ones do not compare
-        other = [*self.other, f"seed={self.cfg.seed + len(complete(study))}"]
+        # a longer search has finals of its own: old and new seconds are not comparable
+        captions = [*self.final_captions, f"seed={self.cfg.seed + len(complete(study))}"]
         for start in range(0, len(trials), size):
             group = trials[start : start + size]
             say(f"finals: {len(group)} trials in turns, {self.tune.finals} other captions each")
-            cfgs = [self.compose(*trial.user_attrs["overrides"], *other) for trial in group]
-            came = self.in_turns(cfgs, self.tune.finals)
+            cfgs = [self.compose(*trial.user_attrs["overrides"], *captions) for trial in group]
+            runs = self.in_turns(cfgs, self.tune.finals)
             values: dict[int, float] = {}
-            for trial, cfg, run in zip(group, cfgs, came, strict=True):
-                told = run if isinstance(run, str) else self._beyond(cfg, other)
-                if not told:
+            for trial, cfg, run in zip(group, cfgs, runs, strict=True):
+                rejected = run if isinstance(run, str) else self._rejection(cfg, captions)
+                if not rejected:
                     values[trial.number] = run.metrics[OBJECTIVES[self.tune.objective]]
-                say(f"  {describe(trial, self.tune)}; finals: {told or format(values[trial.number], '.4g')}")
+                say(f"  {trial_line(trial, self.tune)}; finals: {rejected or format(values[trial.number], '.4g')}")
             if values:
                 return study.trials[min(values, key=values.__getitem__)]
         raise UserError(
-            f"no trial keeps tune.bound={self.tune.bound} on other captions; more tune.finals make that surer."
+            f"no trial is within tune.bound={self.tune.bound} on other captions; more tune.finals reduce the noise."
         )
 
     def in_turns(self, cfgs: Sequence[DictConfig], images: int) -> list[RunFolder | str]:
-        """Make runs a part at a time, all by turns: a machine that is slow for a while is slow for all.
+        """Make runs a part at a time, in turns, so that a machine that is slow for a while is slow for all.
 
-        Returns the runs; for one that could not be made the reason.
+        Returns the runs, or the reason for one that could not be made.
         """
         runs: list[RunFolder | str] = [""] * len(cfgs)
-        batch = self.cfg.batch_size  # whole ones: half a batch costs as much
+        batch = self.cfg.batch_size  # whole batches: half of one costs as much
         parts = (math.ceil(images * part / TURNS / batch) * batch for part in range(1, TURNS + 1))
         for limit in sorted({min(images, part) for part in parts}):
             for place, cfg in enumerate(cfgs):
@@ -207,23 +207,23 @@ class Search:
                     runs[place] = sentence(error)
         return runs
 
-    def _beyond(self, cfg: DictConfig, captions: Sequence[str]) -> str:
-        """Say that a run on these captions exceeds the bound, or why that is unknown; '' where it keeps it."""
+    def _rejection(self, cfg: DictConfig, captions: Sequence[str]) -> str:
+        """Return by how much a run on these captions exceeds the bound, or why that is unknown; '' within it."""
         if cfg.decoder.lossless and self.tune.trust_lossless:
             return ""
         try:
             reference = self.make(self.compose(*captions, decoder="ar"), self.tune.finals, self.metrics)
             scored = self.make(cfg, self.tune.finals, self.metrics)
-            over = self.violation(self.outcome(scored, reference))
+            over = self.violation(self.result(scored, reference))
         except (UserError, torch.OutOfMemoryError) as error:
             return sentence(error)
-        return f"beyond the bound by {over:.4g}" if over > 0 else ""
+        return f"exceeds the bound by {over:.4g}" if over > 0 else ""
 
     def _step(self, study: Study, trial: Trial) -> None:
         import optuna
 
         def best() -> float | None:
-            found = least(study)
+            found = best_trial(study)
             return None if found is None else found.values[0]
 
         try:
@@ -232,17 +232,17 @@ class Search:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
     def judge(self, champion: FrozenTrial) -> Path:
-        """Compare the best trial with the decoder's own settings and AR on captions that no trial has seen."""
+        """Compare the best trial with the decoder's own settings and AR on captions that no trial used."""
         from sweeps.tables.table import make_tables, show
 
         overrides = champion.user_attrs["overrides"]
         best = self.compose(*overrides)
         cfgs = [self.compose(decoder="ar"), self.compose(), best]
         say(
-            f"judgement: AR, the decoder's own settings and the best in turns, {self.tune.judge} captions that no trial saw"
+            f"judgement: AR, the decoder's own settings and the best in turns, {self.tune.judge} captions that no trial used"
         )
-        if lost := [run for run in self.in_turns(cfgs, self.tune.judge) if isinstance(run, str)]:
-            raise UserError(lost[0])
+        if failed := [run for run in self.in_turns(cfgs, self.tune.judge) if isinstance(run, str)]:
+            raise UserError(failed[0])
         runs = [self.make(cfg, self.tune.judge, self.metrics) for cfg in cfgs]
         show(make_tables(list(dict.fromkeys(run.path for run in runs)), self.out / "judged"))
         file = write_decoder(best, overrides, self.out, self.tune)
@@ -253,17 +253,17 @@ class Search:
         return self.out
 
     def verdict(self, reference: RunFolder, default: RunFolder, best: RunFolder) -> list[str]:
-        """Say how the best compares with the decoder's own settings and, in quality, with AR."""
+        """Return how the best compares with the decoder's own settings and, in quality, with AR, as sentences."""
         from sweeps.compare.pair import compare_two
         from sweeps.runs import read_run
 
         key, tune, images = OBJECTIVES[self.tune.objective], self.tune, best.metrics["n_images"]
         gap = best.metrics[QUALITIES[tune.quality]] - reference.metrics[QUALITIES[tune.quality]]
-        kept = "kept" if gap <= tune.bound else "not kept"
+        within = "kept" if gap <= tune.bound else "exceeded"
         if best.config.decoder.lossless:
-            kept += "; the decoder is lossless, so what differs is noise"
+            within += "; the decoder is lossless, so any difference is noise"
         quality = (
-            f"quality: {tune.quality} minus AR's {gap:+.4g} on {images} images, tune.bound={tune.bound} is {kept}."
+            f"quality: {tune.quality} minus AR's {gap:+.4g} on {images} images, tune.bound={tune.bound} is {within}."
         )
         if default.path == best.path:
             return ["the best settings are the decoder's own.", quality]
@@ -274,25 +274,25 @@ class Search:
         }
         gaps = [f"{m.name} {m.gap.with_interval(m.digits)}, p {m.gap.p_text}" for m in costs.values()]
         asked = costs.get(COSTS[tune.objective])
-        test = f"the best minus them, 99 %, corrected for {found.tests} tests: {'; '.join(gaps)}"
+        test = f"best minus own, 99 %, corrected for {found.tests} tests: {'; '.join(gaps)}"
         if asked is None:
-            proof = "Not tested: the images are too few, or share their passes"
+            proof = "Not tested: too few images, or images that share their passes"
         elif asked.gap.differs:
-            proof = f"The difference is shown ({test})"
+            proof = f"The difference is significant ({test})"
         else:
-            proof = f"No difference shown ({test})"
+            proof = f"No significant difference ({test})"
         return [
-            f"judged on {images} other images: {ours:.4g} {unit} against {theirs:.4g} of the decoder's own settings "
-            f"({theirs / ours:.3f} times better). {proof}.",
+            f"judged on {images} other images: {ours:.4g} {unit} against {theirs:.4g} with the decoder's own settings "
+            f"({theirs / ours:.3f}x). {proof}.",
             quality,
         ]
 
 
 def stage(cfg: DictConfig) -> Path:
-    """Search the settings of decoder= as tune= says."""
+    """Run stage=tune: search the settings of decoder= as tune= defines."""
     if cfg.get("tune") is None:
-        there = sorted(path.stem for path in (CONF / "tune").glob("*.yaml"))
-        raise UserError(f"stage=tune needs a search: tune={' or tune='.join(there) or 'NAME'}.")
+        choices = sorted(path.stem for path in (CONF / "tune").glob("*.yaml"))
+        raise UserError(f"stage=tune needs a search: tune={' or tune='.join(choices) or 'NAME'}.")
     tune, metrics = instantiate(cfg.tune), build_metrics(cfg)
     tune.check()
     return Search(cfg, tune, metrics, Path(cfg.runs_dir) / f"tune-{tune.name}").run()

@@ -1,4 +1,4 @@
-"""The study of stage=tune: a sqlite file of trials that survives kills, its ranking, and what it is written out as."""
+"""The study of stage=tune: a sqlite file of trials that survives kills, its ranking, and its output files."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from omegaconf import DictConfig, OmegaConf
 from harness.console import say
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
-from sweeps.tune.space import UNITS, Tune, flatten
+from sweeps.tune.space import UNITS, Tune, flatten_space
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
 
-TRIES = 3  # starts of a trial after which it is what ends the process
+TRIES = 3  # starts of a trial after which it is taken to be what kills the process
 
 
 def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "") -> Study:
-    """Open the study in out/study.db, a cut one where it was: a trial that a kill left is tried again, thrice at most.
+    """Open or resume the study in out/study.db; a trial that a kill interrupted is tried again, three times at most.
 
-    runs: identities of AR's and the decoder's own run on the captions of the search: model, law, prompts and all.
+    runs: ids of AR's and the decoder's own run on the captions of the search, which cover model, sampling and prompts.
     machine: the hardware, on which a latency depends. Raises `UserError` if the study there searched something else.
     """
     import optuna
@@ -41,13 +41,13 @@ def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "
             storage=storage, study_name="tune", directions=["minimize", "minimize"], load_if_exists=True
         )
         study.sampler = _sampler(tune, len(study.trials))
-    asked = {"space": flatten(tune.space), "fixed": list(tune.fixed), "runs": list(runs)}
-    if tune.objective == "latency":  # seconds of two machines do not compare
+    asked = {"space": flatten_space(tune.space), "fixed": list(tune.fixed), "runs": list(runs)}
+    if tune.objective == "latency":  # seconds of two machines are not comparable
         asked["machine"] = machine
     asked |= {key: getattr(tune, key) for key in ("objective", "quality", "bound", "trust_lossless", "prompts")}
     if study.user_attrs.get("asked", asked) != asked:
         raise UserError(
-            f"{out} holds a search of other settings, or of latency on another machine; choose another tune.name, or "
+            f"{out} has a search of other settings, or for latency on another machine; choose another tune.name, or "
             "remove that folder."
         )
     study.set_user_attr("asked", asked)
@@ -64,7 +64,7 @@ def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "
 def _sampler(tune: Tune, done: int) -> Any:
     import optuna
 
-    seed = done  # a search that goes on must not draw the same settings again
+    seed = done  # a resumed search must not draw the same settings again
     if tune.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=tune.random_trials, multivariate=True, group=True)
     if tune.sampler == "nsga2":
@@ -77,13 +77,13 @@ def complete(study: Study) -> list[FrozenTrial]:
     return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
 
 
-def least(study: Study) -> FrozenTrial | None:
-    """Return the trial of the least objective among those that keep the bound; None where there is none."""
-    return next(iter(within(study)), None)
+def best_trial(study: Study) -> FrozenTrial | None:
+    """Return the trial with the lowest objective among those within the bound; None if there is none."""
+    return next(iter(within_bound(study)), None)
 
 
-def within(study: Study) -> list[FrozenTrial]:
-    """Return the trials that keep the bound, by objective; of equal settings the first."""
+def within_bound(study: Study) -> list[FrozenTrial]:
+    """Return the trials within the bound, by objective; of equal settings the first."""
     fit = {
         str(trial.params or trial.number): trial
         for trial in reversed(complete(study))
@@ -92,7 +92,7 @@ def within(study: Study) -> list[FrozenTrial]:
     return sorted(fit.values(), key=lambda trial: (trial.values[0], trial.number))
 
 
-def pareto_front(study: Study) -> list[FrozenTrial]:
+def pareto_trials(study: Study) -> list[FrozenTrial]:
     """Return the trials that no other beats in both objective and quality, by objective."""
     kept: list[FrozenTrial] = []
     for trial in sorted(complete(study), key=lambda trial: tuple(trial.values)):
@@ -101,28 +101,28 @@ def pareto_front(study: Study) -> list[FrozenTrial]:
     return kept
 
 
-def describe(trial: FrozenTrial, tune: Tune) -> str:
-    """Say in one line what a trial came to."""
+def trial_line(trial: FrozenTrial, tune: Tune) -> str:
+    """Return the settings and the result of a trial as one line."""
     words = " ".join(f"{key}={value}" for key, value in trial.params.items())
     if trial.state.name != "COMPLETE":
-        return f"{words}: left ({_why(trial)})"
-    bound = "" if trial.user_attrs["violation"] <= 0 else ", beyond the bound"
+        return f"{words}: pruned ({_why(trial)})"
+    bound = "" if trial.user_attrs["violation"] <= 0 else ", exceeds the bound"
     if not bound and trial.user_attrs.get("over"):
-        bound = ", beyond the bound, kept because lossless"
+        bound = ", exceeds the bound, kept because lossless"
     return f"{words}: {trial.values[0]:.4g} {UNITS[tune.objective]}, {tune.quality} {trial.values[1]:+.4g}{bound}"
 
 
 def _why(trial: FrozenTrial) -> str:
-    """Say why a trial has no result."""
-    lost = f"the process ended {TRIES} times in it" if trial.state.name == "PRUNED" else trial.state.name.lower()
+    """Return why a trial has no result."""
+    lost = f"the process died in it {TRIES} times" if trial.state.name == "PRUNED" else trial.state.name.lower()
     return trial.user_attrs.get("pruned", lost)
 
 
 def show_front(study: Study, tune: Tune) -> None:
     """Print the Pareto front."""
     say(f"Pareto front ({tune.objective}; {tune.quality} minus AR's):")
-    for trial in pareto_front(study):
-        say(f"  {describe(trial, tune)}")
+    for trial in pareto_trials(study):
+        say(f"  {trial_line(trial, tune)}")
 
 
 def write_trials(study: Study, out: Path) -> None:
@@ -149,7 +149,7 @@ def write_trials(study: Study, out: Path) -> None:
 
 
 def write_decoder(cfg: DictConfig, overrides: list[str], out: Path, tune: Tune) -> Path:
-    """Write the settings found as a decoder that `--config-dir` makes a choice of decoder=."""
+    """Write the settings found as a decoder yaml, which `--config-dir` adds to the choices of decoder=."""
     name = f"{cfg.decoder.name}-tuned"
     file = out / "decoder" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def test_the_race_obeys_its_controls_and_ends_as_it_was_measured(page: Browser) 
         const found = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
         return new Set(new Uint32Array(found.buffer)).size;
     })"""
-    assert page.run(colours) == [1, 2]  # nothing is committed: blank, and what SJD has under guess
+    assert page.run(colours) == [1, 2]  # nothing is committed: blank, and what SJD has drafted
     page.run("put('.rate-slider', 1, 'input')")
     assert page.run("find('.pace').textContent") == "at 10× of real time"
     page.run("find('.play').click()")
@@ -152,7 +152,7 @@ def test_the_race_obeys_its_controls_and_ends_as_it_was_measured(page: Browser) 
         "rank": ["2nd", "1st"],
         "rate": ["1.00 tokens per pass", "4.00 tokens per pass"],
     }
-    assert page.run("find('.said').textContent") == "sjd finished first, in 1.50 seconds."
+    assert page.run("find('.announcement').textContent") == "sjd finished first, in 1.50 seconds."
     final = page.run("pixels()")
     page.run("put('.heat', 1, 'change'); put('.seek', 1000, 'input')")
     page.run("wait(200)")
@@ -160,7 +160,7 @@ def test_the_race_obeys_its_controls_and_ends_as_it_was_measured(page: Browser) 
     assert page.run("find('.full-prompt').textContent") == "a_shape 1 & <more>"
 
 
-def test_the_finished_pictures_are_the_images_of_the_run(page: Browser, folder: Path) -> None:
+def test_the_finished_images_are_the_images_of_the_run(page: Browser, folder: Path) -> None:
     page.run("put('.seek', 1000, 'input')")
     page.run("wait(200)")
     shown = page.run(

@@ -57,7 +57,7 @@ def break_jobs(monkeypatch: pytest.MonkeyPatch, breaking: Callable[[], None], wi
 
 @pytest.mark.usefixtures("plain")
 def test_a_job_that_dies_is_a_row_and_the_sweep_goes_on(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = "died (signal 9: killed from outside, or out of memory); the same command goes on"
+    reason = "died (signal 9: killed from outside, or out of memory); the same command resumes"
     command = ("-m", "decoder=sjd", "decoder.window=4,6,8", "limit=6", "baseline=null")
     break_jobs(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL), window=6)
     assert cli(*command) == 1
@@ -125,7 +125,7 @@ def test_a_killed_sweep_is_tabulated_later_and_goes_on(cli: Cli) -> None:
     assert not (sweep / "table.md").exists()
     assert cli("stage=table", f"run_dir={sweep}") == 0
     table = (sweep / "table.md").read_text()
-    assert "died without a word" in table
+    assert "died: killed or out of memory" in table
     assert jobs.WAITING in table
     assert "| sjd" in table
     assert (
@@ -189,7 +189,7 @@ def test_a_launcher_that_gives_up_still_leaves_a_table(cli: Cli, monkeypatch: py
     assert "the launcher gave up (A worker process was unexpectedly terminated by the system)" in cli.err
     assert "bug" not in cli.err
     (sweep,) = sweeps(cli)
-    assert "died without a word" in (sweep / "table.md").read_text()
+    assert "died: killed or out of memory" in (sweep / "table.md").read_text()
     assert "| ar |" in (sweep / "table.md").read_text()
     assert (sweep / "grid.png").is_file()
 
@@ -276,7 +276,7 @@ SCONTROL = "JobId=7 JobName=run JobState={} Reason=x Dependency=(null) Requeue=1
         ("FAILED", "137:0", "FAILED|9:0\nFAILED|9:0\nCANCELLED|0:9", "died (signal 9"),
         ("FAILED", "137:0", None, "died (signal 9"),  # a cluster without accounts
         ("FAILED", "0:11", None, "died (signal 11, SIGSEGV)"),
-        ("FAILED", "3:0", "FAILED|3:0", "ended without a word (failed in Slurm)"),
+        ("FAILED", "3:0", "FAILED|3:0", "ended without a status (failed in Slurm)"),
         ("OUT_OF_MEMORY", "0:125", "", "ran out of memory in Slurm"),
         ("TIMEOUT", "0:0", "", "ran into its time limit in Slurm"),
         ("CANCELLED", "0:15", "", "was cancelled in Slurm"),

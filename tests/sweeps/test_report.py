@@ -20,11 +20,11 @@ from sjd2.errors import UserError
 from sweeps.comparable import groups
 from sweeps.report import gif, page
 from sweeps.report.charts import axis
-from sweeps.report.encode import picture
+from sweeps.report.encode import image_uri
 from sweeps.report.gif import LIMIT, pace
 from sweeps.report.page import make_report
 from sweeps.report.race import UNIT, in_a_row, make_race, race_json
-from sweeps.report.trajectories import CHANGED, COMMITTED, FINAL, NOTHING, OTHER, classes, guess_table
+from sweeps.report.trajectories import CHANGED, COMMITTED, FINAL, NOTHING, OTHER, classes, draft_table
 from sweeps.runs import read_runs
 from sweeps.tables.published import select
 from tests.helpers.cli import Cli
@@ -170,12 +170,12 @@ def test_published_figures_stand_below_ours(tmp_path: Path) -> None:
     values = {row.step_compression for row in select("lumina", {"sjd"}) if row.step_compression is not None}
     assert f"published {min(values):g} to {max(values):g}" in found.text
     assert "COCO2017 val (5k) (2510.08994, Table 1)" in found.text
-    assert "Published figures" in found.text
+    assert "Published numbers" in found.text
 
 
 def test_a_table_of_the_paper_beside_ours(tmp_path: Path) -> None:
     found, _ = report(tmp_path, ar(tmp_path / "runs"), paper="Table 1")
-    assert "SJD2 paper, Table 1 (ours: toy, which is not the paper&#39;s model)" in found.text
+    assert "SJD2 paper, Table 1 (ours: toy, not one of the paper&#39;s models)" in found.text
 
 
 def test_windows_and_steps_become_an_ablation(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_two_tables_on_one_page(tmp_path: Path) -> None:
     assert len({row["table"] for row in rows}) == 2
 
 
-def test_a_heavy_page_gets_smaller_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heavy_page_gets_smaller_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = traced(ar(tmp_path / "runs"), AR)
     noise = np.random.default_rng(0).integers(0, 255, (640, 640, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path / "images" / "00000_0.png")
@@ -210,12 +210,12 @@ def test_a_heavy_page_gets_smaller_pictures(tmp_path: Path, monkeypatch: pytest.
     assert len(report(tmp_path, path)[0].text) < 0.8 * large
 
 
-def test_unreadable_pictures_leave_the_numbers(tmp_path: Path) -> None:
+def test_unreadable_images_leave_the_numbers(tmp_path: Path) -> None:
     path = ar(tmp_path / "runs")
     (path / "images" / "00000_0.png").unlink()
     found, rows = report(tmp_path, path)
     checked(found, rows)
-    assert "Left out: images, since cannot read" in found.text
+    assert "Skipped images: cannot read" in found.text
 
 
 # ---- the race
@@ -271,7 +271,7 @@ def test_times_that_do_not_compare_are_named(tmp_path: Path) -> None:
     paths = traced(ar(runs), AR), traced(make(runs, "sjd", hardware="Some GPU", threads=None, seed=3), JUMPS)
     notes = make_race(groups(read_runs(paths)[0])[0]).notes
     assert "Measured on Some CPU, 2 threads and on Some GPU, 2 images decoded together, float32." in notes[0]
-    assert any("their times do not compare" in note for note in notes)
+    assert any("their times are not comparable" in note for note in notes)
     assert any("different seeds" in note for note in notes)
     alike = make_race(groups(read_runs(paths[:1])[0])[0]).notes
     assert not any(note.startswith("Warning") for note in alike)
@@ -314,7 +314,7 @@ def test_lanes_in_rows_of_about_equal_length(count: int, across: int) -> None:
 
 
 def test_what_stood_at_each_position() -> None:
-    table = guess_table([(0.1, 1), (0.2, 2), (0.3, 4)], [[7, 5, -1], [5, 6, 3], [-1, -1, -1]], 4)
+    table = draft_table([(0.1, 1), (0.2, 2), (0.3, 4)], [[7, 5, -1], [5, 6, 3], [-1, -1, -1]], 4)
     assert table.tolist() == [[-1, 7, 5, -1], [-1, -1, 5, 6], [-1] * 4]
     kinds = classes(table, np.array([9, 7, 5, 3]), [1, 2, 4])
     assert kinds.tolist() == [
@@ -326,11 +326,11 @@ def test_what_stood_at_each_position() -> None:
     assert changed[:, 1].tolist() == [OTHER, CHANGED]
 
 
-def test_small_pictures_keep_every_pixel_and_large_ones_shrink() -> None:
+def test_small_images_keep_every_pixel_and_large_ones_shrink() -> None:
     pixels = np.random.default_rng(1).integers(0, 255, (48, 48, 3), dtype=np.uint8)
 
     def decoded(image: np.ndarray) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture(image, 64).partition(",")[2]))))
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(image_uri(image, 64).partition(",")[2]))))
 
     assert (decoded(pixels) == pixels).all()
     assert decoded(np.zeros((768, 512, 3), np.uint8)).shape == (64, 43, 3)
@@ -383,13 +383,13 @@ def test_traces_of_real_decoders(cli: Cli) -> None:
     assert [cli.run("scd").tokens(record).tolist() for record in cli.run("scd").records()] == tokens
 
 
-def follow(trace: list[tuple[float, int]], guesses: list[list[int]], tokens: np.ndarray) -> None:
-    """Every token that a pass accepted was the guess that the trace holds for it; only the pass's last one was drawn."""
+def follow(trace: list[tuple[float, int]], drafts: list[list[int]], tokens: np.ndarray) -> None:
+    """Every token that a pass accepted was the draft token that the trace has for it; only the pass's last one was drawn."""
     seen = 0
-    for (_, committed), row, (_, after) in zip(trace, guesses, trace[1:], strict=False):
-        for place, guess in enumerate(row[: after - committed - 1]):
-            assert guess in (-1, tokens[committed + place])  # -1: a slot that had just entered
-            seen += guess >= 0
+    for (_, committed), row, (_, after) in zip(trace, drafts, trace[1:], strict=False):
+        for place, draft in enumerate(row[: after - committed - 1]):
+            assert draft in (-1, tokens[committed + place])  # -1: a slot that had just entered
+            seen += draft >= 0
     assert seen
 
 

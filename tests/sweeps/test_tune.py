@@ -27,7 +27,7 @@ SMALL = (
 
 def test_a_space_is_flat_and_its_ranges_are_checked() -> None:
     nested = {"decoder": {"window": {"low": 2, "high": 8}, "refiner": {"coupling": ["gumbel", "maximal"]}}}
-    assert spaces.flatten(nested) == {
+    assert spaces.flatten_space(nested) == {
         "decoder.window": {"low": 2, "high": 8},
         "decoder.refiner.coupling": ["gumbel", "maximal"],
     }
@@ -71,12 +71,12 @@ def study_of(points: list[tuple[float, float, float]]) -> optuna.Study:
 def test_the_best_is_the_fastest_within_the_bound_and_the_front_is_brute_force() -> None:
     points = [(3.0, 0.0, 0.0), (1.0, 0.9, 0.5), (2.0, 0.1, -0.1), (2.5, 0.1, 0.0), (2.0, 0.3, 0.0)]
     study = study_of(points)
-    assert studies.least(study).values == [2.0, 0.1]
+    assert studies.best_trial(study).values == [2.0, 0.1]
     beaten = {
         b for a, b in itertools.permutations([p[:2] for p in points], 2) if a[0] <= b[0] and a[1] <= b[1] and a != b
     }
-    assert {tuple(t.values) for t in studies.pareto_front(study)} == {p[:2] for p in points} - beaten
-    assert studies.least(study_of([(1.0, 1.0, 0.1)])) is None
+    assert {tuple(t.values) for t in studies.pareto_trials(study)} == {p[:2] for p in points} - beaten
+    assert studies.best_trial(study_of([(1.0, 1.0, 0.1)])) is None
 
 
 def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ class Finals(tune.Search):
 
     def __init__(self, settings: spaces.Tune, came: dict[str, tuple[float, float] | Exception], lossless: str) -> None:
         self.tune, self.came, self.lossless = settings, came, lossless
-        self.metrics, self.other, self.cfg = {}, ["prompts.skip=5"], SimpleNamespace(seed=0, batch_size=3)
+        self.metrics, self.final_captions, self.cfg = {}, ["prompts.skip=5"], SimpleNamespace(seed=0, batch_size=3)
         self.made: list[tuple[str, int]] = []
 
     def compose(self, *words: str, decoder: str | None = None) -> SimpleNamespace:
@@ -188,7 +188,7 @@ def test_finals_that_none_survives_go_on_with_the_next_trials(tmp_path: Path) ->
     search = finals(tmp_path / "1", {"a": lossy, "b": lossy, "c": lossy, "d": (5.0, 0)}, lossless="d")
     assert search.final(search.study).params == {"w": "d"}
     search = finals(tmp_path / "2", dict.fromkeys("abcd", lossy), lossless="")
-    with pytest.raises(UserError, match="no trial keeps"):
+    with pytest.raises(UserError, match="no trial is within"):
         search.final(search.study)
     memory = torch.OutOfMemoryError("out of memory")
     search = finals(tmp_path / "3", {"a": memory, "b": (1.0, 0), "c": UserError("no.")}, lossless="abcd")
@@ -205,7 +205,7 @@ def test_a_trial_that_keeps_ending_the_process_is_left(tmp_path: Path) -> None:
     study = studies.open_study(tmp_path, settings)
     assert [trial.params for trial in study.trials] == [params] * studies.TRIES
     assert [trial.state.name for trial in study.trials] == ["FAIL"] * (studies.TRIES - 1) + ["PRUNED"]
-    assert f"the process ended {studies.TRIES} times in it" in studies.describe(study.trials[-1], settings)
+    assert f"the process died in it {studies.TRIES} times" in studies.trial_line(study.trials[-1], settings)
     assert not [trial for trial in study.trials if trial.state.name == "WAITING"]
 
 

@@ -1,0 +1,64 @@
+"""The structure of the code: imports run downwards only, no file or class name means two things, every yaml says what it is."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+from sjd2.files import ROOT
+
+PACKAGES = ("sjd2", "baselines", "evaluation", "harness", "sweeps", "benchmarks")
+# names that still mean two things; this becomes empty
+FILES_TWICE: set[str] = set()
+CLASSES_TWICE = {"Images", "Memory", "Outcome", "Pairs", "Pixels", "Plan", "Sample", "Source"}
+
+
+def modules() -> Iterator[Path]:
+    return (file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))
+
+
+def twice(named: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {name: places for name, places in named.items() if len(places) > 1}
+
+
+def lint(config: Path) -> int:
+    return lint_imports(config_filename=str(config), cache_dir=None, no_cache=True)
+
+
+def test_imports_run_downwards_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(ROOT)
+    assert lint(ROOT / ".importlinter") == 0, capsys.readouterr().out
+
+
+def test_an_import_upwards_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / ".importlinter").read_text()
+    upside_down = text.replace("    sweeps | benchmarks\n    harness\n", "    harness\n    sweeps | benchmarks\n")
+    assert upside_down != text
+    (tmp_path / "contracts.ini").write_text(upside_down)
+    assert lint(tmp_path / "contracts.ini") == 1
+    assert "is not allowed to import harness" in capsys.readouterr().out
+
+
+def test_no_file_name_stands_for_two_things() -> None:
+    named = defaultdict(list)
+    for file in modules():
+        if file.name != "__init__.py":
+            named[file.name].append(str(file.relative_to(ROOT)))
+    assert set(twice(named)) == FILES_TWICE, twice(named)
+
+
+def test_no_public_class_name_stands_for_two_things() -> None:
+    named = defaultdict(list)
+    for file in modules():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                named[node.name].append(str(file.relative_to(ROOT)))
+    assert set(twice(named)) == CLASSES_TWICE, twice(named)
