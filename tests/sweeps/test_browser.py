@@ -140,7 +140,7 @@ def test_the_race_obeys_its_controls_and_ends_as_it_was_measured(page: Browser) 
     })"""
     assert page.run(colours) == [1, 2]  # nothing is committed: blank, and what SJD has drafted
     page.run("put('.rate-slider', 1, 'input')")
-    assert page.run("find('.pace').textContent") == "at 10× of real time"
+    assert page.run("find('.pace').textContent") == "at 10× real time"
     page.run("find('.play').click()")
     page.run("(async () => { while (find('.play').textContent !== 'Play again') await wait(20); })()")
     read = "(name) => [...race.querySelectorAll('.lane')].map((lane) => lane.querySelector(name).textContent.trim())"

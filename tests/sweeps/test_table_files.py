@@ -75,7 +75,7 @@ def test_an_unreadable_folder_does_not_hide_the_others(tmp_path: Path) -> None:
 
 
 def test_nothing_to_show_is_said_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run folder here holds an image"):
+    with pytest.raises(UserError, match="no run folder here has an image"):
         make_tables([], tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_labels_name_what_differs(tmp_path: Path) -> None:
     assert [row["label"] for row in rows] == ["ar seed=0", "sjd seed=0", "sjd seed=1"]
     parts = [{"drafter": {"_target_": "a.b.Jacobi"}}, {"drafter": {"_target_": "a.b.Denoise", "levels": 4}}]
     _, rows = table(tmp_path, *(make(runs, "sjd2", parts=p) for p in parts))
-    assert [row["label"] for row in rows] == ["sjd2 drafter=Denoise", "sjd2 drafter=Jacobi"]
+    assert [row["label"] for row in rows] == ["sjd2 drafter=denoise", "sjd2 drafter=jacobi"]
 
 
 def test_labels_name_parts_that_are_not_the_decoders_own(tmp_path: Path) -> None:
