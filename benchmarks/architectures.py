@@ -1,7 +1,7 @@
-"""The published architectures with random weights, made where they are to run: speed needs no checkpoint.
+"""The published architectures with random weights, built on their device: measuring speed needs no checkpoint.
 
-Embedding, head and pixels are the family's own code (`sjd2/models`); only the reading of files is left out. Prompts are random
-vectors of a customary length.
+Embedding, head and pixels are the family's own code (`sjd2/models`); only loading is skipped. Prompts are random vectors of
+a typical length.
 
 # B samples, P prompt tokens, V image vocabulary, D width, N image-phase tokens
 """
@@ -31,8 +31,8 @@ FIRST_CODE = {"chameleon": 4, "emu3": 151854}  # the model's id of code 0
 class Architecture:
     """One published model.
 
-    sizes: of its transformer, as in its config; pixels: of its image decoder where they are not the class's defaults.
-    prompt, nothing: tokens of a customary prompt and of the unconditional one. window: that of SJD2 on this model.
+    sizes: of its transformer, as in its config; pixels: of its image decoder, if not the defaults of its class.
+    prompt, nothing: tokens of a typical prompt and of the unconditional one. window: that of SJD2 on this model.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Architecture:
     top_k: int
 
     def build(self, device: torch.device, dtype: torch.dtype) -> ImageModel:
-        """Make the model on its device with random weights; the image decoder in float32, as it is loaded."""
+        """Build the model on its device with random weights; the image decoder in float32, as when loaded."""
         make: dict[str, Callable[..., ImageModel]] = {
             "chameleon": RandomChameleon,
             "emu3": RandomEmu3,
@@ -68,7 +68,7 @@ class Architecture:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4 // heads}
         pixels = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
-        if self.family == "emu3":  # attends at its fourth level, in the width of that level
+        if self.family == "emu3":  # has attention at its fourth level, with the width of that level
             pixels |= {"channel_multiplier": [1, 1, 1, 1], "hidden_size": 32}
         layout = replace(self.layout, rows=4, columns=4)
         sizes, pixels = self.sizes | sizes, self.pixels | pixels
@@ -147,7 +147,7 @@ class RandomJanus(Janus):
         vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": width}
         config = JanusConfig(
             text_config=LlamaConfig(**_text(plan.sizes)),
-            vision_config=vision,  # the reader of images is not part of drawing them
+            vision_config=vision,  # the vision encoder is not used to generate images
             vq_config=joint | plan.pixels,
         )
         self.full = JanusForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -212,7 +212,7 @@ def _bytes(module: nn.Module) -> int:
 SEVEN = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
 CHAMELEON = SEVEN | {"intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 65536, "rms_norm_eps": 1e-5}
 JANUS = {"vocab_size": 102400, "rms_norm_eps": 1e-6, "max_position_embeddings": 16384}
-# sizes, prompts and laws: the published configs; prompts of a sentence; laws as in conf/model
+# sizes as in the published configs, prompts of one sentence, sampling parameters as in conf/model
 ARCHITECTURES = {
     a.name: a
     for a in (

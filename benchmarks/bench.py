@@ -1,4 +1,4 @@
-"""Measure what a pass costs, where its time goes, and how many images a second come out; writes benchmarks/results/.
+"""Measure what a pass costs, where its time goes, and images per second; results go to benchmarks/results/.
 
 # B samples, S slots of a pass
 """
@@ -37,7 +37,7 @@ IMAGES = 96  # of each whole run: three generations of 32 rows
 
 
 class _Timed:
-    """A model that adds up the time of its forwards and heads; everything else is the decoder's."""
+    """A model that adds up the time of its forwards and heads; the rest of a pass belongs to the decoder."""
 
     def __init__(self, model: ImageModel) -> None:
         self._model, self.seconds = model, 0.0
@@ -77,7 +77,7 @@ def pass_times(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row per batch and window: median milliseconds of a pass, its ratio to one slot, share outside the forward.
 
-    The windows of one batch size take turns pass by pass, so that a drifting machine drifts for all.
+    The windows of one batch size take turns pass by pass, so that a drift of the machine affects all.
     """
     decoders = {(d.name, d.window): d for d in (*map(window_decoder, SLOTS), own)}
     for batch in BATCHES:
@@ -110,7 +110,7 @@ def _start(model: Any, decoder: Decoder, prompts: list[str], sampling: SamplingP
     decoding = decoder.start(model, len(prompts), condition.embeds.shape[1], sampling)
     spent = model.seconds
     decoding.admit(list(range(len(prompts))), condition, list(range(1, len(prompts) + 1)))
-    model.seconds = spent  # a prefill is no pass of the window
+    model.seconds = spent  # a prefill is not a pass of the window
     return decoding
 
 
@@ -152,11 +152,11 @@ def throughput(
 
 
 def run(cfg: DictConfig) -> Path:
-    """Run all three measurements on the model and the decoder of the command and return the JSON file they go to."""
+    """Run all three measurements with the model and the decoder of the command; return the JSON file written."""
     plan = make_plan(cfg)
     prompts = plan.prompts.texts[: max(IMAGES, cfg.limit or 0)]
     if len(prompts) < max(BATCHES):
-        raise UserError(f"stage=bench needs at least {max(BATCHES)} prompts, the list has {len(prompts)}.")
+        raise UserError(f"stage=bench needs at least {max(BATCHES)} prompts, but the list has {len(prompts)}.")
     model = plan.spec.load(plan.device, plan.dtype)
     plan.decoder.prepare(model)
     sampling = replace(plan.sampling, sampler="cdf")

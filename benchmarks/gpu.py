@@ -4,9 +4,9 @@
     python -m benchmarks.gpu --models lumina,janus-1b --seconds 120
     python -m benchmarks.gpu --device cpu --small           # the same path on narrow models: seconds on a laptop
 
-Each model is measured in parts, those that matter most first; what the budget leaves out is named with its reason. The JSON
-file in benchmarks/results/ is written after each model. Times are medians; "graph" is the same work as one CUDA graph, that is
-without the host's launches; "roof" is the least that memory and matrix units allow, by the peaks measured on this device.
+Each model is measured in parts, the most important first; what the budget does not cover is listed with the reason. The JSON
+file in benchmarks/results/ is written after each model. Times are medians; "graph" is the same work as one CUDA graph, without
+launch overhead; "roof" is the least time that memory and matrix units allow, by the peaks measured on this device.
 
 # B samples, R model rows (2B with guidance), S slots of a pass, P prompt tokens, V image vocabulary, N image-phase tokens
 """
@@ -33,9 +33,9 @@ from harness.provenance import start_entry
 from sjd2.errors import UserError, choose
 
 BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small
-# in the order in which they matter; what follows sjd2 finds its adapter in the model and must not use the transformer
+# by importance; the parts after sjd2 find its adapter in the model and must not use the transformer
 PARTS = ("passes", "decoders", "sjd2", "sampling", "pixels", "attention")
-LEAST = 20.0  # seconds below which no model is built any more
+LEAST = 20.0  # no model is built if fewer seconds are left
 
 
 def measure_model(plan: Architecture, device: torch.device, peak: Peaks, budget: Budget, options: Any) -> Row:
@@ -83,10 +83,10 @@ def _run(part: Iterator[Row], rows: list[Row], budget: Budget) -> str | None:
         return "out of memory"
     except (RuntimeError, UserError) as error:
         return reason(error)
-    return "the model's share of the seconds was spent"
+    return "the model's share of the time was spent"
 
 
-def _left_out(plan: Architecture, why: str) -> Row:
+def _skipped(plan: Architecture, why: str) -> Row:
     return {"name": plan.name, "title": plan.title, "skipped": [{"part": "everything", "reason": why}]}
 
 
@@ -100,13 +100,18 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    """Run the command and return the file it has written."""
+    """Run the command and return the file written."""
     options = _parse(arguments)
     device = torch.device(options.device)
     budget = Budget(options.seconds)
     plans = [ARCHITECTURES[name] for name in options.models]
-    said = {"dtype": options.dtype, "variants": options.variants, "small": options.small, "budget_s": options.seconds}
-    result = start_entry(device, **said)
+    settings = {
+        "dtype": options.dtype,
+        "variants": options.variants,
+        "small": options.small,
+        "budget_s": options.seconds,
+    }
+    result = start_entry(device, **settings)
     size, side = (2**30, 8192) if device.type == "cuda" else (2**24, 256)
     peak = peaks(device, getattr(torch, options.dtype), size=size, side=side)
     result |= {"peaks": asdict(peak), "models": []}
@@ -117,11 +122,11 @@ def main(arguments: list[str] | None = None) -> Path:
         plan = plan.small() if options.small else plan
         try:
             if budget.left <= (0 if options.small else LEAST):
-                row = _left_out(plan, "the seconds were spent")
+                row = _skipped(plan, "the time was spent")
             else:
                 row = measure_model(plan, device, peak, budget, options)
         except torch.OutOfMemoryError:
-            row = _left_out(plan, "out of memory")
+            row = _skipped(plan, "out of memory")
         gc.collect()
         _reset_peak(device)
         result["models"].append(row)
@@ -137,10 +142,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--models", default=",".join(ARCHITECTURES), help="names, comma-separated; default all")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for everything; what does not fit is skipped")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time budget; what does not fit is skipped")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--small", action="store_true", help="narrow models of the same kinds: to try the command")
+    parser.add_argument("--small", action="store_true", help="narrow models of the same families, to try the command")
     parser.add_argument("--variants", default="eager,graph", help="eager, graph, compile; comma-separated")
     parser.add_argument("--out", type=Path, default=None, help="JSON file; default benchmarks/results/")
     options = parser.parse_args(arguments)
@@ -153,18 +158,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     if torch.device(options.device).type != "cuda" and not options.small:
-        parser.error("full-size models need a GPU; add --small, or --device cuda where there is one.")
+        parser.error("full-size models need a GPU; add --small, or --device cuda if there is one.")
     return options
 
 
 def table(result: Row) -> str:
-    """Return the summary in Markdown: passes against their roof, and decoders."""
+    """Return the summary as Markdown: passes against their roof, and decoders."""
     peak, lines = result["peaks"], []
     known = peak["sheet_bandwidth"]
-    said = "" if known is None else f" (data sheet {known / 1e12:.2f} TB/s, {peak['sheet_flops'] / 1e12:.0f} TFLOP/s)"
+    data_sheet = (
+        "" if known is None else f" (data sheet {known / 1e12:.2f} TB/s, {peak['sheet_flops'] / 1e12:.0f} TFLOP/s)"
+    )
     lines.append(
         f"{result['hardware']}, {result['dtype']}: measured {peak['bandwidth'] / 1e12:.2f} TB/s and "
-        f"{peak['flops'] / 1e12:.0f} TFLOP/s{said}; torch {result['packages']['torch']}, "
+        f"{peak['flops'] / 1e12:.0f} TFLOP/s{data_sheet}; torch {result['packages']['torch']}, "
         f"transformers {result['packages']['transformers']}, {result['seconds']:.0f} s."
     )
     lines += ["", "| model | batch | slots | eager ms | host ms | graph ms | roof ms | of the roof |", "|" + "---|" * 8]
@@ -173,7 +180,7 @@ def table(result: Row) -> str:
             best = row.get("graph_ms", row["ms"])
             lines.append(
                 f"| {model['title']} | {row['batch']} | {row['slots']} | {row['ms']:.2f} | {row['host_ms']:.2f} | "
-                f"{_figure(row, 'graph_ms')} | {row['roof_ms']:.2f} | {row['roof_ms'] / best:.0%} |"
+                f"{_milliseconds(row, 'graph_ms')} | {row['roof_ms']:.2f} | {row['roof_ms'] / best:.0%} |"
             )
     lines += [
         "",
@@ -187,17 +194,17 @@ def table(result: Row) -> str:
             if best is None:
                 continue
             base.setdefault(row["batch"], best)
-            figures = " | ".join(_figure(row, key) for key in ("prefill_ms", "ms", "host_ms", "graph_ms"))
+            times = " | ".join(_milliseconds(row, key) for key in ("prefill_ms", "ms", "host_ms", "graph_ms"))
             lines.append(
-                f"| {model['title']} | {row['batch']} | {row['decoder']} | {row['slots']} | {figures} | "
+                f"| {model['title']} | {row['batch']} | {row['decoder']} | {row['slots']} | {times} | "
                 f"{best / base[row['batch']]:.2f} |"
             )
     for model in result["models"]:
-        lines += [f"\n{model['title']}: {gap['part']} left out: {gap['reason']}." for gap in model["skipped"]]
+        lines += [f"\n{model['title']}: {gap['part']} skipped: {gap['reason']}." for gap in model["skipped"]]
     return "\n".join(lines)
 
 
-def _figure(row: Row, key: str) -> str:
+def _milliseconds(row: Row, key: str) -> str:
     return f"{row[key]:.2f}" if key in row else ""
 
 

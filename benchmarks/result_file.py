@@ -1,4 +1,4 @@
-"""Where results go: benchmarks/results/, named after the hardware."""
+"""Where results are written: benchmarks/results/, named after the hardware."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from sjd2.files import ROOT
 
 
 def result_file(hardware: str, *words: str) -> Path:
-    """Return the JSON file of a measurement: the hardware as a part of a file's name, then the words."""
+    """Return the JSON file of a measurement, named after the hardware and `words`."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in hardware.lower()).split())
     return ROOT / "benchmarks" / "results" / f"{'-'.join([slug, *words])}.json"

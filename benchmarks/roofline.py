@@ -1,4 +1,4 @@
-"""What a device can do at best: bytes and operations of a pass against its memory bandwidth and its matrix rate.
+"""The roofline of a device: bytes and operations of a pass against memory bandwidth and matrix throughput.
 
 # R model rows (2B with guidance, else B), S slots of a pass
 """
@@ -13,7 +13,7 @@ from benchmarks.architectures import entry_bytes, weight_bytes
 from benchmarks.timing import measure
 from sjd2.models.base import ImageModel
 
-# data sheets: memory bandwidth in bytes/s, dense bf16 operations/s; the first name that is part of the device's counts
+# data sheets: memory bandwidth in bytes/s, dense bf16 operations/s; the first name contained in the device's is used
 SHEETS = {
     "H200": (4.8e12, 989e12),
     "H100 PCIe": (2.0e12, 756e12),
@@ -32,7 +32,7 @@ SHEETS = {
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes and operations a second: measured on this device, and of its data sheet where we know it."""
+    """Bytes and operations per second: measured on this device, and of its data sheet if known."""
 
     bandwidth: float
     flops: float
@@ -52,7 +52,7 @@ def peaks(device: torch.device, dtype: torch.dtype, *, size: int, side: int) -> 
 
 
 def sheet(device: torch.device) -> tuple[float | None, float | None]:
-    """Return bandwidth and matrix rate of the device's data sheet, None where it is not in our table."""
+    """Return bandwidth and matrix throughput of the device's data sheet; None if it is not in our table."""
     if device.type != "cuda":
         return None, None
     name = torch.cuda.get_device_name(device)
@@ -61,13 +61,13 @@ def sheet(device: torch.device) -> tuple[float | None, float | None]:
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass cannot do without: bytes read from memory, and multiplications and additions."""
+    """The minimum work of one pass: bytes read from memory, and multiplications and additions."""
 
     bytes: float
     flops: float
 
     def milliseconds(self, peak: Peaks) -> float:
-        """Return the least time of the pass on a device of these measured peaks."""
+        """Return the least time of the pass on a device with these measured peaks."""
         return 1e3 * max(self.bytes / peak.bandwidth, self.flops / peak.flops)
 
 

@@ -34,7 +34,7 @@ from sjd2.models.kv_cache import RowCache
 SLOTS, FEW_SLOTS = (1, 16, 32, 64, 96, 128), (1, 16)  # full size; --small
 STEPS = 25  # denoising steps of the paper's setting of SJD2
 KERNELS = {
-    "chosen": None,  # by torch itself, as in a pass
+    "chosen": None,  # by torch, as in a pass
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 class Bench:
-    """One model under measurement; each part yields rows, and asks for time before it goes on."""
+    """One model under measurement; every part yields rows, so that the caller can stop it between them."""
 
     def __init__(self, plan: Architecture, model: ImageModel, peak: Peaks, *, graphs: bool, small: bool) -> None:
         self.plan, self.model, self.peak, self.graphs = plan, model, peak, graphs
@@ -74,7 +74,7 @@ class Bench:
             }  # fmt: skip
 
     def _filled(self, rows: int, slots: int) -> RowCache:
-        """Return a cache of rows in the middle of an image; the keys themselves are random."""
+        """Return a cache of rows in the middle of an image, with random keys and values."""
         cache = self.model.cache(rows, self.context + slots)
         x = self.model.embed(torch.zeros(rows, 1, dtype=torch.long, device=self.device))
         self.model.forward(x, torch.zeros(rows, 1, dtype=torch.long, device=self.device), cache)
@@ -98,7 +98,7 @@ class Bench:
             yield {"batch": batch, "decoder": decoder.name, "slots": decoder.window, **self._steps(decoder, batch)}
 
     def sjd2(self, batch: int) -> Iterator[Row]:
-        """Yield the same for SJD2 by both rules, with a random fine-tuning of the customary shape."""
+        """Yield the same for SJD2 by both rules, with random fine-tuned weights of the usual shape."""
         wide = self.plan.window
         if self.model.adapter is None:
             with torch.inference_mode(False):
@@ -124,7 +124,7 @@ class Bench:
         return row
 
     def _loop(self, loop: Decoding, condition: Condition, name: str) -> Row:
-        """Time the passes of a loop that is held in the middle of the image."""
+        """Time passes, each from the middle of the image."""
         rows = list(range(len(condition)))
         loop.admit(rows, condition, rows)
         prompt = loop.cache.lengths.clone()
@@ -148,7 +148,7 @@ class Bench:
         """Yield a row per window, kernel and way of sharing keys: milliseconds of one layer's attention under a mask.
 
         repeated: keys and values copied for each head of a group, as transformers does under a mask. folded: the heads of a
-        group stand as further slots before the one set of keys that they share.
+        group become further slots that attend to the one set of keys they share.
         """
         config, rows = self.model.transformer.config.get_text_config(), 2 * batch
         heads, own = config.num_attention_heads, config.num_key_value_heads
@@ -187,10 +187,10 @@ class Bench:
         except RuntimeError as error:
             return {"skipped": reason(error)}
 
-    # ---- what is around the transformer
+    # ---- everything around the transformer
 
     def sampling(self, batch: int) -> Iterator[Row]:
-        """Yield a row per part and window: the target law with top-k, draws, verification, redrawing the guesses."""
+        """Yield a row per part and window: the target distribution with top-k, draws, verification, redrawing draft tokens."""
         vocabulary, params = self.plan.layout.vocabulary, self.params
         for slots in sorted({1, min(32, self.plan.window), self.plan.window}):
             shape = (batch, slots)
@@ -246,5 +246,5 @@ class Bench:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of what went wrong."""
+    """Return the first line of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

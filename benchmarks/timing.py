@@ -1,4 +1,4 @@
-"""Time a call on a CPU or a CUDA device, eager and as a CUDA graph, and keep to a budget of seconds."""
+"""Time a call on a CPU or a CUDA device, eager and as a CUDA graph, within a budget of seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over n calls in milliseconds: ms from start to end on the device, host_ms until the host was free again."""
+    """Medians over n calls in milliseconds: ms from start to end on the device, host_ms until the call returned."""
 
     ms: float
     host_ms: float
@@ -32,7 +32,7 @@ def measure(
 ) -> Timing:
     """Call `warm` times and then for about `seconds`, at least `least` and at most `most` times.
 
-    between: what is done before each call, outside the time.
+    between: called before each call, not timed.
     """
     estimate = 0.0
     for _ in range(warm):
@@ -86,12 +86,12 @@ class _Events:
 
 
 def graphed(device: torch.device, call: Callable[[], Any]) -> Callable[[], None]:
-    """Record a call as a CUDA graph and return what replays it. Raises `RuntimeError` where that cannot be done."""
+    """Record a call as a CUDA graph and return its replay. Raises `RuntimeError` if that is impossible."""
     if device.type != "cuda":
         raise RuntimeError("CUDA graphs need a CUDA device")
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # libraries make their workspaces on the stream that is recorded
+    with torch.cuda.stream(stream):  # libraries allocate workspaces on the recorded stream
         call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -101,29 +101,29 @@ def graphed(device: torch.device, call: Callable[[], Any]) -> Callable[[], None]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Budget:
-    """Seconds that may be spent, in all and on one model."""
+    """Seconds to spend, in total and on the current model."""
 
     def __init__(self, seconds: float) -> None:
         self.began = time.perf_counter()
         self.end = self.share = self.began + seconds
 
     def divide(self, models: int) -> None:
-        """Give the next of so many models its share of what is left."""
+        """Give the next of `models` models its share of what is left."""
         now = time.perf_counter()
         self.share = now + max(0.0, self.end - now) / models
 
     @property
     def left(self) -> float:
-        """Seconds left of the present share."""
+        """Seconds left of the current share."""
         return self.share - time.perf_counter()
 
     @property
     def spent(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.perf_counter() - self.began

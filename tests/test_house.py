@@ -1,4 +1,4 @@
-"""The structure of the code: imports run downwards only, no file or class name means two things, every yaml says what it is."""
+"""The structure of the code: imports run downwards only, and no file or public class name means two things."""
 
 from __future__ import annotations
 

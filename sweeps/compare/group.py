@@ -127,8 +127,10 @@ def group_tables(found: GroupComparison) -> list[Table]:
     made = [_ar_table(found)] if found.against_ar else []
     if found.pairs:
         header = ["difference (95 %)", "N", "passes per image", "p", "step compression", "p"]
-        notes = ["First minus second, on the common prompts; not corrected for the number of pairs. Passes of a separate draft "
-                 "model are not counted."]  # fmt: skip
+        notes = [
+            "First minus second, on the common prompts; not corrected for the number of pairs. Passes of a separate "
+            "draft model are not counted."
+        ]
         made.append(
             Table("Decoders compared with each other", header, [_pair_cells(pair) for pair in found.pairs], notes)
         )

@@ -95,7 +95,7 @@ class Tables(Callback):
 
 
 def close(error: BaseException) -> bool:
-    """Build the table of a multirun whose launcher gave up, once the other jobs have ended; return False if none was running."""
+    """Build the table of a multirun whose launcher gave up, once the other jobs have ended; False if none was running."""
     sweep, Tables.sweep = Tables.sweep, None
     if sweep is None or not (list(sweep.glob("[0-9]*/status.json")) or slurm.submitted(sweep)):
         Tables._held.close()

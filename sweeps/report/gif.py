@@ -43,7 +43,7 @@ class _Size:
 
 
 def pace(longest: float) -> float:
-    """Return how fast to replay a race of `longest` seconds: in real time if it takes 3 to 20 s, else at the nearest round pace."""
+    """Return how fast to replay a race of `longest` seconds: real time from 3 to 20 s, else the nearest round pace."""
     return 1 if 3 <= longest <= 20 else min(PACES, key=lambda value: abs(math.log(longest / value / SECONDS)))
 
 

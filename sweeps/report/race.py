@@ -160,7 +160,7 @@ def _many_rows(run: Run) -> bool:
 
 
 def _grown(rows: Sequence[Sequence[int]], columns: int) -> tuple[list[int], list[int]]:
-    """Turn codes per grid row after each pass [passes][G] into the cells in order of commit, and their number after each pass."""
+    """Return the cells in order of commit, and their number after each pass, from codes per grid row [passes][G]."""
     order: list[int] = []
     counts, old = [], [0] * len(rows[0])
     for new in rows:

@@ -41,7 +41,7 @@ def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.Captur
         ways = {(row["way"], row["kernel"]): "ms" in row for row in model["attention"]}
         assert ways["repeated", "chosen"]
         assert (("folded", "chosen") in ways) == (model["name"] == "emu3")
-        assert not ways["repeated", "cudnn"]  # and why is said
+        assert not ways["repeated", "cudnn"]  # and the reason is recorded
         for part in ("passes", "decoders", "sjd2", "sampling", "pixels"):
             assert all(row["ms"] > 0 and row["n"] > 0 for row in model[part])
         assert all(row["roof_ms"] > 0 for row in model["passes"])
@@ -49,14 +49,14 @@ def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.Captur
     assert "| Emu3-Gen 8B, 720 px, narrow | 2 | sjd2 paper | 16 |" in shown
 
 
-def test_a_spent_budget_is_said_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_spent_budget_is_reported_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "gpu.json"
     gpu.main(["--device", "cpu", "--small", "--models", "anole,llamagen", "--seconds", "0", "--out", str(out)])
     result = json.loads(out.read_text())
     assert [model["name"] for model in result["models"]] == ["anole", "llamagen"]
     for model in result["models"]:
-        assert {gap["reason"] for gap in model["skipped"]} == {"the seconds were spent"}
-    assert "left out: the seconds were spent" in capsys.readouterr().out
+        assert {gap["reason"] for gap in model["skipped"]} == {"the time was spent"}
+    assert "skipped: the time was spent" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_spent_budget_is_said_and_nothing_is_lost(tmp_path: Path, capsys: pyte
         (["--device", "cpu"], "add --small"),
     ],
 )
-def test_wrong_options_say_the_mend(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_options_say_how_to_fix_them(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         gpu.main(arguments)
     assert words in capsys.readouterr().err
