@@ -1,4 +1,4 @@
-"""Name runs in a table: the decoder, its parts where they are not its usual ones, and the settings in which runs differ."""
+"""Name runs in a table: the decoder, its parts if not the usual ones, and the settings in which runs differ."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import yaml
 from sjd2.files import ROOT
 from sweeps.runs import Run, flatten_settings, path_tail
 
-RUN_WIDE = ("batch_size", "seed", "dtype", "refill", "sampler", "repeats")  # settings that are no decoder's own
+RUN_WIDE = ("batch_size", "seed", "dtype", "refill", "sampler", "repeats")  # settings of a run that do not belong to its decoder
 PARTS = ("drafter", "verifier", "refiner")
 UNNAMED = ("_target_", "name", "lossless", "breaks", *PARTS)
 CONF = ROOT / "conf" / "decoder"
 
 
 def set_labels(runs: Sequence[Run], named: Collection[str] = ()) -> None:
-    """Give each run of a table its label; two runs never share one. named: decoder settings that are always in it."""
-    shared = [key for key in RUN_WIDE if len({_run_wide(r)[key] for r in runs}) > 1]
+    """Give each run of a table its label; no two runs share one. named: decoder settings that it always includes."""
+    differing = [key for key in RUN_WIDE if len({_run_wide(r)[key] for r in runs}) > 1]
     for run in runs:
         rivals = [other for other in runs if other.decoder == run.decoder]
         words = [*_parts(run, rivals), *_settings(run, rivals, () if run.is_ar else named)]
-        words += [f"{key}={_short(_run_wide(run)[key])}" for key in shared]
+        words += [f"{key}={_short(_run_wide(run)[key])}" for key in differing]
         if run.identity["decoder"].get("rule") == "paper" and "rule=paper" not in words:
             words.append("rule=paper")
         run.label = " ".join([run.decoder, *words])
@@ -36,13 +36,13 @@ def set_labels(runs: Sequence[Run], named: Collection[str] = ()) -> None:
 
 
 def swept(jobs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the decoder settings in which jobs of a multirun differ, from their status.json."""
+    """Return the decoder settings that jobs of a multirun override, from their status.json."""
     words = (str(text).lstrip("+").partition("=")[0] for job in jobs for text in job.get("overrides") or ())
     return {word.removeprefix("decoder.") for word in words if word.startswith("decoder.")}
 
 
 def _parts(run: Run, rivals: Sequence[Run]) -> list[str]:
-    """Return `verifier=relaxed` and the like for parts that are not the decoder's usual ones, or differ where none is."""
+    """Return e.g. `verifier=relaxed` for parts that are not the decoder's usual ones, or that differ if it has none."""
     usual, words = _usual(run.decoder), []
     for part in PARTS:
         mine = _option(run, part)
@@ -53,7 +53,7 @@ def _parts(run: Run, rivals: Sequence[Run]) -> list[str]:
 
 
 def _settings(run: Run, rivals: Sequence[Run], named: Collection[str]) -> list[str]:
-    """Return the settings in which runs of one decoder differ; those of a part count among runs with that part only."""
+    """Return the settings in which runs of one decoder differ; those of a part only among runs with that part."""
     mine, words = _own(run), []
     for key in mine:
         part = key.partition(".")[0]
@@ -64,7 +64,7 @@ def _settings(run: Run, rivals: Sequence[Run], named: Collection[str]) -> list[s
 
 
 def _own(run: Run) -> dict[str, str]:
-    """Return the settings that belong to a decoder's run, as text."""
+    """Return the settings of a run's decoder as text, and its adapter or weights."""
     decoder = {key: value for key, value in run.identity["decoder"].items() if key not in UNNAMED}
     for part in PARTS:
         node = run.identity["decoder"].get(part)
@@ -76,7 +76,7 @@ def _own(run: Run) -> dict[str, str]:
 
 
 def _option(run: Run, part: str) -> str:
-    """Return the name of a part's yaml, e.g. exact; a class of no yaml by its own name; empty where there is no part."""
+    """Return the name of a part's yaml, e.g. exact; the class name if it has no yaml; '' without such a part."""
     node = run.identity["decoder"].get(part)
     target = node.get("_target_") if isinstance(node, dict) else None
     return "" if target is None else _options(part).get(target, target)
@@ -84,7 +84,7 @@ def _option(run: Run, part: str) -> str:
 
 @cache
 def _options(part: str) -> dict[str, str]:
-    """Return class name -> yaml of one part."""
+    """Return {class name: name of its yaml} for one kind of part."""
     return {
         yaml.safe_load(file.read_text())["_target_"].rpartition(".")[2]: file.stem
         for file in sorted((CONF / part).glob("*.yaml"))
@@ -93,7 +93,7 @@ def _options(part: str) -> dict[str, str]:
 
 @cache
 def _usual(decoder: str) -> dict[str, str]:
-    """Return the parts that a decoder's yaml chooses, those of the decoder it builds on included."""
+    """Return the parts that a decoder's yaml chooses, including those of the decoder it builds on."""
     file = CONF / f"{decoder}.yaml"
     chosen: dict[str, str] = {}
     for entry in yaml.safe_load(file.read_text()).get("defaults", []) if file.is_file() else []:
