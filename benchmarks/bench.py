@@ -20,6 +20,7 @@ from benchmarks.result_file import result_file
 from harness.console import say
 from harness.plan import make_plan
 from harness.provenance import start_entry
+from harness.sample import synchronize
 from sjd2.decoding.generate import Decoder, generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import sample_seed
@@ -59,8 +60,7 @@ class _Timed:
 
 
 def _now(model: ImageModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    synchronize(model.device)
     return time.perf_counter()
 
 

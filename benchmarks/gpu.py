@@ -28,8 +28,9 @@ from benchmarks.architectures import ARCHITECTURES, Architecture, entry_bytes, w
 from benchmarks.result_file import result_file
 from benchmarks.roofline import Peaks, peaks
 from benchmarks.sections import Bench, Row, reason
-from benchmarks.timing import Budget, synchronize
+from benchmarks.timing import Budget
 from harness.provenance import start_entry
+from harness.sample import synchronize
 from sjd2.errors import UserError, choose
 
 BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.architectures import entry_bytes, weight_bytes
-from benchmarks.timing import measure
+from benchmarks.timing import time_call
 from sjd2.models.base import ImageModel
 
 # data sheets: memory bandwidth in bytes/s, dense bf16 operations/s; the first name contained in the device's is used
@@ -44,10 +44,10 @@ def peaks(device: torch.device, dtype: torch.dtype, *, size: int, side: int) -> 
     """Measure a copy of `size` bytes and a product of two `side` x `side` matrices."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = measure(device, lambda: target.copy_(source), seconds=0.3)
+    copy = time_call(device, lambda: target.copy_(source), seconds=0.3)
     a = torch.randn(side, side, dtype=dtype, device=device)
     b = torch.randn(side, side, dtype=dtype, device=device)
-    product = measure(device, lambda: a @ b, seconds=0.3)
+    product = time_call(device, lambda: a @ b, seconds=0.3)
     return Peaks(2e3 * size / copy.ms, 2e3 * side**3 / product.ms, *sheet(device))
 
 

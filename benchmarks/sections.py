@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.architectures import Architecture
 from benchmarks.roofline import Peaks, work
-from benchmarks.timing import Timing, graphed, measure, synchronize
+from benchmarks.timing import Timing, graphed, time_call
+from harness.sample import synchronize
 from sjd2.decoding.cuda_graph import WARM, Graphs
 from sjd2.decoding.generate import Decoder
 from sjd2.decoding.jacobi import Jacobi
@@ -137,8 +138,8 @@ class Bench:
             loop.cache.bound = loop.prompt + self.half - 1
             loop.history.clear()
 
-        found = measure(self.device, loop.step, **(self.effort | {"warm": WARM + 2}), between=hold)
-        prefill = measure(self.device, lambda: loop.admit(rows, condition, rows), warm=1, most=5, least=2)
+        found = time_call(self.device, loop.step, **(self.effort | {"warm": WARM + 2}), between=hold)
+        prefill = time_call(self.device, lambda: loop.admit(rows, condition, rows), warm=1, most=5, least=2)
         times = {f"{name}ms": found.ms, f"{name}n": found.n}
         return times if name else times | {"host_ms": found.host_ms, "prefill_ms": prefill.ms}
 
@@ -215,7 +216,7 @@ class Bench:
         layout = self.plan.layout
         codes = torch.randint(layout.vocabulary, (batch, layout.rows * layout.columns), device=self.device)
         tokens = layout.tokens(codes)
-        found = measure(self.device, lambda: self.model.decode(tokens), warm=1, least=2, most=5)
+        found = time_call(self.device, lambda: self.model.decode(tokens), warm=1, least=2, most=5)
         yield {"batch": batch, "ms": found.ms, "n": found.n}
 
     def compiled(self, batch: int) -> Iterator[Row]:
@@ -234,12 +235,12 @@ class Bench:
 
     def _both(self, call: Callable[[], Any]) -> Row:
         """Time a call eagerly and, on a GPU, as a graph."""
-        eager = measure(self.device, call, **self.effort)
+        eager = time_call(self.device, call, **self.effort)
         row: Row = {"ms": eager.ms, "host_ms": eager.host_ms, "n": eager.n}
         if not self.graphs:
             return row
         try:
-            replayed: Timing = measure(self.device, graphed(self.device, call))
+            replayed: Timing = time_call(self.device, graphed(self.device, call))
         except RuntimeError as error:
             return row | {"graph_skipped": reason(error)}
         return row | {"graph_ms": replayed.ms, "graph_n": replayed.n}

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from harness.sample import synchronize
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -20,7 +22,7 @@ class Timing:
     n: int
 
 
-def measure(
+def time_call(
     device: torch.device,
     call: Callable[[], Any],
     *,
@@ -98,12 +100,6 @@ def graphed(device: torch.device, call: Callable[[], Any]) -> Callable[[], None]
     with torch.cuda.graph(graph):
         call()
     return graph.replay
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Budget:

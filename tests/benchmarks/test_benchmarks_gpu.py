@@ -12,7 +12,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.architectures import ARCHITECTURES, entry_bytes, weight_bytes
 from benchmarks.roofline import Peaks, Work, work
-from benchmarks.timing import Budget, graphed, measure
+from benchmarks.timing import Budget, graphed, time_call
 from sjd2.decoding.generate import Decoder, generate
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled
@@ -121,7 +121,7 @@ def test_the_roof_of_lumina_is_the_calculated_one() -> None:
 
 def test_times_are_medians_of_the_calls_asked_for() -> None:
     calls = []
-    found = measure(CPU, lambda: calls.append(1), seconds=0, least=4, warm=3, between=lambda: calls.append(0))
+    found = time_call(CPU, lambda: calls.append(1), seconds=0, least=4, warm=3, between=lambda: calls.append(0))
     assert found.n == 4
     assert calls == [0, 1] * 7
     assert found.ms == found.host_ms > 0
