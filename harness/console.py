@@ -15,18 +15,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
+from sjd2.config import compose
 from sjd2.errors import UserError, unknown
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "tune", "logger", "runtime")
 SEVERAL = "several choices need -m: python run.py -m {key}=a,b"
 LAUNCHERS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "joblib", "ray": "ray"}  # and their extras
+CHECKOUT = "python run.py"  # how messages name the command; shown as the user typed it
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+def program() -> str:
+    """Return how the user started this command: `sjd2`, or `python run.py` in a checkout."""
+    return "sjd2" if Path(sys.argv[0]).stem == "sjd2" else CHECKOUT
 
 
 def say(text: str) -> None:
     """Print one line at once, also through a pipe."""
-    print(text, flush=True)
+    print(text.replace(CHECKOUT, program()), flush=True)
 
 
 def show_logs() -> None:
@@ -110,6 +118,7 @@ def guarded(function: Callable[[], object]) -> int:
         error, message, code = caught, sentence(caught), 1
     if error is not None and os.environ.get("SJD2_TRACE"):
         traceback.print_exception(error)
+    message = message.replace(CHECKOUT, program())
     print(f"error: {message}" if error else message, file=sys.stderr, flush=True)
     return code
 
@@ -187,18 +196,10 @@ def _unknown_key(key: str) -> str:
 
 def setting_names(arguments: Sequence[str], *, without: str) -> Iterator[str]:
     """Yield every dotted key of the configuration that these arguments make once the setting `without` is left out."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import DictConfig
-
     choice = re.compile(rf"({'|'.join(GROUPS)})=[\w-]+$")  # sweeps and quoted values change no key
     kept = [argument for argument in arguments if choice.match(argument) and not argument.startswith(f"{without}=")]
-    for flag, value in itertools.pairwise(arguments):
-        if flag in ("--config-dir", "-cd"):
-            kept.append(f"hydra.searchpath=['file://{Path(value).resolve()}']")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", kept)
+    folders = [value for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    config = compose(kept, search=folders)
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for key in node:

@@ -16,12 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from evaluation.identity import by_content, identity
 from evaluation.run_folder import RunFolder
-from harness.console import CONF
 from harness.job import about
 from harness.plan import build_tracker, model_settings, resolve_device
 from harness.settings import check_writable
 from harness.tracking import NoTracker
-from sjd2.config import instantiate
+from sjd2.config import choices, instantiate
 from sjd2.errors import UserError
 from sjd2.finetune import distributed
 from sjd2.finetune.recipe import Recipe
@@ -34,7 +33,7 @@ def train(cfg: DictConfig) -> Path:
     Raises UserError if no recipe is named or the folder holds a training of other settings.
     """
     if cfg.get("finetune") is None:
-        recipes = ", ".join(sorted(path.stem for path in (CONF / "finetune").glob("*.yaml")))
+        recipes = ", ".join(choices("finetune"))
         raise UserError(f"stage=finetune needs finetune=RECIPE. Valid: {recipes}.")
     with _one_voice(), distributed.processes(resolve_device(cfg.device)) as device:
         return _train(cfg, device)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +21,7 @@ from harness.plan import Plan
 from harness.ranks import ALONE, Ranks
 from harness.sample import Job, sample
 from harness.tracking import About, NoTracker, Tracker
+from sjd2.config import compose
 from sjd2.decoding.cuda_graph import Graphs
 from sjd2.files import write_atomically
 from sjd2.models.base import ImageModel
@@ -194,21 +193,12 @@ def recompose(overrides: Sequence[str], *, decoder: str | None = None) -> DictCo
     return base
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def _compose(overrides: Sequence[str]) -> DictConfig:
     """Compose with the folders of this command, from within it."""
     hydra = HydraConfig.get()
     folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
-    extra = [f"file://{source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    path = [f"hydra.searchpath={extra}"] if extra else []
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(folder, version_base="1.3"):
-            return compose(hydra.job.config_name, [*overrides, *path])
-    finally:
-        GlobalHydra.instance().clear()
-        if outer is not None:
-            GlobalHydra.instance().initialize(outer)
+    search = [source.path for source in hydra.runtime.config_sources if "command-line" in source.provider]
+    return compose(overrides, search=search, folder=folder, name=hydra.job.config_name)
 
 
 def about(run: RunFolder, kind: str) -> About:

@@ -1,10 +1,12 @@
-"""Check names, types and ranges of the settings outside the groups; imports nothing heavy, so a typo costs no time."""
+"""Check names, types and ranges of the settings outside the groups; imports nothing heavy, so a typo is reported at once."""
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,10 +14,32 @@ from harness.console import GROUPS
 from sjd2.config import describe, fits
 from sjd2.errors import UserError, choose, unknown
 
-STAGES = ("sample", "score", "table", "compare", "finetune", "bench", "tune", "report")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
-# every key of conf/config.yaml: its type, the smallest value, and how to say what it is
+
+class Stage(NamedTuple):
+    """function: dotted path, imported when the stage runs. does: one line of `--help`."""
+
+    function: str
+    does: str
+
+
+STAGES = {
+    "sample": Stage("harness.stages.sample", "make a run and its AR baseline, score both, print their table (default)"),
+    "score": Stage("harness.stages.score", "score an existing run folder again: run_dir=FOLDER"),
+    "table": Stage("sweeps.multirun.callback.stage", "tables and plots of all run folders, or of one"),
+    "compare": Stage(
+        "sweeps.compare.group.stage", "all runs pairwise: with AR in distribution, with each other in passes"
+    ),
+    "report": Stage("sweeps.report.page.stage", "one self-contained page: table, plots, images, a race of the traces"),
+    "tune": Stage(
+        "sweeps.tune.search.stage", "a decoder's settings for least latency under a bound on quality: tune=NAME"
+    ),
+    "finetune": Stage("harness.stages.finetune", "train one recipe: finetune=RECIPE"),
+    "bench": Stage("benchmarks.bench.run", "speed of passes and of whole runs"),
+}
+
+# every key of conf/config.yaml outside the groups, and of conf/runtime: its type
 TYPES: dict[str, Any] = {
     "stage": str,
     "limit": int | None,
@@ -36,51 +60,55 @@ TYPES: dict[str, Any] = {
     "device": str,
     "dtype": str,
 }
-AT_LEAST = {"limit": 1, "seed": 0, "batch_size": 1, "trace": 0}
+RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool, "graph": bool}
+AT_LEAST = {"limit": 1, "seed": 0, "batch_size": 1, "trace": 0, "runtime.threads": 1, "runtime.grace_s": 0}
 
 
 def check_settings(cfg: DictConfig) -> None:
     """Check names, types and ranges of everything outside the groups; raises UserError."""
-    for key in cfg:
-        if key not in TYPES and key not in GROUPS:
-            raise unknown("setting", key, [*TYPES, *GROUPS])
-    for key, kind in TYPES.items():
-        if OmegaConf.is_missing(cfg, key):
-            raise UserError(f"{key} is missing; it must be {describe(kind)}.")
-        if not fits(cfg[key], kind):
-            raise UserError(f"{key} must be {describe(kind)}, got {cfg[key]!r}.")
-        if cfg[key] is not None and cfg[key] < AT_LEAST.get(key, cfg[key]):
-            raise UserError(f"{key} must be {AT_LEAST[key]} or more, got {cfg[key]}.")
+    _check_values(cfg, TYPES, groups=GROUPS)
+    _check_values(cfg.runtime, RUNTIME, prefix="runtime.")
     choose("stage", cfg.stage, STAGES)
     choose("dtype", cfg.dtype, DTYPES)
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
     if cfg.against is not None and cfg.stage != "compare":
         raise UserError("against=FOLDER is the second run of stage=compare; it needs stage=compare run_dir=FOLDER.")
-    if cfg.paper is not None:
-        from sweeps.tables.paper import check
-
-        check(cfg.paper)
     if cfg.trace and cfg.refill:
         raise UserError("trace= follows whole batches, so it needs refill=false.")
-    threads = cfg.runtime.threads
-    if not fits(threads, int | None) or (threads is not None and threads < 1):
-        raise UserError(f"runtime.threads must be a whole number of 1 or more, or null, got {threads!r}.")
-    grace = cfg.runtime.grace_s
-    if not fits(grace, float) or grace < 0:
-        raise UserError(f"runtime.grace_s must be 0 seconds or more, got {grace!r}.")
-    for key in ("isolate", "flops", "graph"):
-        if not fits(cfg.runtime[key], bool):
-            raise UserError(f"runtime.{key} must be true or false, got {cfg.runtime[key]!r}.")
     check_writable(Path(cfg.runs_dir), "runs_dir")
+
+
+def _check_values(
+    node: DictConfig, kinds: Mapping[str, Any], *, prefix: str = "", groups: Collection[str] = ()
+) -> None:
+    for key in node:
+        if key not in kinds and key not in groups:
+            raise unknown("setting", f"{prefix}{key}", [*kinds, *groups])
+    for key, kind in kinds.items():
+        name = f"{prefix}{key}"
+        if OmegaConf.is_missing(node, key):
+            raise UserError(f"{name} is missing; it must be {describe(kind)}.")
+        if not fits(node[key], kind):
+            raise UserError(f"{name} must be {describe(kind)}, got {node[key]!r}.")
+        if node[key] is not None and name in AT_LEAST and node[key] < AT_LEAST[name]:
+            raise UserError(f"{name} must be {AT_LEAST[name]} or more, got {node[key]}.")
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """Return the function with this dotted path; its module is imported now."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def check_writable(path: Path, key: str) -> None:
     """Raise UserError if `path` cannot be made or written; nothing is created."""
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"{key}={path} cannot be a folder, since {there} is a file; choose another {key}.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"no permission to write in {there}; choose another {key} or mend the folder's rights.")
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{key}={path} cannot be a folder, since {existing} is a file; choose another {key}.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"no permission to write in {existing}; choose another {key} or change the folder's permissions."
+        )

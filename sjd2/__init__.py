@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sjd2.api import Images, decoder, generate, load
 
+__version__ = "0.2.0"
 __all__ = ["Images", "decoder", "generate", "load"]
 
 

@@ -1,25 +1,40 @@
-"""Build objects from yaml nodes that name a `_target_`, with errors that name the setting and the way out.
+"""Find and compose the yaml files, and build the objects they describe, with errors that name the setting and the fix.
 
-`instantiate` is the only place that calls Hydra's: it works with hydra-core 1.3 (which passes unknown keywords on to
-the target) as well as 1.4 and 1.5 (which warn or fail without `_execution_whitelist_`).
+`compose` leaves Hydra's global state as it found it, so it works inside anybody's `@hydra.main`. `instantiate` is the only
+place that calls Hydra's: it works with hydra-core 1.3 (which passes unknown keywords on to the target) as well as 1.4 and
+1.5 (which warn or fail without `_execution_whitelist_`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib.metadata
+import importlib.util
 import inspect
+import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
+import hydra
 import hydra.utils
+import hydra.version
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sjd2.errors import UserError, unknown
 
-PACKAGES = ("sjd2.*", "baselines.*", "evaluation.*", "sweeps.*", "tests.*")
+_HERE = Path(__file__).resolve().parent
+INSTALLED = (_HERE / "conf").is_dir()  # from a wheel, which carries conf/ inside; else this is a checkout
+CONF = _HERE / "conf" if INSTALLED else _HERE.parent / "conf"
+PACKAGES = ("sjd2", "baselines", "evaluation", "harness", "sweeps", "benchmarks")  # that a `_target_` may name
+PLUGINS = "sjd2.plugins"  # entry-point group of packages that bring decoders, models or metrics in a conf/ of their own
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -30,8 +45,83 @@ WORDS = {
 }
 
 
+# ---- the yaml files
+
+
+@cache
+def plugins() -> dict[str, Path]:
+    """Return the conf/ folder of every package that the entry points `sjd2.plugins` name; none of them is imported."""
+    found = {}
+    for entry in importlib.metadata.entry_points(group=PLUGINS):
+        spec = importlib.util.find_spec(entry.module)
+        places = [Path(place) / "conf" for place in (spec.submodule_search_locations or ())] if spec else []
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise UserError(f"plug-in '{entry.name}' names the package {entry.module}, which has no conf/ folder.")
+        found[entry.module] = folder.resolve()
+    return found
+
+
+def conf_folders(search: Iterable[str | Path] = ()) -> list[Path]:
+    """Return every folder that yaml files come from: ours, those of `--config-dir` or `search`, those of plug-ins."""
+    return [CONF, *dict.fromkeys([*map(Path, search), *_command_line_folders(), *plugins().values()])]
+
+
+def choices(group: str, search: Iterable[str | Path] = ()) -> list[str]:
+    """Return the names of a config group, e.g. `decoder`, sorted."""
+    return sorted({file.stem for folder in conf_folders(search) for file in (folder / group).glob("*.yaml")})
+
+
+def compose(
+    overrides: Sequence[str], *, search: Iterable[str | Path] = (), folder: str | Path = CONF, name: str = "config"
+) -> DictConfig:
+    """Compose the settings of a command line; Hydra's global state stays as it was.
+
+    search: further folders of yaml files, as of `--config-dir`. folder, name: where the main configuration lies.
+    """
+    if search := [str(Path(place).resolve()) for place in search]:
+        places = ",".join(f"'file://{place}'" for place in dict.fromkeys([*search, *map(str, plugins().values())]))
+        overrides = [*overrides, f"hydra.searchpath=[{places}]"]  # takes the place of what config.yaml says
+    with _own_hydra(), hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+@contextlib.contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Set a running Hydra application aside, and put it back at the end."""
+    outer, version = GlobalHydra.instance().hydra, copy.copy(hydra.version.VersionBase.instance())
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)
+        hydra.version.VersionBase.set_instance(version)
+
+
+def _command_line_folders() -> list[Path]:
+    """Return the folders that this command named with --config-dir or hydra.searchpath=."""
+    if not HydraConfig.initialized():
+        return []
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(source.path) for source in sources if "command-line" in source.provider and source.schema == "file"]
+
+
+def _trusted() -> list[str]:
+    """Return the packages that a `_target_` may name: ours, plug-ins, and those of yaml files the user pointed at."""
+    text = "".join(file.read_text("utf-8") for folder in _command_line_folders() for file in folder.rglob("*.yaml"))
+    named = re.findall(r"^\s*_target_:\s*['\"]?(\w+)", text, re.MULTILINE)
+    return [f"{package}.*" for package in dict.fromkeys([*PACKAGES, *plugins(), *named])]
+
+
 # in yaml: lossless: ${equal:${decoder.rule},exact}
 OmegaConf.register_new_resolver("equal", lambda value, other: value == other, replace=True)
+# in config.yaml: where plug-ins keep their yaml files
+OmegaConf.register_new_resolver("plugins", lambda: [f"file://{folder}" for folder in plugins().values()], replace=True)
+
+
+# ---- objects
 
 
 def instantiate(node: DictConfig, **extra: Any) -> Any:
@@ -41,7 +131,7 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
     """
     check_node(node, extra)
     if "_execution_whitelist_" in inspect.signature(hydra.utils.instantiate).parameters:
-        extra = {**extra, "_execution_whitelist_": list(PACKAGES)}
+        extra = {**extra, "_execution_whitelist_": _trusted()}
     try:
         # targets get plain lists and dictionaries, as their signatures say, not OmegaConf's
         return hydra.utils.instantiate(node, _convert_="all", **extra)
@@ -63,7 +153,7 @@ def check_node(node: Any, extra: Collection[str] = ()) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Say whether a yaml value can stand for a parameter of this type; types that yaml cannot hold always fit."""
+    """Return whether a yaml value can stand for a parameter of this type; types that yaml cannot hold always fit."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in inner)
@@ -84,7 +174,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Say in words what `fits` asks for."""
+    """Describe in words what `fits` asks for."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in inner)

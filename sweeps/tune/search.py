@@ -19,11 +19,11 @@ from evaluation.metrics.speed import Speed
 from evaluation.run_folder import RunFolder
 from evaluation.score import Metric
 from harness import job
-from harness.console import CONF, say, sentence
+from harness.console import say, sentence
 from harness.plan import build_metrics, make_plan
 from harness.provenance import hardware
 from harness.tracking import NoTracker
-from sjd2.config import instantiate
+from sjd2.config import choices, instantiate
 from sjd2.errors import UserError
 from sjd2.locks import lock
 from sweeps.compare.pair import LATENCY
@@ -291,8 +291,8 @@ class Search:
 def stage(cfg: DictConfig) -> Path:
     """Run stage=tune: search the settings of decoder= as tune= defines."""
     if cfg.get("tune") is None:
-        choices = sorted(path.stem for path in (CONF / "tune").glob("*.yaml"))
-        raise UserError(f"stage=tune needs a search: tune={' or tune='.join(choices) or 'NAME'}.")
+        valid = choices("tune")
+        raise UserError(f"stage=tune needs a search: tune={' or tune='.join(valid) or 'NAME'}.")
     tune, metrics = instantiate(cfg.tune), build_metrics(cfg)
     tune.check()
     return Search(cfg, tune, metrics, Path(cfg.runs_dir) / f"tune-{tune.name}").run()

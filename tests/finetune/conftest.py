@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from transformers import ChameleonVQVAEConfig
 
-from harness.console import CONF
+from sjd2.config import CONF
 from sjd2.models.tiny.tokenizer import build_tokenizer
 from sjd2.models.tiny.train_ar import TrainAR
 from sjd2.models.vqgan import VQGAN

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from harness.console import CONF
-from sjd2.config import check_node, instantiate
+from sjd2.config import CONF, check_node, instantiate
 from sjd2.finetune.data.tokens import ImageTokens
 from tests.helpers.small_training import settings
 

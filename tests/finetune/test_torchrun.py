@@ -17,9 +17,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import run
 from baselines.eagle import train as eagle
 from baselines.eagle.train import FinetuneEagle
+from harness.cli import main
 from sjd2.config import instantiate
 from sjd2.finetune import distributed, sharding
 from sjd2.finetune.data.generated import Generated
@@ -211,7 +211,7 @@ def command(place: Path, out: Path, *more: str) -> list[str]:
 def commanded(arguments: list[str]) -> None:
     """Run a command in this process, as one of several."""
     sys.argv = ["run.py", *arguments]
-    code = run.cli()
+    code = main()
     sys.exit(code)
 
 

@@ -14,11 +14,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from evaluation import run_folder
 from harness import sample as sampling
-from harness.console import CONF, GROUPS, Progress, sentence
-from harness.settings import TYPES, check_settings
-from sjd2.config import check_node
+from harness.console import GROUPS, Progress, sentence
+from harness.settings import STAGES, TYPES, check_settings, resolve
+from sjd2.config import CONF, check_node
 from tests.helpers.cli import ROOT, Cli
 
 CHOICES = [
@@ -52,6 +51,11 @@ def test_every_yaml_begins_with_what_it_is_and_a_command(group: str, choice: str
     lines = (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8").splitlines()
     head = [line for line in lines[:8] if line.startswith("#")]
     assert any("python run.py" in line for line in head), head
+
+
+def test_every_stage_leads_to_a_function() -> None:
+    for name, stage in STAGES.items():
+        assert callable(resolve(stage.function)), name
 
 
 def test_the_main_settings_are_all_checked_and_explained() -> None:
@@ -113,7 +117,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
         (["batch_size=true"], r"batch_size must be a whole number, got True"),
         (["refill=3"], r"refill must be true or false, got 3"),
         (["trace=1", "refill=true"], r"refill=false"),
-        (["runtime.threads=0"], r"runtime.threads must be a whole number of 1 or more"),
+        (["runtime.threads=0"], r"runtime.threads must be 1 or more, got 0"),
         (["dtype=flaot16"], r"unknown dtype 'flaot16', did you mean 'float16'\?"),
         (["device=tpu"], r"unknown device 'tpu'"),
         (["device=cuda:99"], r"device=cuda:99 is not there"),
@@ -158,7 +162,7 @@ def test_a_command_in_its_own_process(tmp_path: Path) -> None:
 
 
 def test_composing_needs_no_torch() -> None:
-    code = "import sys, run, harness.settings; assert 'torch' not in sys.modules"
+    code = "import sys, harness.cli, harness.help; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
@@ -183,11 +187,11 @@ def test_a_disk_that_refuses(cli: Cli, monkeypatch: pytest.MonkeyPatch, number: 
             raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
-    monkeypatch.setattr(run_folder.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     assert cli("decoder=ar", "limit=8") == 1
     assert message in cli.err
     assert cli.err.count("\n") == 1
-    monkeypatch.setattr(run_folder.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     assert cli("decoder=ar", "limit=8") == 0
     assert len(cli.run("ar").records()) == 8
 

@@ -152,8 +152,8 @@ def planned(cli: Cli, *arguments: str) -> str:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from harness.console import CONF
     from harness.plan import make_plan
+    from sjd2.config import CONF
 
     GlobalHydra.instance().clear()
     kept = [

@@ -21,11 +21,10 @@ from omegaconf import OmegaConf
 
 from evaluation.run_folder import RunFolder, run_folders
 from harness import ranks as distributed
-from harness.console import CONF
 from harness.ranks import Ranks
 from harness.settings import check_settings
 from harness.signals import Dropped, Stopping
-from sjd2.config import check_node
+from sjd2.config import CONF, check_node
 from sjd2.errors import UserError
 from sweeps.multirun import jobs
 from tests.helpers.cli import ROOT, Cli

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-import run
 from evaluation.run_folder import RunFolder, run_folders
+from harness.cli import main
 from sjd2.files import ROOT
 
 TOY = ("--config-dir", str(ROOT / "tests" / "conf"), "model=toy", "evaluation=none", "batch_size=4", "logger=none")
@@ -36,7 +36,7 @@ class Cli:
         self.monkeypatch.setattr(sys, "argv", self.arguments(*arguments))
         self.capfd.readouterr()
         try:
-            code = run.cli()
+            code = main()
         except SystemExit as end:
             code = end.code
         self.out, self.err = self.capfd.readouterr()

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-import run
 from harness import job
+from harness.cli import main
 from sweeps.tables import figures
 from tests.helpers.cli import Cli
 
@@ -53,7 +53,7 @@ class Forked:
             sys.argv = arguments
             GlobalHydra.instance().clear()
             try:
-                code = run.cli()
+                code = main()
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
         finally:

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from harness.console import CONF
+from sjd2.config import CONF
 from sjd2.finetune.data.sources import Captions, TokenData
 from sjd2.finetune.data.tokens import ImageTokens
 from sjd2.finetune.distributed import Machine

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-import run as command
 from evaluation.run_folder import run_folders
-from harness.settings import STAGES
 from sjd2.errors import UserError
 from sweeps.compare.group import compare_folders, stage
 from sweeps.tables import figures
@@ -107,7 +105,6 @@ def test_adapters_and_other_weights(tmp_path: Path) -> None:
 
 
 def test_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sorted(command.STAGES) == sorted(STAGES)
     monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
     runs = tmp_path / "runs"
     cfg = OmegaConf.create(

@@ -1,0 +1,78 @@
+"""The command line, as `python run.py` or as `sjd2`: compose the settings, validate them, call the stage.
+
+Nothing here imports torch, so that --help, shell completion, --cfg and a wrong setting answer at once. Stages are named by
+dotted path and imported when they run: sweeps/ and benchmarks/ build on this package, not the other way round.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from harness.console import guarded, show_logs
+from harness.ranks import takes_part
+from harness.settings import STAGES, check_settings, resolve
+from sjd2 import __version__
+from sjd2.config import CONF, INSTALLED
+
+
+def main() -> int:
+    """Run the command line and return its exit code: 0, or not 0 if the command or a job of a multirun failed."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return guarded(_help)
+    if "--version" in sys.argv[1:]:
+        print(f"sjd2 {__version__}")
+        return 0
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: waiting threads sleep instead of spinning
+    if "debug=trace" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        os.environ["SJD2_TRACE"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
+    if not INSTALLED:  # jobs on other machines import from the same checkout
+        paths = [str(CONF.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    code = guarded(_launch)
+    callback = sys.modules.get("sweeps.multirun.callback")
+    return code or int(callback is not None and callback.Tables.failed > 0)
+
+
+def command(cfg: DictConfig) -> None:
+    """Run one command, or one job of a multirun."""
+    if HydraConfig.get().mode.name == "MULTIRUN":
+        resolve("sweeps.multirun.jobs.run_job")(dispatch, cfg)
+    elif code := guarded(lambda: dispatch(cfg)):
+        sys.exit(code)  # Hydra adds nothing to a SystemExit
+
+
+def dispatch(cfg: DictConfig) -> Path:
+    """Validate what every stage shares, then call the stage; returns the folder with its results."""
+    check_settings(cfg)
+    if cfg.paper is not None:
+        resolve("sweeps.tables.paper.check")(cfg.paper)
+    if not takes_part(cfg.stage):
+        return Path(cfg.runs_dir)
+    from harness.plan import set_threads  # brings torch in
+
+    show_logs()
+    set_threads(cfg)
+    return resolve(STAGES[cfg.stage].function)(cfg)
+
+
+def _launch() -> None:
+    """Run Hydra; where a launcher gives up because jobs died, the sweep's table reports them instead of its error."""
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        callback = sys.modules.get("sweeps.multirun.callback")
+        if callback is None or not callback.close(error):
+            raise
+
+
+def _help() -> None:
+    from harness.help import help_text
+
+    print(help_text())

@@ -1,0 +1,60 @@
+"""`--help`: stages, config groups with their choices, and the settings with the comments of conf/config.yaml."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from harness.console import GROUPS, program
+from harness.settings import STAGES, TYPES
+from sjd2 import __version__
+from sjd2.config import CONF, choices
+
+WIDTH = 80
+SECTION = re.compile(r"(\w+):\s*(\S.*?)\s+#\s*(.+)")  # key: value   # comment
+INTRO = """\
+sjd2 {version}: fast decoding of autoregressive text-to-image models
+
+usage: {program} [key=value ...]        one command
+       {program} -m key=a,b [...]       one job per combination, one table
+       {program} [...] --cfg job        show all settings without running
+       {program} --config-dir DIR [...] also read yaml files of your own
+"""
+EXAMPLES = """\
+examples:
+  {program} decoder=scd limit=4
+  {program} -m decoder=ar,sjd,sjd2
+  {program} stage=report
+"""
+
+
+def help_text() -> str:
+    """Return the whole text, at most 80 columns wide."""
+    search = [folder for flag, folder in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
+    stages = [(name, stage.does) for name, stage in STAGES.items()]
+    groups = [(group, ", ".join(choices(group, search))) for group in (*GROUPS, "experiment", "debug")]
+    parts = [
+        INTRO.format(version=__version__, program=program()),
+        "stages, as stage=NAME:\n" + _columns(stages),
+        "groups, as group=CHOICE, and group.key=value for one of its settings:\n" + _columns(groups),
+        "settings, as key=value:\n" + _columns(list(_settings())),
+        EXAMPLES.format(program=program()),
+    ]
+    return "\n".join(parts).rstrip()
+
+
+def _settings() -> Iterator[tuple[str, str]]:
+    """Yield (key=default, comment) of every setting outside the groups, in the order of conf/config.yaml."""
+    for line in (CONF / "config.yaml").read_text(encoding="utf-8").splitlines():
+        if (found := SECTION.match(line)) and found[1] in TYPES and found[1] != "stage":
+            default = "" if found[2].startswith("${") else found[2]  # the model's own
+            yield f"{found[1]}={default}", found[3]
+
+
+def _columns(rows: Sequence[tuple[str, str]]) -> str:
+    indent = max(len(name) for name, _ in rows) + 4
+    fill = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+    return "\n".join(fill.fill(f"  {name}".ljust(indent) + text) for name, text in rows) + "\n"
