@@ -44,6 +44,9 @@ from tests.helpers.torchrun import finish, kill, start, together
 from tests.helpers.toy import Toy
 
 
+pytestmark = pytest.mark.full
+
+
 def kinds(place: Path, out: Path, device: str) -> dict[str, object]:
     """Train a gated LoRA and all weights for three steps of four images."""
     made = {}

@@ -14,7 +14,7 @@ import regex
 import torch
 from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3Processor
 
-from sjd2.api import _compose, decoder, generate, load
+from sjd2.api import _compose, generate, load
 from sjd2.config import instantiate
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
@@ -157,39 +157,6 @@ def test_the_public_size_is_8193_tokens() -> None:
 def load_spec(**changes: object) -> Emu3Spec:
     """Build the spec that conf/model/emu3.yaml describes."""
     return instantiate(_compose("model", "emu3", changes))
-
-
-# ---- the engine
-def test_window_passes_equal_one_pass(model: Emu3) -> None:
-    family_checks.window_passes_equal_one_pass(model, PROMPTS)
-
-
-def test_lossless_decoders_return_the_tokens_of_ar(model: Emu3) -> None:
-    decoders = (decoder(name, **settings) for name, settings in family_checks.LOSSLESS.items())
-    family_checks.lossless_decoders_return_the_tokens_of_ar(model, decoders, PROMPTS, LAW)
-
-
-@pytest.mark.parametrize("name", family_checks.LOSSY)
-def test_lossy_decoders_draw_whole_images(model: Emu3, name: str, tmp_path: Path) -> None:
-    family_checks.draws_whole_images(model, family_checks.lossy(name, tmp_path), PROMPTS, LAW)
-
-
-def test_rows_do_not_depend_on_their_neighbours(model: Emu3) -> None:
-    family_checks.rows_do_not_depend_on_their_neighbours(model, PROMPTS, LAW)
-
-
-def test_decoders_with_trained_parts(folder: Path, tmp_path: Path) -> None:
-    """EAGLE and SJD2 on random parts return AR's tokens; a saved fine-tuning loads through model.adapter=."""
-    fresh = load("emu3", dtype="float64", **checkpoints_emu3.settings(folder))
-    family_checks.lossless_decoders_return_the_tokens_of_ar(
-        fresh, family_checks.with_parts(fresh, tmp_path), PROMPTS, LAW
-    )
-    again = load("emu3", dtype="float64", adapter=str(tmp_path / "sjd2"), **checkpoints_emu3.settings(folder))
-    law = {"guidance_scale": 3.0, "top_k": 20, "sampler": "gumbel"}
-    tokens = [
-        generate(again, PROMPTS, decoder=chosen, **law).tokens for chosen in ("ar", decoder("sjd2", window=8, steps=2))
-    ]
-    assert torch.equal(*tokens)
 
 
 # ---- pixels

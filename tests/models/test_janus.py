@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, LlamaConfig
 
-from sjd2.api import _compose, decoder, generate, load
+from sjd2.api import _compose, generate, load
 from sjd2.config import instantiate
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
@@ -100,40 +100,6 @@ def test_the_public_size_is_576_tokens() -> None:
     layout = spec().layout
     assert (layout.rows, layout.columns, layout.length, layout.forced_ids) == (24, 24, 576, ())
     assert spec().sampling == {"guidance_scale": 5.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-
-
-# ---- the engine
-def test_window_passes_equal_one_pass(model: Janus) -> None:
-    family_checks.window_passes_equal_one_pass(model, PROMPTS)
-
-
-def test_lossless_decoders_return_the_tokens_of_ar(model: Janus) -> None:
-    decoders = (decoder(name, **settings) for name, settings in family_checks.LOSSLESS.items())
-    family_checks.lossless_decoders_return_the_tokens_of_ar(model, decoders, PROMPTS, LAW)
-
-
-@pytest.mark.parametrize("name", family_checks.LOSSY)
-def test_lossy_decoders_draw_whole_images(model: Janus, name: str, tmp_path: Path) -> None:
-    family_checks.draws_whole_images(model, family_checks.lossy(name, tmp_path), PROMPTS, LAW)
-
-
-def test_rows_do_not_depend_on_their_neighbours(model: Janus) -> None:
-    """Unconditional prompts of different lengths in one batch."""
-    family_checks.rows_do_not_depend_on_their_neighbours(model, PROMPTS, LAW)
-
-
-def test_decoders_with_trained_parts(folder: Path, tmp_path: Path) -> None:
-    """EAGLE and SJD2 on random parts return AR's tokens; a saved fine-tuning loads through model.adapter=."""
-    settings = checkpoints_janus.settings(folder)
-    fresh = load("janus", dtype="float64", **settings)
-    parts = family_checks.with_parts(fresh, tmp_path)
-    family_checks.lossless_decoders_return_the_tokens_of_ar(fresh, parts, PROMPTS, LAW)
-    again = load("janus", dtype="float64", adapter=str(tmp_path / "sjd2"), **settings)
-    tokens = [
-        generate(again, PROMPTS, decoder=chosen, sampler="gumbel").tokens
-        for chosen in ("ar", decoder("sjd2", window=8, steps=2))
-    ]
-    assert torch.equal(*tokens)
 
 
 # ---- pixels

@@ -105,6 +105,7 @@ def test_seconds_of_two_machines_do_not_mix(tmp_path: Path, objective: str, move
             studies.open_study(tmp_path, settings, ("run",), "another GPU")
 
 
+@pytest.mark.full
 def test_a_search_from_start_to_decoder(cli: Cli) -> None:
     assert cli(*SMALL, "tune.trials=4") == 0, cli.err
     out = cli.runs_dir / "tune-scd"

@@ -1,0 +1,79 @@
+"""What every model family must do behind the engine, on small random checkpoints in the public layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from sjd2.api import decoder, generate, load
+from sjd2.decoding.sampling import SamplingParams
+from sjd2.models.base import ImageModel
+from tests.helpers import checkpoints_emu3, checkpoints_janus, family_checks
+
+PROMPTS = ["a red fox under the bridge", "two dogs", " a cat and a bad hand, lowres "]  # of different lengths
+
+
+@dataclass
+class Family:
+    """A family on a small checkpoint."""
+
+    name: str
+    checkpoint: ModuleType
+    guidance_scale: float
+    folder: Path | None = None
+    model: ImageModel | None = None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(guidance_scale=self.guidance_scale, top_k=20)
+
+    def load(self, **settings: object) -> ImageModel:
+        return load(self.name, dtype="float64", **self.checkpoint.settings(self.folder), **settings)
+
+
+FAMILIES = [Family("emu3", checkpoints_emu3, 3.0), Family("janus", checkpoints_janus, 5.0)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    found: Family = request.param
+    found.folder = found.checkpoint.write(tmp_path_factory.mktemp("weights") / found.name)
+    found.model = found.load()
+    return found
+
+
+def test_window_passes_equal_one_pass(family: Family) -> None:
+    family_checks.window_passes_equal_one_pass(family.model, PROMPTS)
+
+
+def test_lossless_decoders_return_the_tokens_of_ar(family: Family) -> None:
+    decoders = (decoder(name, **settings) for name, settings in family_checks.LOSSLESS.items())
+    family_checks.lossless_decoders_return_the_tokens_of_ar(family.model, decoders, PROMPTS, family.sampling)
+
+
+@pytest.mark.parametrize("name", family_checks.LOSSY)
+def test_lossy_decoders_draw_whole_images(family: Family, name: str, tmp_path: Path) -> None:
+    family_checks.draws_whole_images(family.model, family_checks.lossy(name, tmp_path), PROMPTS, family.sampling)
+
+
+def test_rows_do_not_depend_on_their_neighbours(family: Family) -> None:
+    """Janus: unconditional prompts of different lengths in one batch."""
+    family_checks.rows_do_not_depend_on_their_neighbours(family.model, PROMPTS, family.sampling)
+
+
+def test_decoders_with_trained_parts(family: Family, tmp_path: Path) -> None:
+    """EAGLE and SJD2 on random parts return AR's tokens; a saved fine-tuning loads through model.adapter=."""
+    fresh = family.load()
+    parts = family_checks.with_parts(fresh, tmp_path)
+    family_checks.lossless_decoders_return_the_tokens_of_ar(fresh, parts, PROMPTS, family.sampling)
+    again = family.load(adapter=str(tmp_path / "sjd2"))
+    settings = {"guidance_scale": family.guidance_scale, "top_k": 20, "sampler": "gumbel"}
+    ar, sjd2 = (
+        generate(again, PROMPTS, decoder=chosen, **settings).tokens
+        for chosen in ("ar", decoder("sjd2", window=8, steps=2))
+    )
+    assert torch.equal(ar, sjd2)
