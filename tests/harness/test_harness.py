@@ -230,8 +230,8 @@ def test_the_warm_up_is_short_and_leaves_no_record(cli: Cli, monkeypatch: pytest
 
 
 def test_waiting_passes() -> None:
-    assert waiting([1, 1, 1, 1], window=1).tolist() == [0, 0, 0, 0]  # AR guesses nothing
-    # pass 1 from n = 1 guesses 1 2 3 and commits 1; pass 2 guesses 2 3 4 and commits 2 3 4; pass 3 commits 5
+    assert waiting([1, 1, 1, 1], window=1).tolist() == [0, 0, 0, 0]  # AR drafts nothing
+    # pass 1 from n = 1 drafts 1 2 3 and commits 1; pass 2 drafts 2 3 4 and commits 2 3 4; pass 3 commits 5
     assert waiting([1, 1, 3, 1], window=4).tolist() == [0, 0, 1, 1, 0, 0]
 
 

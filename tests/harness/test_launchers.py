@@ -226,7 +226,7 @@ def test_a_batch_is_finished_if_it_fits_the_grace(monkeypatch: pytest.MonkeyPatc
     now = [0.0]
     monkeypatch.setattr("harness.signals.time.monotonic", lambda: now[0])
 
-    def after(grace_s: float, told_at: float, batch: float | None) -> str:
+    def after(grace_s: float, signalled_at: float, batch: float | None) -> str:
         """Return what becomes of a second batch that begins at 100; `batch`: seconds that the first one took."""
         now[0], stop = 0.0, Stopping(grace_s)
         if batch is not None:
@@ -236,23 +236,23 @@ def test_a_batch_is_finished_if_it_fits_the_grace(monkeypatch: pytest.MonkeyPatc
         now[0] = 100.0
         stop.begin()
         stop.check()
-        now[0] = told_at
+        now[0] = signalled_at
         stop.note(signal.SIGTERM)
-        for moment in (told_at, told_at + 9, told_at + 11):
+        for moment in (signalled_at, signalled_at + 9, signalled_at + 11):
             now[0] = moment
             try:
                 stop.check()
             except Dropped:
                 return f"dropped at {moment:g}"
-        return "goes on"
+        return "continues"
 
-    assert after(grace_s=10, told_at=101, batch=5) == "dropped at 112"  # it should have been done long before
-    assert after(grace_s=10, told_at=101, batch=11) == "dropped at 112"
-    assert after(grace_s=10, told_at=101, batch=12) == "dropped at 101"  # will not fit, so not a second is lost
-    assert after(grace_s=10, told_at=110, batch=12) == "dropped at 121"
-    assert after(grace_s=20, told_at=101, batch=12) == "goes on"
-    assert after(grace_s=10, told_at=101, batch=None) == "dropped at 112"  # nothing known of the first batch
-    assert after(grace_s=0, told_at=101, batch=5) == "dropped at 101"
+    assert after(grace_s=10, signalled_at=101, batch=5) == "dropped at 112"  # it should have been done long before
+    assert after(grace_s=10, signalled_at=101, batch=11) == "dropped at 112"
+    assert after(grace_s=10, signalled_at=101, batch=12) == "dropped at 101"  # will not fit, so not a second is lost
+    assert after(grace_s=10, signalled_at=110, batch=12) == "dropped at 121"
+    assert after(grace_s=20, signalled_at=101, batch=12) == "continues"
+    assert after(grace_s=10, signalled_at=101, batch=None) == "dropped at 112"  # nothing known of the first batch
+    assert after(grace_s=0, signalled_at=101, batch=5) == "dropped at 101"
 
 
 @pytest.mark.parametrize("refill", ["false", "true"])
@@ -276,17 +276,17 @@ def test_sigusr2_leaves_the_last_word_to_submitit(cli: Cli) -> None:
     process.until(lambda: bool(run_folders(cli.runs_dir)))
     process.send(signal.SIGUSR2)
     assert process.wait() == 128 + signal.SIGUSR2  # no handler was there
-    stop, told = Stopping(1), []
+    stop, received = Stopping(1), []
     stop.before = {
-        signal.SIGUSR2: lambda number, frame: told.append(number),
-        signal.SIGTERM: lambda *_: told.append("no"),
+        signal.SIGUSR2: lambda number, frame: received.append(number),
+        signal.SIGTERM: lambda *_: received.append("no"),
     }
     for numbers in ([signal.SIGTERM, signal.SIGUSR2], [signal.SIGTERM]):
         stop.signals = numbers
         with pytest.raises(SystemExit) as end:
             stop.leave()
         assert end.value.code == 128 + signal.SIGTERM
-    assert told == [signal.SIGUSR2]
+    assert received == [signal.SIGUSR2]
 
 
 # ---- the real thing

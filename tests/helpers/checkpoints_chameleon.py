@@ -1,7 +1,7 @@
-"""Small random checkpoints in the layouts of the public Lumina-mGPT and Anole files, to load through the very same path.
+"""Small random checkpoints in the layouts of the public Lumina-mGPT and Anole files, to load by exactly the same path.
 
-    python -m tests.helpers.checkpoints_chameleon lumina OUT      # OUT/model as Lumina-mGPT-7B-768, OUT/tokenizer as Meta's folder
-    python -m tests.helpers.checkpoints_chameleon anole OUT       # OUT/model as Anole-7b-v0.1-hf, OUT/tokenizer likewise
+    python -m tests.helpers.checkpoints_chameleon lumina OUT  # OUT/model as Lumina-mGPT-7B-768, OUT/tokenizer as Meta's
+    python -m tests.helpers.checkpoints_chameleon anole OUT   # OUT/model as Anole-7b-v0.1-hf, OUT/tokenizer likewise
 
 File names, tensor names, config fields and token ids are the public ones (all ids that the loader and the prompts use, the
 text's own are fewer); widths, depth and the text vocabulary are small. Sources: file lists of Alpha-VLLM/Lumina-mGPT-7B-768,

@@ -141,7 +141,7 @@ def public_name(name: str) -> str:
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Draw weights that make the outputs depend on all inputs: usual initial values would give nearly flat laws."""
+    """Draw weights that make the outputs depend on all inputs: usual initial values would give nearly flat distributions."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(like: Tensor) -> Tensor:

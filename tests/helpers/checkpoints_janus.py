@@ -99,7 +99,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
-    """Write a byte-level BPE tokenizer, special tokens as far behind the text as in the public one; return its vocabulary."""
+    """Write a byte-level BPE tokenizer, special tokens at the ids of the public one; return its vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -105,7 +105,7 @@ HEADS = 4
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> OrderedDict[str, Tensor]:
-    """Draw weights that make a lively model: laws that differ from place to place and look at their past."""
+    """Draw weights that make a lively model: distributions that differ from place to place and depend on the past."""
     generator = torch.Generator().manual_seed(seed)
     out: OrderedDict[str, Tensor] = OrderedDict()
     for name, shape in shapes.items():

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from evaluation.metrics.features import save_npz
 from tests.helpers.runs import MODEL, a_run, gaussian
@@ -40,8 +39,6 @@ def make(
     nll = prompts + rng.normal(0, 1, len(ids)) + shift * TOKENS
     passes = [TOKENS if decoder == "ar" else forwards + i % 2 for i in ids]
     path = tmp_path / "runs" / f"{decoder}-{seed}"
-    made = a_run(path, [np.zeros((8, 8, 3), np.uint8)] * len(ids), id=[[i, 0] for i in ids], seed=0, tokens=TOKENS,
-                 forwards=passes, nll=nll.tolist())  # fmt: skip
     model = SPEC | {"adapter": adapter}
     identity = {"id": f"{seed:010d}", "digest": digest, "model": model, "law": {"temperature": 1.0, "sampler": "cdf"}}
     identity |= {"decoder": {"name": decoder, "lossless": True} | parts, "prompts": {"digest": "p", "repeats": 1}}
@@ -51,6 +48,8 @@ def make(
         config["evaluation"] = {"metrics": {"fid": metric}}
         features = gaussian(200, D, seed, 4 * shift)[list(ids)]
         arrays = {"ids": np.array([[i, 0] for i in ids]), "tokens": np.array(["-"] * len(ids)), "features": features}
+        path.mkdir(parents=True)
         save_npz(path / "features-six.npz", arrays)
-    (path / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    return made.path.name
+    a_run(path, [np.zeros((8, 8, 3), np.uint8)] * len(ids), config=config, id=[[i, 0] for i in ids], seed=0,
+          tokens=TOKENS, forwards=passes, nll=nll.tolist())  # fmt: skip
+    return path.name

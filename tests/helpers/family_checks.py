@@ -110,7 +110,7 @@ def with_parts(model: ImageModel, folder: Path) -> Iterator[Decoder]:
 def lossless_decoders_return_the_tokens_of_ar(
     model: ImageModel, decoders: Iterator[Decoder], prompts: list[str], sampling: SamplingParams
 ) -> None:
-    """With noise fixed per position every lossless decoder draws AR's very tokens (in float64), in fewer passes."""
+    """With noise fixed per position every lossless decoder draws exactly AR's tokens (in float64), in fewer passes."""
     sampling = replace(sampling, sampler="gumbel")
     seeds = list(range(len(prompts)))
     ar = generate(model, decoder("ar"), model.encode(prompts), seeds, sampling=sampling)

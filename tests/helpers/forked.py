@@ -21,7 +21,7 @@ from tests.helpers.cli import Cli
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out pictures and plots, which other tests look at: they are most of a small command's time."""
+    """Leave out images and plots, which other tests look at: they are most of a small command's time."""
     monkeypatch.setattr(job, "image_grid", lambda *_: None)
     monkeypatch.setattr(job, "acceptance_map", lambda *_: None)
     monkeypatch.setattr(figures, "draw_plots", lambda *_, **__: figures.Plots())

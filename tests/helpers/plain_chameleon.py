@@ -51,10 +51,10 @@ class Plain:
         return self.model.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
 
     def logits(self, ids: list[int]) -> Tensor:
-        """Return the logits of all ids behind each token of a sequence: [T, vocabulary]."""
+        """Return the logits of all ids after each token of a sequence: [T, vocabulary]."""
         return self.states(ids) @ self.model.lm_head.weight.detach().T
 
     def guided(self, conditional: list[int], unconditional: list[int], image: list[int], scale: float) -> Tensor:
-        """Return u + scale (c - u) of the image codes behind the last token of `image`: [8192]."""
+        """Return u + scale (c - u) of the image codes after the last token of `image`: [8192]."""
         c, u = (self.logits([*prompt, *image])[-1] for prompt in (conditional, unconditional))
         return (u + scale * (c - u))[CODES]

@@ -46,7 +46,7 @@ class Reference:
         return torch.stack(rolled), mask.flip(1).bool()
 
     def logits(self, features: Tensor, mask: Tensor, codes: Tensor) -> Tensor:
-        """Return the logits behind the caption and each code: features [B, 120, F], codes [B, n] -> [B, n + 1, V]."""
+        """Return the logits after the caption and each code: features [B, 120, F], codes [B, n] -> [B, n + 1, V]."""
         w = self.w
         caption = F.gelu(features @ w["cls_embedding.cap_proj.fc1.weight"].T, approximate="tanh")
         x = torch.cat([caption @ w["cls_embedding.cap_proj.fc2.weight"].T, w["tok_embeddings.weight"][codes]], 1)

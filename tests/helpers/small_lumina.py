@@ -42,8 +42,8 @@ def at(model: Chameleon, context: str, size: str = "64") -> Chameleon:
 
 def prompt(plain: Plain, text: str, width: int, height: int) -> list[int]:
     """Write out the conditional prompt: <s> instruction text end-of-turn."""
-    told = f"Generate an image of {width}x{height} according to the following prompt:\n{text}"
-    return [0, *plain.text(told), 8710]
+    instruction = f"Generate an image of {width}x{height} according to the following prompt:\n{text}"
+    return [0, *plain.text(instruction), 8710]
 
 
 def chain(name: str, window: int, **parts: object) -> Decoder:

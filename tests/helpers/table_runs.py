@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from evaluation.identity import identity
-from evaluation.run_folder import RunFolder
 from sweeps.tables.table import make_tables
+from tests.helpers.runs import a_run
 
 TOKENS = 16
 CPU = "Some CPU, 2 threads"
@@ -51,19 +50,21 @@ def make(
     prompts = {"digest": changes.pop("prompts", "p1"), "repeats": 1}
     rest = {"seed": 0, "batch_size": 2, "refill": False, "dtype": "float32"} | changes
     known = identity(model=spec, digest=digest, decoder=settings, law=law, prompts=prompts, **rest)
-    run = RunFolder(runs_dir / f"toy-{decoder}-{known['id']}")
-    config = {"model": spec, "decoder": settings, "prompts": {"name": "shapes"}, "identity": known}
-    run.claim(OmegaConf.create(config), known)
-    launch = run.launch({"hardware": hardware, "threads": threads, "packages": {"torch": "2.15.0"}})
-    for i in range(n):
-        image = np.full((8, 8, 3), 20 * i, np.uint8)
-        record = {
-            "id": [i, 0], "prompt": f"a_shape {i} & <more>", "seed": 100 * rest["seed"] + i, "launch": launch,
-            "batch": i // 2, "batch_rows": 2, "tokens": TOKENS, "forwards": len(accepted), "draft_forwards": drafts,
-            "accepted": list(accepted), "nll": nll + i,
-            "seconds": {"encode": 0.5, "prefill": 0.25, "decode": latency + i // 2 - 0.25, "image": 0.5},
-        }  # fmt: skip
-        run.append(record | run.write_image((i, 0), image, np.zeros(TOKENS, np.int32)))
+    run = a_run(
+        runs_dir / f"toy-{decoder}-{known['id']}",
+        [np.full((8, 8, 3), 20 * i, np.uint8) for i in range(n)],
+        [f"a_shape {i} & <more>" for i in range(n)],
+        launches=({"hardware": hardware, "threads": threads, "packages": {"torch": "2.15.0"}},),
+        config={"model": spec, "decoder": settings, "prompts": {"name": "shapes"}, "identity": known},
+        seed=[100 * rest["seed"] + i for i in range(n)],
+        batch=[i // 2 for i in range(n)],
+        tokens=TOKENS,
+        forwards=len(accepted),
+        draft_forwards=drafts,
+        accepted=[list(accepted)] * n,
+        nll=[nll + i for i in range(n)],
+        seconds=[{"encode": 0.5, "prefill": 0.25, "decode": latency + i // 2 - 0.25, "image": 0.5} for i in range(n)],
+    )
     if metrics is not None:
         (run.path / "metrics.json").write_text(json.dumps({"n_images": n, "protocol": {}} | metrics))
     return run.path

@@ -47,7 +47,7 @@ def finish(processes: list[BaseProcess], seconds: float = 900.0) -> None:
 
 
 def kill(processes: list[BaseProcess]) -> None:
-    """End processes that are still there, without a chance to tidy up."""
+    """End processes that are still there, without letting them tidy up."""
     for process in processes:
         if process.is_alive():
             process.kill()
