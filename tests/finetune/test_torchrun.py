@@ -43,7 +43,6 @@ from tests.helpers.small_training import (
 from tests.helpers.torchrun import finish, kill, start, together
 from tests.helpers.toy import Toy
 
-
 pytestmark = pytest.mark.full
 
 

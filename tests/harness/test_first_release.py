@@ -43,7 +43,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_commands_give_the_tokens_they_gave(cli: Cli, made: dict) -> None:
     rest = ("limit=2", "dtype=float64", "baseline=null", "evaluation=none")
     names = {word.partition("=")[0] for word in made["command"]}
-    assert cli(*(word for word in (*TINY, *rest) if word.partition("=")[0] not in names), *made["command"]) == 0, cli.err
+    assert cli(*(word for word in (*TINY, *rest) if word.partition("=")[0] not in names), *made["command"]) == 0, (
+        cli.err
+    )
     (folder,) = run_folders(cli.runs_dir)
     assert folder.name.rpartition("-")[0] == made["folder"].rpartition("-")[0]
     records = RunFolder(folder).records()
@@ -78,7 +80,9 @@ def test_the_table_is_the_one_it_was(finished: Cli) -> None:
     assert finished(*TINY, "stage=table") == 0, finished.err
     (file,) = finished.runs_dir.glob("tables/*/table.csv")
     expected, found = (list(csv.DictReader(path.open())) for path in (FIRST / "table.csv", file))
-    assert [{key: row[key] for key in COUNTS} for row in found] == [{key: row[key] for key in COUNTS} for row in expected]
+    assert [{key: row[key] for key in COUNTS} for row in found] == [
+        {key: row[key] for key in COUNTS} for row in expected
+    ]
     numbers = [key for key in expected[0] if key not in ("table", "run_dir")]
     assert [{key: row.get(key) for key in numbers} for row in found] == [
         {key: row[key] for key in numbers} for row in expected
@@ -96,7 +100,13 @@ def test_scoring_again_gives_the_same_metrics(finished: Cli) -> None:
 
 
 def test_identities_hold_no_module_path() -> None:
-    old = {"decoder": {"_target_": "sjd2.decoding.Decoder", "verifier": {"_target_": "baselines.untested.All"}, "window": 3.0}}
+    old = {
+        "decoder": {
+            "_target_": "sjd2.decoding.Decoder",
+            "verifier": {"_target_": "baselines.untested.All"},
+            "window": 3.0,
+        }
+    }
     new = identity(decoder={"_target_": "my.Decoder", "verifier": {"_target_": "x.AcceptAll"}, "window": 3})
     assert "." not in json.dumps(new)
     assert same(old, new)
