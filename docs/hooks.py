@@ -28,8 +28,12 @@ def _tables() -> list[str]:
 
 
 def _headline(path: Path) -> str:
-    """Return the first comment of a yaml file that is not a directive."""
+    """Return what the comment at the top of a yaml file says before its first command."""
+    words: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# ") and not line.startswith("# @"):
-            return line[2:].replace("|", "\\|")
-    return ""
+        if line.startswith("# @"):  # a directive of Hydra
+            continue
+        if not line.startswith("# ") or line.startswith("#  "):
+            break
+        words.append(line[2:])
+    return " ".join(words).replace("|", "\\|")
