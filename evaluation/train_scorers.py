@@ -117,7 +117,7 @@ class TrainAttributes(JudgeRecipe):
         vq = load_vq(self.vq_weights, device)
         pool = Pool.make(self.pictures, seed, vq)
         target = labels(pool.captions)
-        network = AttributeNet().to(device, memory_format=torch.channels_last).train()
+        network = AttributeNet().to(device).to(memory_format=torch.channels_last).train()
         real, coded, captions = held_out_images(self.validation_pictures, seed, vq)
         wanted = labels(captions)
 
@@ -126,9 +126,9 @@ class TrainAttributes(JudgeRecipe):
             images = pool.images[chosen].to(device, memory_format=torch.channels_last)
             truth = target[chosen].to(device)
             scores = network(images)
-            total = sum(F.cross_entropy(row.float(), truth[:, k]) for k, row in enumerate(scores))
+            losses = [F.cross_entropy(row.float(), truth[:, k]) for k, row in enumerate(scores)]
             right = torch.stack([row.argmax(1) == truth[:, k] for k, row in enumerate(scores)])
-            return total, {"right": right.float().mean()}
+            return torch.stack(losses).sum(), {"right": right.float().mean()}
 
         def finish(folder: Path) -> Metrics:
             network.eval().set_units(pool.images[::2][:UNIT_IMAGES])
@@ -164,7 +164,8 @@ def measure(network: AttributeNet, real: Tensor, coded: Tensor, target: Tensor) 
         share, complete = shares(found, target)
         metrics |= {f"alignment_{name}": share.double().mean().item()}
         metrics |= {f"alignment_all_{name}": complete.double().mean().item()}
-    return metrics | {"alignment_chance_real": chance(predict(network, real), target)}
+    by_chance = chance(predict(network, real), target)
+    return metrics if by_chance is None else metrics | {"alignment_chance_real": by_chance}
 
 
 def write_reference(folder: Path, metrics: Metrics, *, n: int, seed: int, device: str) -> None:

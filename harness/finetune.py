@@ -54,7 +54,7 @@ def _train(cfg: DictConfig, device: str) -> Path:
     try:
         with folder.lock() if first else contextlib.nullcontext():
             if first:
-                resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+                resolved: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
                 resolved.identity = settings
                 folder.claim(resolved, settings)
                 tracker.start(about(folder, "finetune"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ class FinetuneEagle(ParallelRecipe):
         if self.bf16:
             widen(head.parameters())
         if self.machine.checkpointing:
-            recompute([head.layer])
+            recompute([cast(nn.Module, head.layer)])
 
         def finish(folder: Path) -> Metrics:
             if distributed.first():
@@ -230,9 +230,9 @@ class FinetuneEagle(ParallelRecipe):
         error = nn.functional.smooth_l1_loss(out, wanted.to(out.dtype), reduction="none").mean(-1)
         parts = {"regression": error[:, valid].mean(), "cross_entropy": _divergence(*both)}
         if self.guided or self.rejection:
-            mixed = [torch.lerp(*rows.chunk(2)[::-1], scales.to(rows)) for rows in both]
-            parts["guided"] = _divergence(*mixed)
-            parts["rejection"] = (mixed[0].softmax(-1) - mixed[1].softmax(-1)).clamp(min=0).sum(-1).mean()
+            p, q = (_guided(rows, scales) for rows in both)
+            parts["guided"] = _divergence(p, q)
+            parts["rejection"] = (p.softmax(-1) - q.softmax(-1)).clamp(min=0).sum(-1).mean()
         return parts
 
     @torch.no_grad()
@@ -281,13 +281,15 @@ class FinetuneEagle(ParallelRecipe):
             sums += overlaps * (here.sum() / valid.sum()).cpu()
         return sums
 
-    def _optimizers(self, head: EagleHead) -> list[torch.optim.Optimizer]:
+    def _optimizers(self, head: EagleHead) -> Sequence[torch.optim.Optimizer]:
         """Give the layer's matrices to Muon where `muon_lr` is set, everything else to AdamW."""
-        layer = head.layer.named_parameters() if self.muon_lr is not None else ()
+        layer = cast(nn.Module, head.layer).named_parameters() if self.muon_lr is not None else ()
         matrices = [p for name, p in layer if p.ndim == 2 and "norm" not in name]
         others = [p for p in head.parameters() if all(p is not m for m in matrices)]
         adam = torch.optim.AdamW(others, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay)
-        return [adam] + ([torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=0.01)] if matrices else [])
+        if self.muon_lr is None:
+            return [adam]
+        return [adam, torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=0.01)]
 
     def _rows(
         self, model: ImageModel, prompts: list[str], tokens: Tensor, draws: Draws
@@ -302,6 +304,12 @@ def _valid(model: ImageModel, step: int) -> Tensor:
     """Return which entries of a prediction count: the token after is free, and `step` predicted states fit before it."""
     free = model.layout.free[1:]
     return (free & (torch.arange(len(free)) >= step)).to(model.device)
+
+
+def _guided(logits: Tensor, scales: Tensor) -> Tensor:
+    """Join the logits of both branches [2B, S, V] by guidance at scales [B, 1, 1]."""
+    conditional, unconditional = logits.chunk(2)
+    return torch.lerp(unconditional, conditional, scales.to(logits))
 
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:

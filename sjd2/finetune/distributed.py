@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ def from_first(make: Callable[[], T]) -> T:
     """Return to every process what the first one makes."""
     if size() == 1:
         return make()
-    box: list[T | None] = [make() if first() else None]
+    box: list[Any] = [make() if first() else None]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
@@ -136,7 +136,7 @@ def gather(value: T) -> list[T]:
     """Return the values of all processes, in the order of their ranks."""
     if size() == 1:
         return [value]
-    box: list[T | None] = [None] * size()
+    box: list[Any] = [None] * size()
     dist.all_gather_object(box, value)
     return box
 

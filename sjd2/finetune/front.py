@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class FinetuneFront(FinetuneRecipe):
         """Build a corrector, exported to out/latest/ at each validation; its metrics are its overlaps."""
         corrector = Corrector(self.corrector, embedding_width(model)).to(model.device).train()
         average = AveragedModel(corrector, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
+        averaged = cast(Corrector, average.module)
         held_out = self.pairs(model, self.validation_images, seed, held_out=True)
         now: dict[int, Pairs] = {}
 
@@ -67,13 +69,13 @@ class FinetuneFront(FinetuneRecipe):
         def after_step(done: int) -> None:
             average.update_parameters(corrector)
             if self.due(done):
-                average.module.save(out / "latest")
+                averaged.save(out / "latest")
 
         def validate() -> Metrics:
-            return self.validate(model, average.module, held_out)
+            return self.validate(model, averaged, held_out)
 
         def finish(folder: Path) -> Metrics:
-            average.module.save(folder)
+            averaged.save(folder)
             return validate()
 
         return Training(

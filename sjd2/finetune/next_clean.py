@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,14 +111,15 @@ class FinetuneSJD2(ParallelRecipe):
         full = self.adapter.kind == "full"
         for parameter in adapter.trainable():
             parameter.requires_grad_(True)
+        layers: Any = model.transformer.layers
         if self.machine.checkpointing:
-            recompute(model.transformer.layers)
+            recompute(layers)
         heads = [model.head_module] if full and model.head_module is not None else []
         objective = Objective(adapter, *([model.transformer] if full else []), *heads)
         if full and distributed.joined():
             from sjd2.finetune.sharding import shard
 
-            shard(objective, model.transformer.layers, model.device, self.bf16)
+            shard(objective, layers, model.device, self.bf16)
         else:
             widen(objective.parameters())
         return objective
@@ -292,7 +294,7 @@ class FinetuneSJD2(ParallelRecipe):
         e = (clean.to(space.mean) - space.mean) / space.std if full else space.normal(tokens)
         eps = draws.randn(*e.shape[1:], device=tokens.device).to(e)
         e = alpha[level][..., None] * e + sigma[level][..., None] * eps
-        if model.adapter.code is not None:
+        if model.adapter is not None and model.adapter.code is not None:
             e = e + model.adapter.code(times)[level]
         return torch.where((level > 0)[..., None], space.model_input(e).to(clean.dtype), clean)
 

@@ -178,13 +178,14 @@ class ParallelRecipe(FinetuneRecipe):
     @contextlib.contextmanager
     def attention(self, model: ImageModel) -> Iterator[None]:
         """Use plain attention on CPUs, where torch's fused one is several times slower backwards."""
-        usual = model.transformer.config._attn_implementation
+        transformer: Any = model.transformer
+        usual = transformer.config._attn_implementation
         if model.device.type == "cpu":
-            model.transformer.set_attn_implementation("eager")
+            transformer.set_attn_implementation("eager")
         try:
             yield
         finally:
-            model.transformer.set_attn_implementation(usual)
+            transformer.set_attn_implementation(usual)
 
 
 def positive(**counts: int | None) -> None:

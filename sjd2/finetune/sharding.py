@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -53,7 +53,7 @@ def check_sharded(objective: nn.Module) -> None:
     for name, weight in trained:
         if not (isinstance(weight, DTensor) and weight.placements == (Shard(0),)):
             raise RuntimeError(f"{name} is not sharded")
-    here = sum(weight.to_local().numel() for _, weight in trained)
+    here = sum(weight.to_local().numel() for _, weight in trained if isinstance(weight, DTensor))
     whole = sum(weight.numel() for _, weight in trained)
     logger.info("sharded %d weights: %.4g of %.4g parameters on this process", len(trained), here, whole)
 
@@ -68,7 +68,7 @@ def save(out: Path, module: nn.Module, optimizers: Sequence[Optimizer], facts: d
     if distributed.first():
         shutil.rmtree(part, ignore_errors=True)
     distributed.barrier()
-    dcp.save(_state(module, optimizers), checkpoint_id=part)
+    state_dict_saver.save(_state(module, optimizers), checkpoint_id=part)
     if distributed.first():
         (part / FACTS).write_text(json.dumps(facts))
         old = _folders(out)
@@ -80,9 +80,9 @@ def save(out: Path, module: nn.Module, optimizers: Sequence[Optimizer], facts: d
     distributed.barrier()
 
 
-def newest(out: Path) -> Path | None:
-    """Return the newest complete checkpoint, None if there is none."""
-    return max((folder for folder in _folders(out) if (folder / FACTS).is_file()), default=None)
+def newest(out: Path) -> Path:
+    """Return the newest complete checkpoint. Raises ValueError if there is none."""
+    return max(folder for folder in _folders(out) if (folder / FACTS).is_file())
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def facts(folder: Path) -> dict[str, Any]:
 def load(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Read weights and optimizers, also if another number of processes wrote them."""
     state = _state(module, optimizers)
-    dcp.load(state, checkpoint_id=folder)
+    state_dict_loader.load(state, checkpoint_id=folder)
     model, optimizer = state["module"], state["optimizers"]
     set_state_dict(module, optimizers, model_state_dict=model, optim_state_dict=optimizer, options=OPTIONS)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class _PastLayer(CacheLayerMixin):
         """Do nothing: keys and values are given."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], 2)
             value_states = torch.cat([self.values, value_states], 2)
         self.whole = key_states, value_states
@@ -78,21 +79,24 @@ class _PastLayer(CacheLayerMixin):
 class Past(Cache):
     """Keys and values of earlier passes, read-only: a layer that runs twice (checkpointing) sees the same."""
 
+    def __init__(self, past: list[_PastLayer]) -> None:
+        super().__init__(layers=list(past))
+        self.past = past
+
     @classmethod
     def empty(cls, layers: int) -> Past:
         """Return the past of a first pass."""
-        return cls(layers=[_PastLayer(None, None) for _ in range(layers)])
+        return cls([_PastLayer(None, None) for _ in range(layers)])
 
     @classmethod
     def of(cls, cache: RowCache, length: int) -> Past:
         """Return the first `length` entries of every row of a cache."""
-        return cls(
-            layers=[_PastLayer(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers]
-        )
+        layers: list[Any] = cache.layers
+        return cls([_PastLayer(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers])
 
     def following(self) -> Past:
         """Return the past of the next pass: this one, followed by the keys and values of the pass that used it."""
-        return Past(layers=[_PastLayer(*layer.whole) for layer in self.layers])
+        return Past([_PastLayer(*layer.whole) for layer in self.past])
 
     def window(self, width: int, dtype: torch.dtype, visible: Tensor) -> Tensor:
         """Return the additive mask of a pass: visible [R, S, P + S] -> [R, 1, S, P + S]."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from sjd2.models.layout import TokenGrid
 
 if TYPE_CHECKING:
     from sjd2.models.adapter import Adapter
+    from sjd2.models.spec import ModelSpec
 
 
 @dataclass
@@ -44,6 +45,8 @@ class ImageModel:
     """
 
     codebook: Tensor
+    spec: ModelSpec | None = None  # what it was loaded from; None for a model that was built in place
+    vq: Any = None  # its image tokeniser; None where there is none that encodes
 
     def __init__(self, transformer: nn.Module, layout: TokenGrid) -> None:
         self.transformer = transformer

@@ -50,8 +50,8 @@ def test_every_family_is_tokenised_and_tuned(name: str, place: Path, tmp_path: P
         data = tokens(place, "shards/0.tar", folder=str(tmp_path), held_out_share=3)
         more = {"steps": 1, "bf16": kind == "gated", "machine": {"micro_batch": 2, "checkpointing": True}, "lr": 1e-3}
         made = recipe(data, validation_images=2, **more, **VARIANTS[kind])
-        figures = made.run(model=model, out=out, log=None, device="cpu", seed=0)
-        assert all(np.isfinite(value) for value in figures.values())
+        metrics = made.run(model=model, out=out, log=None, device="cpu", seed=0)
+        assert all(np.isfinite(value) for value in metrics.values())
         before = {key: t.clone() for key, t in fresh.transformer.state_dict(prefix="decoder.").items()}
         loaded, tuned = Adapter.load(out / "final", fresh).tensors(), model.adapter.tensors()
         assert all(torch.equal(loaded[key].bfloat16(), tuned[key].bfloat16()) for key in tuned)

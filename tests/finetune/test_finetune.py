@@ -127,11 +127,11 @@ def test_levels_climb_inside_windows_and_restart() -> None:
         ({"longest": 2}, "longest"),
     ],
 )
-def test_wrong_settings_say_the_mend(more: dict, words: str) -> None:
+def test_wrong_settings_are_refused_with_the_fix(more: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         recipe(**more)
 
 
-def test_a_folder_that_is_no_fine_tuning_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_fine_tuning_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="finetune=sjd2"):
         Adapter.load(tmp_path, Toy(GRID))

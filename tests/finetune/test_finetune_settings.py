@@ -34,7 +34,7 @@ def test_recipes_reach_their_model_and_the_command_line_wins(path: Path) -> None
 
 
 def test_any_recipe_takes_any_data(place: Path) -> None:
-    """Settings of the one kind must not stay behind for the other."""
+    """No setting of one kind of data may remain for the other."""
     given = "+finetune.data={_target_: sjd2.finetune.data.tokens.ImageTokens, images: " + str(place / "shards") + "}"
     for name, model in (("eagle", "janus"), ("sjd2", "tiny")):
         more = ("decoder=scd",) if name == "eagle" else ()

@@ -18,14 +18,14 @@ from sjd2.finetune.data.tokens import ImageTokens
 from tests.helpers.small_training import SIDE, tokens
 
 
-def saved(picture: Image.Image, kind: str = "png", **more) -> bytes:
+def saved(image: Image.Image, kind: str = "png", **more) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **more)
+    image.save(file, kind, **more)
     return file.getvalue()
 
 
-def test_a_picture_is_scaled_to_cover_and_its_middle_is_cut_out() -> None:
-    """Columns of a 4:1 picture carry their number; of the 2:1 cut the outer quarters are gone, on both sides alike."""
+def test_an_image_is_scaled_to_cover_and_cropped_to_its_centre() -> None:
+    """Columns of a 4:1 image hold their number; a 2:1 crop loses the outer quarters, equally on both sides."""
     ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (16, 1))
     cut = images.pixels(saved(Image.fromarray(np.stack([ramp] * 3, -1))), 8, 16)
     assert cut.shape == (8, 16, 3)
@@ -35,7 +35,7 @@ def test_a_picture_is_scaled_to_cover_and_its_middle_is_cut_out() -> None:
     assert np.array_equal(tall.transpose(1, 0, 2), cut)
 
 
-def test_turned_and_transparent_pictures_and_small_ones() -> None:
+def test_rotated_transparent_and_small_images() -> None:
     half = np.zeros((16, 16, 3), np.uint8)
     half[:8] = 255
     exif = Image.Exif()
@@ -50,7 +50,7 @@ def test_turned_and_transparent_pictures_and_small_ones() -> None:
 
 def test_a_folder_and_its_shards_hold_the_same(place: Path) -> None:
     folder, shards = (
-        [s for part in images.find_parts(str(place / name)) for s in part.samples()] for name in ("pictures", "shards")
+        [s for part in images.find_parts(str(place / name)) for s in part.samples()] for name in ("images", "shards")
     )
     assert len(folder) == len(shards) == 40
     assert [(s.data, s.caption) for s in folder] == [(s.data, s.caption) for s in shards]
@@ -79,7 +79,7 @@ def test_captions_may_lie_in_many_ways(kind: str, tmp_path: Path) -> None:
     assert [(s.name, s.caption) for s in found] == [("a.b.png", "first"), ("sub/c.png", "second")]
 
 
-def test_what_is_missing_is_told(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"finetune\.data\.images=FOLDER"):
         ImageTokens()
     with pytest.raises(UserError, match="does not exist"):
@@ -103,9 +103,9 @@ def test_tokens_are_the_tokenisers_own_and_held_out_by_content(place: Path, mode
     assert data.count() + len(held_out[0]) == 40
     assert 3 <= len(held_out[0]) <= 20
     wanted = {}
-    for sample in images.find_parts(str(place / "pictures"))[0].samples():
-        picture = torch.from_numpy(images.pixels(sample.data, SIDE, SIDE)).permute(2, 0, 1)[None]
-        wanted[tuple(model.vq.encode(picture / 127.5 - 1).flatten().tolist())] = sample
+    for sample in images.find_parts(str(place / "images"))[0].samples():
+        image = torch.from_numpy(images.pixels(sample.data, SIDE, SIDE)).permute(2, 0, 1)[None]
+        wanted[tuple(model.vq.encode(image / 127.5 - 1).flatten().tolist())] = sample
     trained = data.shuffled(data.count(), 0, 0)
     for prompts, codes, held in ((*held_out, True), (*trained, False)):
         for prompt, row in zip(prompts, codes.tolist(), strict=True):
@@ -116,7 +116,7 @@ def test_tokens_are_the_tokenisers_own_and_held_out_by_content(place: Path, mode
     assert next(both) == next(both)
 
 
-def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own(place: Path, model: object, tmp_path: Path) -> None:
+def test_an_epoch_shows_every_image_once_in_its_own_order(place: Path, model: object, tmp_path: Path) -> None:
     data = tokens(place)
     data.prepare(model, tmp_path)
     size = data.count()
@@ -129,12 +129,12 @@ def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own(place: Path, m
     assert data.shuffled(5, 3, 8)[1].tolist() != steps[3]
 
 
-def test_damaged_pictures_are_counted_named_and_skipped(
+def test_damaged_images_are_counted_named_and_skipped(
     place: Path, model: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    for file in (place / "pictures").iterdir():
+    for file in (place / "images").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     broken = folder / "003.png"
     broken.write_bytes(broken.read_bytes()[:40])
@@ -152,7 +152,7 @@ def test_damaged_pictures_are_counted_named_and_skipped(
         tokens(tmp_path, held_out_share=100_000).prepare(model, tmp_path / "out")
 
 
-def test_tokenising_goes_on_after_a_kill_and_is_done_once(
+def test_tokenising_resumes_after_a_kill_and_is_done_once(
     place: Path, model: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tokens(place)
@@ -160,11 +160,11 @@ def test_tokenising_goes_on_after_a_kill_and_is_done_once(
     monkeypatch.setattr(images, "PART", 8)
     real, seen = tokenised._encode, []
 
-    def encode(model: object, pictures: np.ndarray) -> np.ndarray:
-        seen.append(len(pictures))
+    def encode(model: object, arrays: np.ndarray) -> np.ndarray:
+        seen.append(len(arrays))
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return real(model, pictures)
+        return real(model, arrays)
 
     monkeypatch.setattr(tokenised, "_encode", encode)
     cut = tokens(place)

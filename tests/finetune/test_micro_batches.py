@@ -33,9 +33,9 @@ def gradients(made: FinetuneSJD2, dtype: torch.dtype = torch.float64) -> tuple[d
         torch.nn.init.normal_(parameter, std=0.3)
     objective = made._objective(model, model.adapter)
     total = 0.0
-    for value, figures in made._pieces(model, objective, step=5, seed=0):
+    for value, metrics in made._pieces(model, objective, step=5, seed=0):
         value.backward()
-        total += float(figures["loss"])
+        total += float(metrics["loss"])
     return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}, total, model
 
 
@@ -59,7 +59,7 @@ def test_a_mean_of_means_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_recomputed_layers_give_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also behind a cache of the clean image, which a layer that runs twice must not write twice."""
+    """Also after a cache of the clean image, which a layer that runs twice must not write twice."""
     plain, loss, _ = gradients(recipe(machine={"micro_batch": 2}, **VARIANTS[name]))
     monkeypatch.setattr(next_clean, "AT_ONCE", 12 * 5)  # pieces of 5 tokens, made twice as well
     calls = []
@@ -114,7 +114,7 @@ def test_written_tensors_are_read_by_safetensors(tmp_path: Path) -> None:
 def test_an_eagle_head_learns_the_same_from_cut_batches_and_laws(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also with both guidance branches and the head's own states, whose laws are joined token by token."""
+    """Also with both guidance branches and the head's own states, whose distributions are guided token by token."""
     losses = {"unconditional": None, "guided": 0.5, "rejection": 0.5, "unroll": 2, "noise": 0.2, "steps": 1, "lr": 0.0}
     found = []
     for micro, at_once, checkpointing in ((4, 2**26, False), (1, 2**26, False), (4, 8 * 12 * 3, True)):

@@ -57,7 +57,7 @@ def kinds(place: Path, out: Path, device: str) -> dict[str, object]:
 
 
 def member(place: Path, out: Path) -> None:
-    """One of two processes: train both kinds, and say what of the weights lies here."""
+    """One of two processes: train both kinds and record which weights this process holds."""
     with distributed.processes("cpu") as device:
         model, _ = kinds(place, out, device)["full"]
         layer = model.transformer.layers[0].mlp.up_proj.weight
@@ -110,7 +110,7 @@ def test_two_processes_learn_what_one_learns(pair: SimpleNamespace, place: Path)
     assert alone.keys() == joined.keys()
     assert max(float((alone[key] - joined[key]).abs().max()) for key in alone) < 1e-6
     # all weights: the shards of two processes, read by one
-    model, figures = pair.made["full"]
+    model, metrics = pair.made["full"]
     alone = {name: tensor.clone() for name, tensor in model.adapter.tensors().items()}
     other = spec(place).load("cpu", "float32")
     other.adapter = Adapter(AdapterSettings(**FULL), other)
@@ -131,16 +131,16 @@ def test_two_processes_learn_what_one_learns(pair: SimpleNamespace, place: Path)
     assert len(curves[0]) == len(curves[1]) == 1
     for key in ("loss", "val_loss_k1", "val_loss_k2"):
         assert curves[0][0][key] == pytest.approx(curves[1][0][key], abs=1e-5)
-    assert figures["val_loss_k1"] == pytest.approx(curves[1][0]["val_loss_k1"], abs=1e-5)
+    assert metrics["val_loss_k1"] == pytest.approx(curves[1][0]["val_loss_k1"], abs=1e-5)
 
 
-def test_weights_are_really_sharded(pair: SimpleNamespace, place: Path) -> None:
+def test_weights_are_sharded(pair: SimpleNamespace, place: Path) -> None:
     wanted = norm(place, "cpu")
     for rank in range(2):
         facts = json.loads((pair.two / f"{rank}.json").read_text())
         assert facts["type"] == "DTensor"
         assert 2 * facts["here"] == facts["whole"]
-        assert facts["norm"] == pytest.approx(wanted, rel=1e-5)  # of all weights, not of those that lie here
+        assert facts["norm"] == pytest.approx(wanted, rel=1e-5)  # of all weights, not only of this process's
     parts = sorted(file.stat().st_size for file in sharding.newest(pair.two / "full").glob("*.distcp"))
     assert len(parts) == 2
     assert parts[0] > 0.8 * parts[1]
@@ -196,7 +196,7 @@ def command(place: Path, out: Path, *more: str) -> list[str]:
     made += [f"model.{key}={value}" for key, value in model.items()]
     data = {"images": place / "shards", "smallest": 0, "held_out_share": 4, "workers": 2, "batch_size": 4}
     made += [f"finetune.data.{key}={value}" for key, value in data.items()]
-    rest = {
+    training = {
         "epochs": 0.9,
         "batch_size": 4,
         "lr": 0.01,
@@ -206,7 +206,7 @@ def command(place: Path, out: Path, *more: str) -> list[str]:
         "levels": "[2]",
         "bf16": "false",
     }
-    made += [f"finetune.{key}={value}" for key, value in rest.items()]
+    made += [f"finetune.{key}={value}" for key, value in training.items()]
     return [*made, "finetune.machine.micro_batch=2", "finetune.machine.checkpoint_s=0", *more]
 
 
@@ -238,7 +238,7 @@ def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     return SimpleNamespace(out=out, done=done)
 
 
-def test_torchrun_trains_shards_and_speaks_with_one_voice(trained: SimpleNamespace) -> None:
+def test_torchrun_trains_sharded_weights_and_prints_once(trained: SimpleNamespace) -> None:
     done, out = trained.done, trained.out
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("result: ") == 1

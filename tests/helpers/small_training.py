@@ -36,7 +36,7 @@ def spec(place: Path) -> ChameleonSpec:
     )
 
 
-def tokens(place: Path, name: str = "pictures", **more) -> ImageTokens:
+def tokens(place: Path, name: str = "images", **more) -> ImageTokens:
     return ImageTokens(images=str(place / name), **({"held_out_share": 4, "workers": 2} | more))
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,19 +44,23 @@ class FileCaptions(Captions):
         if self.held_out_share < 2:
             raise UserError(f"captions.held_out_share must be 2 or more, got {self.held_out_share}.")
 
+    @property
+    def file(self) -> Path:
+        """The file of captions."""
+        return find(str(self.path))
+
     def check(self) -> None:
         """Raise `UserError` if the file is missing."""
-        if not find(self.path).is_file():
+        if not self.file.is_file():
             raise UserError(f"captions.path={self.path} does not exist; give a text file with one caption per line.")
 
     def captions(self, n: int, seed: int, held_out: bool) -> list[str]:
         """Return n lines in an order given by the seed, from the start again when they run out."""
         self.check()
-        file = find(self.path)
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in self.file.read_text(encoding="utf-8").splitlines() if line.strip()]
         mine = [line for line in lines if (_number(line) % self.held_out_share == 0) == held_out]
         if not mine:
-            raise UserError(f"{file} has no {'held-out ' if held_out else ''}captions; give a longer file.")
+            raise UserError(f"{self.file} has no {'held-out ' if held_out else ''}captions; give a longer file.")
         order = np.random.default_rng(seed).permutation(len(mine))
         return [mine[order[i % len(mine)]] for i in range(n)]
 
@@ -83,14 +88,14 @@ class Generated(ScaledData):
     _sets: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.decoder = self.decoder or Decoder(name="ar", window=1, lossless=True)
+        self._decoder = self.decoder or Decoder(name="ar", window=1, lossless=True)
         if min(self.images, self.validation_images, self.batch_size) < 1:
             raise UserError("data.images, data.validation_images and data.batch_size must be 1 or more.")
         if not self.scales or (self.shares is not None and len(self.shares) != len(self.scales)):
             raise UserError(f"data.shares needs one number per guidance scale in data.scales={list(self.scales)}.")
         if self.shares is not None and (min(self.shares) < 0 or sum(self.shares) <= 0):
             raise UserError(f"data.shares must be positive numbers, got {list(self.shares)}.")
-        if not self.decoder.lossless:
+        if not self._decoder.lossless:
             raise UserError("data.decoder must be a lossless one: others do not sample the model's own distribution.")
 
     def check(self) -> None:
@@ -159,7 +164,7 @@ class Generated(ScaledData):
         seeds = [sample_seed(self.seed, index, purpose) for index in batch]
         sampling = sampling_at(model, self._scale(batch.start))
         prompts = model.encode([captions[index] for index in batch])
-        return list(generate(model, self.decoder, prompts, seeds, sampling=sampling).tokens.numpy())
+        return list(generate(model, self._decoder, prompts, seeds, sampling=sampling).tokens.numpy())
 
     def _scale(self, index: int) -> float:
         """Return the guidance scale of an image: that of its batch, in the order of a low-discrepancy sequence."""
@@ -169,21 +174,20 @@ class Generated(ScaledData):
 
     def _key(self, model: ImageModel) -> str:
         """Return 12 hex digits over what the tokens depend on; their number is left out, more images extend the file."""
-        spec = getattr(model, "spec", None)
         facts = {
-            "model": spec.digest() if spec is not None else _digest(model),
+            "model": model.spec.digest() if model.spec is not None else _digest(model),
             "dtype": str(model.dtype),
             "law": [_text(sampling_at(model, scale)) for scale in self.scales],
             "captions": [self.captions.captions(8, self.seed, held_out) for held_out in (False, True)],
-            "settings": [self.shares and list(self.shares), self.seed, self.batch_size, self.decoder.name],
+            "settings": [self.shares and list(self.shares), self.seed, self.batch_size, self._decoder.name],
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def sampling_at(model: ImageModel, scale: float) -> SamplingParams:
     """Return the model's usual sampling parameters, under another guidance scale."""
-    usual = dict(getattr(getattr(model, "spec", None), "sampling", {}))
-    return SamplingParams(**(usual | {"guidance_scale": scale}))
+    usual: dict[str, Any] = {**(model.spec.sampling if model.spec is not None else {}), "guidance_scale": scale}
+    return SamplingParams(**usual)
 
 
 def _text(sampling: SamplingParams) -> str:

@@ -79,7 +79,8 @@ class TarPart:
                     if here != key:
                         yield from _sample(key, found)
                         key, found = here, {}
-                    found["." + ending.lower()] = shard.extractfile(member).read()
+                    if (opened := shard.extractfile(member)) is not None:
+                        found["." + ending.lower()] = opened.read()
         except (OSError, tarfile.TarError, EOFError) as error:
             raise UserError(f"the shard {self.path} cannot be read: {error}; fetch it again or remove it.") from error
         yield from _sample(key, found)

@@ -74,17 +74,21 @@ class ImageTokens(Collection, ScaledData):
 
     def check(self) -> None:
         """Raise `UserError` if the images do not exist."""
-        if not find(self.images).is_dir() and not find_shards(str(find(self.images))):
+        if not self._place.is_dir() and not find_shards(str(self._place)):
             raise UserError(
                 f"finetune.data.images={self.images} does not exist; give a folder of images with captions, or .tar shards."
             )
+
+    @property
+    def _place(self) -> Path:
+        return find(str(self.images))
 
     # ---- encoding
 
     def prepare(self, model: ImageModel, out: Path) -> None:
         """Encode what is not kept yet, each process its own parts; raises `UserError` if too many images are damaged."""
         # one process lists for all: the folder could change between two listings
-        parts = distributed.from_first(lambda: find_parts(str(find(self.images)), self.captions))
+        parts = distributed.from_first(lambda: find_parts(str(self._place), self.captions))
         height, width = _size(model)
         key = _key(model, parts, height, width, self.smallest)
         folder = (find(self.folder) if self.folder is not None else out) / f"tokens-{key}"
@@ -156,7 +160,7 @@ class ImageTokens(Collection, ScaledData):
         held_out = np.array(rows[True], np.int64)
         self._rows = {False: np.array(rows[False], np.int64), True: np.random.default_rng(0).permutation(held_out)}
         self._epoch: tuple[tuple[int, int], np.ndarray] | None = None
-        usual = getattr(getattr(model, "spec", None), "sampling", {})
+        usual = model.spec.sampling if model.spec is not None else {}
         self._scale = float(usual.get("guidance_scale", 1.0))
 
     def _report(self, train: int, held_out: int, skipped: list[dict[str, Any]]) -> None:
@@ -231,14 +235,16 @@ def _encode(model: ImageModel, arrays: np.ndarray) -> np.ndarray:
 
 def _size(model: ImageModel) -> tuple[int, int]:
     """Return the size (H, W) of the model's images in pixels."""
-    if not hasattr(model, "vq"):
+    if model.vq is None:
         raise UserError("this model has no image tokeniser that encodes, so it cannot be trained on images.")
     codes = torch.zeros(1, model.layout.rows * model.layout.columns, dtype=torch.long, device=model.device)
-    return tuple(model.decode(model.layout.tokens(codes)).shape[2:])
+    height, width = model.decode(model.layout.tokens(codes)).shape[2:]
+    return height, width
 
 
 def _key(model: ImageModel, parts: list[Part], *more: int) -> str:
     """Return 12 hex digits over what the tokens depend on."""
+    assert model.spec is not None
     sources = {source.key: source for source in model.spec.sources()}
     tokeniser = sources.get("model.vq_weights", sources["model.weights"])  # some models hold theirs in their own files
     facts = [digest(locate(tokeniser)), model.layout.rows, model.layout.columns, more, [part.facts() for part in parts]]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,11 @@ def pack(prompts: Sequence[Sequence[int]], codes: Tensor, pad: int) -> tuple[Ten
     return ids, places
 
 
+def pad_id(tokenizer: Tokenizer) -> int:
+    """Return the id of padding."""
+    return cast(int, tokenizer.pad_token_id)
+
+
 def image_logits(model: ChameleonForConditionalGeneration, ids: Tensor, places: Tensor, codes: int) -> Tensor:
     """Run the backbone on packed rows [B, T] and score the codes at `places` [B, N] -> [B, N, V].
 
@@ -140,8 +146,10 @@ class TrainAR(TrainRecipe):
         vqgan = VQGAN.load(find(self.vq_weights)).to(device)
         codes = len(vqgan.codebook)
         tokenizer = build_tokenizer(codes)
-        network = self.build(codes).to(device).train()
+        network: Any = self.build(codes)
+        network.to(device).train()
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
+        averaged: Any = average.module
         shown = scenes.held_out(self.validation_images, seed)
         captions, target = [scenes.caption(scene) for scene in shown], encode(vqgan, shown, seed)
         exported = time.monotonic()
@@ -151,7 +159,7 @@ class TrainAR(TrainRecipe):
             texts, codes_now = token_batch(vqgan, self.batch_size, int(rng.integers(2**62)))
             dropped = rng.random(len(texts)) < self.unconditional
             prompts = prompt_ids(tokenizer, [None if drop else text for drop, text in zip(dropped, texts, strict=True)])
-            ids, places = pack(prompts, codes_now, tokenizer.pad_token_id)
+            ids, places = pack(prompts, codes_now, pad_id(tokenizer))
             logits = image_logits(network, ids, places, codes).float()
             return F.cross_entropy(logits.flatten(0, 1), codes_now.flatten()), {}
 
@@ -159,14 +167,14 @@ class TrainAR(TrainRecipe):
             nonlocal exported
             average.update_parameters(network)
             if time.monotonic() - exported > self.export_s:
-                export(average.module, tokenizer, out / "latest")
+                export(averaged, tokenizer, out / "latest")
                 exported = time.monotonic()
 
         def measure() -> Metrics:
-            return validate(average.module, tokenizer, captions, target, codes, self.bf16)
+            return validate(averaged, tokenizer, captions, target, codes, self.bf16)
 
         def finish(folder: Path) -> Metrics:
-            export(average.module, tokenizer, folder)
+            export(averaged, tokenizer, folder)
             return measure()
 
         return Training(
@@ -181,10 +189,11 @@ class TrainAR(TrainRecipe):
 
 def optimizers(model: ChameleonForConditionalGeneration, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Give the blocks' matrices to Muon and embeddings, head and norms to AdamW."""
-    blocks = dict(model.get_decoder().layers.named_parameters())
+    transformer: Any = model.get_decoder()
+    blocks = dict(transformer.layers.named_parameters())
     matrices = [p for name, p in blocks.items() if p.ndim == 2 and "norm" not in name]
     others = [p for name, p in blocks.items() if p.ndim != 2 or "norm" in name]
-    others += [model.get_input_embeddings().weight, model.lm_head.weight, *model.get_decoder().norm.parameters()]
+    others += [model.get_input_embeddings().weight, model.lm_head.weight, *transformer.norm.parameters()]
     return [
         torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01),
         torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -201,11 +210,11 @@ def validate(
     bf16: bool,
 ) -> dict[str, float]:
     """Measure on held-out scenes [n, N], in nats per token: loss with and without caption, entropy of the distribution."""
-    sums = dict.fromkeys(("val_loss", "val_loss_unconditional", "val_entropy"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("val_loss", "val_loss_unconditional", "val_entropy"), 0.0)
     for i in range(0, len(captions), 32):
         some, there = captions[i : i + 32], target[i : i + 32]
         for name, texts in (("val_loss", some), ("val_loss_unconditional", [None] * len(some))):
-            ids, places = pack(prompt_ids(tokenizer, texts), there, tokenizer.pad_token_id)
+            ids, places = pack(prompt_ids(tokenizer, texts), there, pad_id(tokenizer))
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
                 log_probs = image_logits(model, ids, places, codes).float().log_softmax(-1)
             sums[name] -= log_probs.gather(-1, there[..., None]).sum().item()
@@ -218,7 +227,8 @@ def export(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, folde
     """Write a folder that `from_pretrained` reads, weights in bfloat16, and put it in place of an older one."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    deepcopy(model).to(torch.bfloat16).save_pretrained(part)
+    half: Any = deepcopy(model)
+    half.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -32,6 +32,9 @@ def to_float(images: np.ndarray) -> Tensor:
 class CodebookEMA(nn.Module):
     """Moving averages that make the codebook a running k-means of the latents; codes that die restart on a latent."""
 
+    uses: Tensor
+    sums: Tensor
+
     def __init__(self, codes: int, channels: int, decay: float) -> None:
         super().__init__()
         self.decay = decay
