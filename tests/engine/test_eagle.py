@@ -18,9 +18,9 @@ from sjd2.files import find
 from sjd2.finetune.data import generated
 from sjd2.finetune.data.generated import FileCaptions, Generated
 from sjd2.finetune.data.sources import Captions
+from sjd2.finetune.tiny.scene_data import PROMPTS, SceneCaptions, SceneTokens
 from sjd2.models.layout import TokenGrid
 from sjd2.models.tiny import scenes
-from sjd2.models.tiny.data import PROMPTS, SceneCaptions, SceneTokens
 from tests.helpers.toy import Toy
 
 GRID = TokenGrid(3, 4, 12, prefix=(20,), row_end=22)

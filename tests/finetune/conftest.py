@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import ChameleonVQVAEConfig
 
 from sjd2.config import CONF
+from sjd2.finetune.tiny.train_ar import TrainAR
 from sjd2.models.tiny.tokenizer import build_tokenizer
-from sjd2.models.tiny.train_ar import TrainAR
 from sjd2.models.vqgan import VQGAN
 from tests.helpers.small_training import CODES, SIDE, spec
 

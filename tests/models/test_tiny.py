@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, ChameleonForConditionalGeneration, Chame
 
 from sjd2.errors import UserError
 from sjd2.files import ROOT
+from sjd2.finetune.tiny.train_ar import TrainAR, image_logits, pack
+from sjd2.finetune.tiny.train_vq import TrainVQ, measure, to_float
 from sjd2.finetune.trainer import step_rng, train, warmup_decay
 from sjd2.models.tiny import scenes
 from sjd2.models.tiny.tokenizer import LONGEST_PROMPT, build_tokenizer, prompt_ids
-from sjd2.models.tiny.train_ar import TrainAR, image_logits, pack
-from sjd2.models.tiny.train_vq import TrainVQ, measure, to_float
 from sjd2.models.vqgan import VQGAN, WEIGHTS, _taming
 
 SHIPPED = ROOT / "sjd2" / "models" / "tiny"

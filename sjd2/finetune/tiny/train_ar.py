@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from sjd2.files import find
 from sjd2.finetune.recipe import Training, TrainRecipe
+from sjd2.finetune.tiny.train_vq import to_float
 from sjd2.finetune.trainer import Metrics, Piece, step_rng
 from sjd2.models.tiny import scenes
 from sjd2.models.tiny.tokenizer import FIRST_CODE, build_tokenizer, prompt_ids, vocabulary
-from sjd2.models.tiny.train_vq import to_float
 from sjd2.models.vqgan import VQGAN
 
 

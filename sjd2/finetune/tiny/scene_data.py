@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sjd2.files import find
 from sjd2.finetune.data.sources import Captions, TokenData
+from sjd2.finetune.tiny.train_ar import encode, token_batch
 from sjd2.models.tiny import scenes
-from sjd2.models.tiny.train_ar import encode, token_batch
 from sjd2.models.vqgan import VQGAN
 
-PROMPTS = Path(__file__).parent / "captions.txt"
+PROMPTS = Path(scenes.__file__).parent / "captions.txt"
 
 
 @dataclass(kw_only=True)

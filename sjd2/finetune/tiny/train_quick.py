@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sjd2.finetune.next_clean import FinetuneSJD2
 from sjd2.finetune.recipe import Recipe
+from sjd2.finetune.tiny.scene_data import SceneTokens
+from sjd2.finetune.tiny.train_ar import TrainAR
+from sjd2.finetune.tiny.train_vq import TrainVQ
 from sjd2.finetune.trainer import Log, Metrics
 from sjd2.models.chameleon import ChameleonSpec
-from sjd2.models.tiny.data import SceneTokens
-from sjd2.models.tiny.train_ar import TrainAR
-from sjd2.models.tiny.train_vq import TrainVQ
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,1 @@
+"""The trainings that make the embedded model, and captioned scenes as data for all others."""
