@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from baselines.eagle.head import EagleSettings
 from baselines.eagle.train import FinetuneEagle
-from harness.console import CONF
+from sjd2.config import CONF
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.finetune.data.generated import FileCaptions, Generated, _text
