@@ -57,7 +57,7 @@ class Architecture:
         }
         torch.manual_seed(0)
         with torch.device(device):
-            model = make[self.family](self, dtype)
+            model: Any = make[self.family](self, dtype)
         for part in (model.full, model.vq):
             part.eval().requires_grad_(False)
         return model
@@ -77,7 +77,8 @@ class Architecture:
 
     def condition(self, model: ImageModel, batch: int) -> Condition:
         """Return random prompts [B, P, D] of equal length and the unconditional one."""
-        width = model.transformer.get_input_embeddings().weight.shape[1]
+        transformer: Any = model.transformer
+        width = transformer.get_input_embeddings().weight.shape[1]
         # Janus and LlamaGen have an unconditional prompt for each prompt
         alone = 1 if self.family in ("chameleon", "emu3") else batch
         settings = {"device": model.device, "dtype": model.dtype}
@@ -126,9 +127,12 @@ class RandomEmu3(Emu3):
     def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
         from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3VQVAE
 
-        config = Emu3Config(text_config=_text(plan.sizes), vq_config=plan.pixels, vocabulary_map={"<image>": 151851})
-        self.full = Emu3ForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        self.full.model.vqmodel = None
+        config: Any = Emu3Config(
+            text_config=_text(plan.sizes), vq_config=plan.pixels, vocabulary_map={"<image>": 151851}
+        )
+        full: Any = Emu3ForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        full.model.vqmodel = None
+        self.full = full
         ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.lm_head
         self.vq = Emu3Pixels(Emu3VQVAE(config.vq_config).float())
@@ -150,11 +154,12 @@ class RandomJanus(Janus):
             vision_config=vision,  # the vision encoder is not used to generate images
             vq_config=joint | plan.pixels,
         )
-        self.full = JanusForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        full: Any = JanusForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.full = full
         ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.model.generation_head
-        self.vq = JanusPixels(self.full.model.vqmodel.float())
-        self.full.model.vqmodel = None
+        self.vq = JanusPixels(full.model.vqmodel.float())
+        full.model.vqmodel = None
         self.table = self.full.prepare_embeddings_for_image_generation(torch.arange(plan.layout.vocabulary)).detach()
 
 
@@ -167,7 +172,7 @@ class RandomLlamaGen(LlamaGen):
 
         from sjd2.models.vq16 import VQ16
 
-        config = LlamaConfig(**_text(plan.sizes))
+        config: Any = LlamaConfig(**_text(plan.sizes))
         self.full = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
         decoder = self.full.get_decoder()
         ImageModel.__init__(self, decoder, plan.layout)
@@ -185,24 +190,30 @@ def _ids(layout: TokenGrid, first: int) -> torch.Tensor:
 
 def weight_bytes(model: ImageModel) -> dict[str, int]:
     """Return the bytes of weights that one pass reads: transformer layers with the last norm, image rows of the head."""
-    layers = _bytes(model.transformer.layers) + _bytes(model.transformer.norm)
-    head = model.head_module
+    transformer: Any = model.transformer
+    layers, head = _bytes(transformer.layers) + _bytes(transformer.norm), model.head_module
     if isinstance(head, nn.Linear):
         return {"layers": layers, "head": model.layout.vocabulary * head.in_features * head.weight.element_size()}
-    return {"layers": layers, "head": _bytes(head)}
+    return {"layers": layers, "head": 0 if head is None else _bytes(head)}
+
+
+def text_config(model: ImageModel) -> Any:
+    """Return transformers' config of a model's transformer."""
+    transformer: Any = model.transformer
+    return transformer.config.get_text_config()
+
+
+def head_width(model: ImageModel) -> int:
+    """Return the width of one attention head."""
+    config = text_config(model)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def entry_bytes(model: ImageModel) -> int:
     """Return the bytes of keys and values of one token in one model row."""
-    config = model.transformer.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * width
-        * torch.empty(0, dtype=model.dtype).element_size()
-    )
+    config = text_config(model)
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(model)
+    return numbers * torch.empty(0, dtype=model.dtype).element_size()
 
 
 def _bytes(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.architectures import entry_bytes, weight_bytes
+from benchmarks.architectures import entry_bytes, head_width, text_config, weight_bytes
 from benchmarks.timing import time_call
 from sjd2.models.base import ImageModel
 
@@ -74,10 +74,9 @@ class Work:
 def work(model: ImageModel, rows: int, slots: int, context: int) -> Work:
     """Count a pass of `slots` slots in `rows` model rows of `context` cached tokens: weights once, keys and values once."""
     weights = weight_bytes(model)
-    config = model.transformer.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = text_config(model)
     item = torch.empty(0, dtype=model.dtype).element_size()
-    attention = 4 * config.num_attention_heads * width * config.num_hidden_layers * (context + slots)
+    attention = 4 * config.num_attention_heads * head_width(model) * config.num_hidden_layers * (context + slots)
     return Work(
         bytes=sum(weights.values()) + rows * (context + slots) * entry_bytes(model),
         flops=rows * slots * (2 * sum(weights.values()) / item + attention),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.architectures import Architecture
+from benchmarks.architectures import Architecture, text_config
 from benchmarks.roofline import Peaks, work
 from benchmarks.timing import Timing, graphed, time_call
 from harness.sample import synchronize
@@ -79,7 +79,8 @@ class Bench:
         cache = self.model.cache(rows, self.context + slots)
         x = self.model.embed(torch.zeros(rows, 1, dtype=torch.long, device=self.device))
         self.model.forward(x, torch.zeros(rows, 1, dtype=torch.long, device=self.device), cache)
-        for layer in cache.layers:
+        layers: list[Any] = list(cache.layers)
+        for layer in layers:
             layer.keys.normal_()
             layer.values.normal_()
         cache.lengths.fill_(self.context)
@@ -151,7 +152,7 @@ class Bench:
         repeated: keys and values copied for each head of a group, as transformers does under a mask. folded: the heads of a
         group become further slots that attend to the one set of keys they share.
         """
-        config, rows = self.model.transformer.config.get_text_config(), 2 * batch
+        config, rows = text_config(self.model), 2 * batch
         heads, own = config.num_attention_heads, config.num_key_value_heads
         width, shared = config.hidden_size // heads, heads // own
         settings = {"device": self.device, "dtype": self.model.dtype}

@@ -51,8 +51,8 @@ def time_call(
         if between is not None:
             between()
         clock.time(call)
-    spans = clock.spans()
-    return Timing(*(1e3 * statistics.median(column) for column in zip(*spans, strict=True)), n)
+    device_s, host_s = (statistics.median(column) for column in zip(*clock.spans(), strict=True))
+    return Timing(1e3 * device_s, 1e3 * host_s, n)
 
 
 class _Wall:
@@ -62,7 +62,8 @@ class _Wall:
     def time(self, call: Callable[[], Any]) -> None:
         begin = time.perf_counter()
         call()
-        self.found.append((time.perf_counter() - begin,) * 2)
+        seconds = time.perf_counter() - begin
+        self.found.append((seconds, seconds))
 
     def spans(self) -> list[tuple[float, float]]:
         return self.found

@@ -13,7 +13,14 @@ import yaml
 from sjd2.files import ROOT
 from sweeps.runs import Run, flatten_settings, path_tail
 
-RUN_WIDE = ("batch_size", "seed", "dtype", "refill", "sampler", "repeats")  # settings of a run that do not belong to its decoder
+RUN_WIDE = (
+    "batch_size",
+    "seed",
+    "dtype",
+    "refill",
+    "sampler",
+    "repeats",
+)  # of a run, not of its decoder
 PARTS = ("drafter", "verifier", "refiner")
 UNNAMED = ("_target_", "name", "lossless", "breaks", *PARTS)
 CONF = ROOT / "conf" / "decoder"
@@ -79,7 +86,7 @@ def _option(run: Run, part: str) -> str:
     """Return the name of a part's yaml, e.g. exact; the class name if it has no yaml; '' without such a part."""
     node = run.identity["decoder"].get(part)
     target = node.get("_target_") if isinstance(node, dict) else None
-    return "" if target is None else _options(part).get(target, target)
+    return "" if target is None else _options(part).get(target, str(target))
 
 
 @cache

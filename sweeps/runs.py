@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from evaluation.metrics.speed import seconds_per_image
 from evaluation.run_folder import Id, RunFolder, name, run_folders
+from sjd2.config import instantiate
 from sjd2.errors import UserError
+
+if TYPE_CHECKING:
+    from sjd2.models.layout import TokenGrid
 
 Machine = tuple[str, int | None]  # (hardware, CPU threads of torch)
 
@@ -91,6 +95,11 @@ class Run:
         """What the runs of one table have in common."""
         return self.model, self.identity["prompts"]["digest"], self.sampling
 
+    @property
+    def layout(self) -> TokenGrid:
+        """The layout of the run's tokens on the image."""
+        return instantiate(self.folder.config["model"]).layout
+
     def setting(self, key: str) -> Any:
         """Return a setting that may decide a time (comparable.SPEED_KEYS), or the seed."""
         return {"sampling": self.sampling, "sampler": self.identity["law"].get("sampler")}.get(
@@ -105,7 +114,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read one run folder; raises UserError if it is not one, or has no identity."""
     folder = RunFolder.open(path)
-    config = OmegaConf.to_container(folder.config, resolve=False)
+    config: Any = OmegaConf.to_container(folder.config, resolve=False)
     if "identity" not in config:
         raise UserError(f"{path}/config.yaml has no identity, so the run cannot be compared; make it again.")
     launches = {entry["launch"]: entry for entry in folder.provenance()}

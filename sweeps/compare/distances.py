@@ -24,7 +24,8 @@ class DistanceGaps:
     """Differences in KID or FID between runs; a metric and its reference features are read once for all pairs."""
 
     def __init__(self, settings: Mapping[str, Any] | None) -> None:
-        self.settings, self._built = settings, {}
+        self.settings = settings
+        self._built: dict[str, FeatureDistance | UserError] = {}  # settings as JSON -> metric, or why there is none
 
     def gap(self, kind: str, reference: Run, run: Run, level: float, comparisons: int) -> tuple[Difference | None, str]:
         """Return run's distance (kind: kid or fid) minus reference's, and the extractor; or None and the reason."""
@@ -54,13 +55,14 @@ class DistanceGaps:
         key = json.dumps(node, sort_keys=True, default=str)
         if key not in self._built:
             try:
-                self._built[key] = instantiate(OmegaConf.create(dict(node)))
-                self._built[key].check()
+                metric = instantiate(OmegaConf.create(dict(node)))
+                metric.check()
+                self._built[key] = metric
             except UserError as error:
                 self._built[key] = error
-        if isinstance(self._built[key], UserError):
-            raise self._built[key]
-        return self._built[key]
+        if isinstance(metric := self._built[key], UserError):
+            raise metric
+        return metric
 
 
 def fid_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -82,13 +82,13 @@ def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Gro
     used = {reference.path: reference for reference in references.values() if reference is not None}
     more = [run for run in runs if run.is_ar and run.path not in used]  # e.g. AR with another seed: a negative control
     references |= {run.path: quality_reference(run, used.values()) for run in more}
-    tested = [run for run in more + others if references[run.path] is not None]
+    tested = [(run, ar) for run in more + others if (ar := references[run.path]) is not None]
     unmatched = [run.label for run in others if references[run.path] is None]
     if unmatched:
         found.skipped.append(f"{', '.join(unmatched)}: no AR run with the same weights shares two prompts.")
     distances = DistanceGaps(metric)
-    for run in tested:
-        found.against_ar.append(_against_ar(run, references[run.path], len(tested), distances))
+    for run, ar in tested:
+        found.against_ar.append(_against_ar(run, ar, len(tested), distances))
     for first, second in combinations(others, 2):
         if first.adapter == second.adapter and not same_weights(first, second):
             found.skipped.append(f"{second.label} − {first.label}: the model weights differ.")
@@ -239,7 +239,8 @@ def stage(cfg: DictConfig) -> Path:
         raise UserError(
             "stage=compare takes either two runs, run_dir=FOLDER against=FOLDER, or all runs of runs_dir=FOLDER."
         )
-    settings = fid_settings(OmegaConf.to_container(cfg, resolve=True))
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = fid_settings(config)
     out = Path(cfg.runs_dir) / "tables"
     if cfg.run_dir is not None:
         first, second = RunFolder.open(cfg.run_dir).path, RunFolder.open(cfg.against).path

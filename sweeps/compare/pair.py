@@ -93,8 +93,10 @@ def compare_two(first: Run, second: Run, metric: Mapping[str, Any] | None = None
 
 def _settings(first: Run, second: Run) -> dict[str, tuple[str, str]]:
     """Return the settings that decide tokens and differ; weights by digest, not by path."""
-    sides = ({key: value for key, value in run.identity.items() if key != "id"} for run in (first, second))
-    return _unequal(*({key: str(value) for key, value in flatten_settings(side).items()} for side in sides), "")
+    a, b = (
+        flatten_settings({key: value for key, value in run.identity.items() if key != "id"}) for run in (first, second)
+    )
+    return _unequal({key: str(value) for key, value in a.items()}, {key: str(value) for key, value in b.items()}, "")
 
 
 def _where(run: Run) -> dict[str, list[str]]:

@@ -48,7 +48,7 @@ def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None) 
 def _paper(sweep: Path) -> str | None:
     """Return the `paper=` that the sweep was started with."""
     command = sweep / "multirun.yaml"
-    return OmegaConf.load(command).get("paper") if command.is_file() else None
+    return OmegaConf.select(OmegaConf.load(command), "paper") if command.is_file() else None
 
 
 class Tables(Callback):

@@ -24,6 +24,7 @@ PACES = (0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100)
 INK, SOFT, LINE, PAPER, BLANK = "#1d1f24", "#6b7078", "#d9d6cf", "#ffffff", "#e9e6df"
 GOOD, LOSSY = "#0b7a5e", "#b4541a"
 WINDOW = "#f3d596"
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ def _film(race: Race, lanes: list[Lane], key: Id, size: _Size, frames: int) -> b
 def _palette(last: Image.Image) -> Image.Image:
     """Return a palette: the film's own colours exactly, the others from the last frame, which has all images."""
     own = [ImageColor.getrgb(name) for name in (INK, SOFT, LINE, PAPER, BLANK, GOOD, LOSSY, WINDOW)]
-    found = last.quantize(256 - len(own), method=Image.Quantize.MEDIANCUT).getpalette()[: 3 * (256 - len(own))]
+    others = last.quantize(256 - len(own), method=Image.Quantize.MEDIANCUT).getpalette() or []
     palette = Image.new("P", (1, 1))
-    palette.putpalette([value for colour in own for value in colour] + found)
+    palette.putpalette([value for colour in own for value in colour] + others[: 3 * (256 - len(own))])
     return palette
 
 
@@ -168,7 +169,7 @@ def _partial(race: Race, lane: Lane, heat: Heat, shown: Image.Image, cells: int,
     return so_far
 
 
-def _cut(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont) -> str:
+def _cut(pen: ImageDraw.ImageDraw, text: str, width: int, font: Font) -> str:
     if pen.textlength(text, font=font) <= width:
         return text
     while text and pen.textlength(text + "...", font=font) > width:
@@ -176,5 +177,5 @@ def _cut(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageF
     return text + "..."
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)

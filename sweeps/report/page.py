@@ -43,6 +43,7 @@ from sweeps.tables.table import csv_row, difference_table, failed_row, published
 
 LIMIT = 12_000_000  # bytes of the page
 SIDES = (320, 224, 160, 112)  # pixels of an image; the first that keeps the page below LIMIT
+LATENCY = "latency of an image, median (s)"
 SHOWN = 4  # images per decoder in the suggested command for a race
 
 
@@ -148,12 +149,10 @@ def tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         found.append(
             (f"{best.compression:.2f}", "tokens per pass of the model, the most of any lossless decoder here", best)
         )
-    timed = [row for row in fair if row.speedup is not None]
-    if timed:
-        best = max(timed, key=lambda row: row.speedup)
-        found.append(
-            (f"{best.speedup:.2f}×", "the speed of AR, by the fastest lossless decoder on this hardware", best)
-        )
+    speedups = [(row.speedup, row) for row in fair if row.speedup is not None]
+    if speedups:
+        speedup, best = max(speedups, key=lambda pair: pair[0])
+        found.append((f"{speedup:.2f}×", "the speed of AR, by the fastest lossless decoder on this hardware", best))
     images = sum(row.n for row in rows)
     whole = [(f"{images:,}", f"image{'s' * (images != 1)} in {len(rows)} run{'s' * (len(rows) != 1)}", "")]
     return [(value, what, row.run.label) for value, what, row in found] + whole
@@ -173,25 +172,26 @@ def _race(section: Section) -> None:
 
 def _quality(section: Section) -> None:
     """Plot every comparable score against latency, or against passes if fewer than two runs have times."""
-    timed = [row for row in section.rows if row.latency_s is not None]
-    rows, cost = (timed, "latency of an image, median (s)") if len(timed) > 1 else (section.rows, "passes per image")
+    costs, title = {row.run.label: row.latency_s for row in section.rows if row.latency_s is not None}, LATENCY
+    timed = len(costs) > 1
+    if not timed:
+        costs, title = {row.run.label: row.passes for row in section.rows}, "passes per image"
     place = {row.run.label: index for index, row in enumerate(section.rows)}
-    spent = {row.run.label: row.latency_s if rows is timed else row.passes for row in rows}
-    panels = quality_panels(rows)
+    panels = quality_panels([row for row in section.rows if row.run.label in costs])
     for name, (points, lower) in panels.items():
         dots = {
-            p.label: Dot(p.label, spent[p.label], p.quality, place[p.label], not p.lossless, p.error) for p in points
+            p.label: Dot(p.label, costs[p.label], p.quality, place[p.label], not p.lossless, p.error) for p in points
         }
         best = []
-        if lower is not None and rows is timed:
+        if lower is not None and timed:
             best = [dots[point.label] for point in pareto_front(points, lower_is_better=lower)]
         arrow = {True: " (lower is better)", False: " (higher is better)", None: ""}[lower]
         section.quality.append(
-            scatter(list(dots.values()), cost, name + arrow, front=best, level=0.0 if lower is None else None)
+            scatter(list(dots.values()), title, name + arrow, front=best, level=0.0 if lower is None else None)
         )
     if LIKELIHOOD in panels:
         section.quality_note = "A lossless decoder's interval should include zero; neither side of zero is better."
-    elif panels and rows is timed:
+    elif panels and timed:
         section.quality_note = "The line joins the Pareto-optimal runs."
 
 
@@ -220,9 +220,9 @@ def _images(section: Section) -> None:
 
 
 def _maps(section: Section) -> None:
-    maps, layout = waiting_maps(section.rows)
-    if not maps:
+    if (found := waiting_maps(section.rows)) is None:
         return
+    maps, layout = found
     place = {row.run.label: index for index, row in enumerate(section.rows)}
     free = np.asarray(layout.free)
     section.maps_top = max(max(float(values[free].max()) for values in maps.values()), 0.01)
@@ -256,11 +256,11 @@ def _fitting(
     sections: Sequence[Section], failed: Sequence[tuple[str, str]], papers: Sequence[tuple[str, Grid]]
 ) -> tuple[str, int]:
     """Render the page with images as large as LIMIT allows; return the text and the images' side."""
-    for side in SIDES:
+    for side in SIDES[:-1]:
         text = render_page(sections, failed, papers, side)
         if len(text.encode()) <= LIMIT:
-            break
-    return text, side
+            return text, side
+    return render_page(sections, failed, papers, SIDES[-1]), SIDES[-1]
 
 
 def render_page(

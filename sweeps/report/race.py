@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from evaluation.run_folder import Id
 from sweeps.report.encode import image_uri
@@ -81,19 +80,12 @@ def make_race(runs: Sequence[Run]) -> Race | None:
         return None
     ids = _shared(list(traced.values()))
     fit = [(index, run) for index, run in chosen if set(ids) & set(traced[run.path])]
-    layout = layout_of(fit[0][1])
+    layout = fit[0][1].layout
     fit = [(index, run) for index, run in fit if next(iter(run.images.values())).tokens == layout.length]
     lanes = [_lane(index, run, [key for key in ids if key in traced[run.path]], layout) for index, run in fit[:LANES]]
     lanes = [lane for lane in lanes if lane.heats]
     ids = [key for key in ids if any(key in lane.heats for lane in lanes)]
     return Race(lanes, ids, layout.rows, layout.columns, _notes(lanes, ids, len(fit))) if lanes else None
-
-
-def layout_of(run: Run) -> TokenGrid:
-    """Return the layout of a run's tokens on the image."""
-    from sjd2.config import instantiate
-
-    return instantiate(OmegaConf.create(run.config["model"])).layout
 
 
 def _shared(traced: Sequence[Sequence[Id]]) -> list[Id]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from evaluation.run_folder import Id
+from sjd2.config import instantiate
 from sjd2.errors import UserError
 from sweeps.runs import Run
 from sweeps.tables.plots import COLUMNS_MAX, Point, acceptance_histogram, acceptance_maps, comparison_grid, pareto
@@ -74,13 +75,11 @@ def quality_panels(rows: Sequence[Row]) -> dict[str, tuple[list[Point], bool | N
         }
         if len(fit) > 1 and len(alike) == 1 and len(panels) < PANELS:
             panels[name] = [_point(row, row.metrics[key], row.metrics.get(spread or "")) for row in fit], lower
-    gaps = [row for row in rows if row.nll_difference]
+    gaps = [(row, gap) for row in rows if (gap := row.nll_difference) is not None]
     if panels or not gaps:
         return panels
     points = [_point(row, 0.0, None) for row in rows if row.run.is_ar]
-    for row in gaps:
-        difference = row.nll_difference
-        points.append(_point(row, difference.mean, (difference.high - difference.low) / 2))
+    points += [_point(row, gap.mean, (gap.high - gap.low) / 2) for row, gap in gaps]
     return {LIKELIHOOD: (points, None)}
 
 
@@ -100,7 +99,8 @@ def _pareto(rows: Sequence[Row], path: Path, title: str) -> str:
 
 
 def _point(row: Row, quality: float, error: float | None) -> Point:
-    return Point(row.run.label, row.latency_s, quality, row.run.lossless, error)
+    latency_s = math.nan if row.latency_s is None else row.latency_s  # a page then plots against passes
+    return Point(row.run.label, latency_s, quality, row.run.lossless, error)
 
 
 def _grid(rows: Sequence[Row], path: Path, title: str) -> str:
@@ -133,34 +133,33 @@ def same_seeds(runs: Sequence[Run]) -> tuple[list[Run], list[Id]]:
     return alike, sorted(common, key=lambda key: (key[1], key[0]))
 
 
-def waiting_maps(rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], TokenGrid | None]:
-    """Return {label: mean passes that each position was a draft token [N]} of the runs that draft, and their layout."""
+def waiting_maps(rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], TokenGrid] | None:
+    """Return {label: mean passes that each position was a draft token [N]} of the runs that draft, and their layout.
+
+    None if no run drafts.
+    """
     drafting = [row.run for row in rows if row.run.identity["decoder"].get("window", 1) > 1]
     if not drafting:
-        return {}, None
-    from sjd2.config import instantiate
-
-    layout = instantiate(OmegaConf.create(drafting[0].config["model"])).layout
-    drafting = [run for run in drafting if next(iter(run.images.values())).tokens == layout.length]
-    return {run.label: mean_waiting(run) for run in drafting}, layout
+        return None
+    layout = drafting[0].layout
+    maps = {r.label: mean_waiting(r) for r in drafting if next(iter(r.images.values())).tokens == layout.length}
+    return (maps, layout) if maps else None
 
 
 def _maps(rows: Sequence[Row], path: Path, title: str) -> str:
-    maps, layout = waiting_maps(rows)
-    if not maps:
+    if (found := waiting_maps(rows)) is None:
         return ""
+    maps, layout = found
     acceptance_maps(maps, layout.rows, layout.columns, path, free=np.asarray(layout.free))
     return "Passes that each image position was a draft token before it was committed, mean over images; none with AR"
 
 
 def num_drafted(run: Run) -> int:
     """Return how many positions after the committed tokens a pass drafts: window - 1 for a chain, fewer for a tree."""
-    from sjd2.config import instantiate
-
-    decoder = run.config["decoder"]
+    decoder = run.folder.config["decoder"]
     if "_target_" not in decoder:
         return int(decoder["window"]) - 1
-    return instantiate(OmegaConf.create(decoder)).ahead
+    return instantiate(decoder).ahead
 
 
 def mean_waiting(run: Run) -> np.ndarray:

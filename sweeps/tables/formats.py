@@ -43,7 +43,7 @@ class Table:
 
     title: str
     header: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     notes: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     plots: list[tuple[str, str]] = field(default_factory=list)  # (caption, file name)

@@ -133,7 +133,7 @@ def _stand_ins(runs: Sequence[Run]) -> list[str | None]:
     """Return None for the paper's own models, and the name of each other model among the runs."""
     others = {run.config["model"]["name"] for run in runs} - set(MODELS.values())
     own = any(run.config["model"]["name"] in MODELS.values() for run in runs)
-    return ([None] if own or not others else []) + sorted(others)
+    return [*([None] if own or not others else []), *sorted(others)]
 
 
 def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand_in: str | None) -> Table:

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,9 +33,7 @@ class Point:
     error: float | None = None  # half the length of the error bar
 
 
-def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **settings: object
-) -> tuple[Figure, np.ndarray]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, np.ndarray]:
     """Return a figure with a [rows, columns] array of axes, made without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -116,15 +114,14 @@ def acceptance_maps(
     down = -(-len(names) // across)
     figure, axes = _figure(2.6 * across + 1, 2.6 * down + 0.4, down, across)
     top = max(float(np.max(maps[name])) for name in names)
-    image = None
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
         values = np.asarray(maps[name], dtype=float)
         values = values if free is None else values[free]
-        image = axis.imshow(values.reshape(rows, columns), vmin=0, vmax=max(top, 0.01), cmap="viridis")
+        axis.imshow(values.reshape(rows, columns), vmin=0, vmax=max(top, 0.01), cmap="viridis")
         axis.set_title(f"{name}\nmean {values.mean():.2f}", fontsize="small")
-    figure.colorbar(image, ax=axes, label="passes waited in the window", shrink=0.8)
+    figure.colorbar(axes[0, 0].images[0], ax=axes, label="passes waited in the window", shrink=0.8)
     return _save(figure, path)
 
 

@@ -179,10 +179,12 @@ class Search:
             runs = self.in_turns(cfgs, self.tune.finals)
             values: dict[int, float] = {}
             for trial, cfg, run in zip(group, cfgs, runs, strict=True):
-                rejected = run if isinstance(run, str) else self._rejection(cfg, captions)
-                if not rejected:
+                if isinstance(run, str):
+                    result = run
+                elif not (result := self._rejection(cfg, captions)):
                     values[trial.number] = run.metrics[OBJECTIVES[self.tune.objective]]
-                say(f"  {trial_line(trial, self.tune)}; finals: {rejected or format(values[trial.number], '.4g')}")
+                    result = f"{values[trial.number]:.4g}"
+                say(f"  {trial_line(trial, self.tune)}; finals: {result}")
             if values:
                 return study.trials[min(values, key=values.__getitem__)]
         raise UserError(
