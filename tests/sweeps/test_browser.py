@@ -111,17 +111,17 @@ def test_the_race_obeys_the_keys(page: Browser) -> None:
     page.run("(async () => { while (clock() < 0.3) await wait(20); })()")
     page.press(" ")
     assert page.run("find('.play').textContent") == "Play"
-    at, picture = page.run("clock()"), page.run("pixels()")
+    at, pixels = page.run("clock()"), page.run("pixels()")
     page.run("wait(300)")
     assert page.run("clock()") == at
-    assert page.run("pixels()") == picture
+    assert page.run("pixels()") == pixels
     for _ in range(5):
         page.press("ArrowRight")
     assert page.run("clock()") == pytest.approx(at + 5 * 4.5 / 50, abs=0.02)
-    assert page.run("pixels()") != picture
+    assert page.run("pixels()") != pixels
     for _ in range(5):
         page.press("ArrowLeft")
-    assert page.run("pixels()") == picture
+    assert page.run("pixels()") == pixels
     page.press("+")
     assert page.run("find('.rate-text').textContent") == "1.3×"
     page.press("r")

@@ -1,4 +1,4 @@
-"""Multiruns: jobs that fail or die are rows, the table comes in every case, and the same command goes on."""
+"""Multiruns: jobs that fail or die are rows, the table comes in every case, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_launcher_that_gives_up_still_leaves_a_table(cli: Cli, monkeypatch: py
         return launcher
 
     monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate)
-    monkeypatch.setattr(jobs, "alive", lambda pid: asked.append(pid) or len(asked) < 3)  # it goes on for a moment
+    monkeypatch.setattr(jobs, "alive", lambda pid: asked.append(pid) or len(asked) < 3)  # it runs on for a moment
     assert cli("-m", "decoder=ar,sjd", "limit=2", "baseline=null") == 1
     assert len(asked) >= 3
     assert "the launcher gave up (A worker process was unexpectedly terminated by the system)" in cli.err
@@ -250,7 +250,7 @@ def test_exit_codes_of_children(work: Callable[[], None], code: int, capfd: pyte
 
 def test_signals_are_handed_on(tmp_path: Path) -> None:
     def work() -> None:
-        signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "told").touch() or sys.exit(7))
+        signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "received").touch() or sys.exit(7))
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(30)
 
@@ -258,7 +258,7 @@ def test_signals_are_handed_on(tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as end:
         child.in_child(work)
     assert end.value.code == 128 + signal.SIGTERM
-    assert (tmp_path / "told").exists()
+    assert (tmp_path / "received").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -301,7 +301,7 @@ def test_reasons_from_slurm(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     (tmp_path / "3").mkdir()
-    told = {
+    written = {
         "status": "running",
         "reason": None,
         "overrides": ["decoder=ar"],
@@ -309,11 +309,11 @@ def test_reasons_from_slurm(
         "host": "elsewhere",
         "slurm": "7",
     }
-    (tmp_path / "3" / "status.json").write_text(json.dumps(told))
+    (tmp_path / "3" / "status.json").write_text(json.dumps(written))
     (found,) = jobs.statuses(tmp_path)
     assert found["reason"].startswith(reason)
     # one that a signal stopped runs on if Slurm has it again, and else keeps its own words
-    (tmp_path / "3" / "status.json").write_text(json.dumps(told | {"status": "stopped", "reason": "was stopped."}))
+    (tmp_path / "3" / "status.json").write_text(json.dumps(written | {"status": "stopped", "reason": "was stopped."}))
     (found,) = jobs.statuses(tmp_path)
     again = "is still running" in reason
     assert found["status"] == ("running" if again else "stopped")

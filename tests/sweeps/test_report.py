@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing beside it, whose numbers are those of table.csv, and the traces behind its race."""
+"""The report: one page that needs nothing beside it, whose numbers are those of table.csv, and the traces of its race."""
 
 from __future__ import annotations
 

@@ -27,13 +27,13 @@ from tests.helpers.table_runs import CPU, ar, cells, make, table
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures out of tests about numbers."""
-    if "with_pictures" not in request.fixturenames:
+    """Draw no plots in tests about numbers."""
+    if "with_plots" not in request.fixturenames:
         monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
 
 
 @pytest.fixture
-def with_pictures() -> None:
+def with_plots() -> None:
     """Let this test draw."""
 
 
@@ -181,14 +181,14 @@ def test_accepted_counts_leave_the_prefill_out(tmp_path: Path) -> None:
     assert figures.accepted_counts(read_run(make(tmp_path, "sjd", n=2))) == {3: 2, 4: 2, 8: 2}
 
 
-@pytest.mark.usefixtures("with_pictures")
-def test_pictures_are_drawn_and_earlier_ones_do_not_stay(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("with_plots")
+def test_plots_are_drawn_and_earlier_ones_are_removed(tmp_path: Path) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out"
     known = {"fid": 2.0, "fid_extractor": "net a", "kid": 0.1, "kid_std": 0.02}
     text, _ = table(tmp_path, ar(runs, metrics=known), make(runs, "sjd", metrics=known | {"fid": 3.0}))
     for name in ("pareto", "grid", "acceptance", "accepted"):
-        with Image.open(out / f"{name}.png") as picture:
-            assert len(picture.convert("RGB").getcolors(10**7)) > 10
+        with Image.open(out / f"{name}.png") as plot:
+            assert len(plot.convert("RGB").getcolors(10**7)) > 10
         assert f"({name}.png)" in text
     text, _ = table(tmp_path, ar(runs))  # nothing to compare any more
     assert {path.name for path in out.glob("*.png")} == {"grid.png"}
@@ -209,8 +209,8 @@ def test_the_pareto_plot_mixes_neither_networks_nor_n(tmp_path: Path, monkeypatc
     assert [list(panels) for panels in drawn] == [[figures.LIKELIHOOD]] * 2 + [["FID"]]
 
 
-def test_acceptance_counts_the_passes_a_guess_waited(tmp_path: Path) -> None:
-    # window 9 holds 8 guesses: after the prefill 1..8, of which 1..3 commit; then 4..11, of which 4..7; then 8..15
+def test_acceptance_counts_the_passes_that_a_draft_token_waited(tmp_path: Path) -> None:
+    # window 9 has 8 draft tokens: after the prefill 1..8, of which 1..3 commit; then 4..11, of which 4..7; then 8..15
     waited = figures.mean_waiting(read_run(make(tmp_path, "sjd", n=2)))
     assert waited.tolist() == [0] * 4 + [1] * 4 + [2] + [1] * 3 + [0] * 4
 

@@ -14,8 +14,8 @@ from tests.helpers.table_runs import TOKENS, ar, cells, make, table
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures out of tests about numbers."""
-    if "with_pictures" not in request.fixturenames:
+    """Draw no plots in tests about numbers."""
+    if "with_plots" not in request.fixturenames:
         monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
 
 
@@ -121,7 +121,7 @@ def test_what_does_not_compare_stands_in_two_tables(tmp_path: Path, change: dict
     assert "no speed-up for sjd: no AR baseline found." in text
 
 
-def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+def test_a_busy_machine_is_reported(tmp_path: Path) -> None:
     quiet, busy = ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd", n=8)
     for path, share in ((quiet, 0.99), (busy, 0.52)):
         RunFolder(path).close_launch(0, {"cpu_share": share})

@@ -15,8 +15,8 @@ from tests.helpers.table_runs import CPU, TOKENS, ar, cells, make, table
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the pictures out of tests about numbers."""
-    if "with_pictures" not in request.fixturenames:
+    """Draw no plots in tests about numbers."""
+    if "with_plots" not in request.fixturenames:
         monkeypatch.setattr(figures, "draw_plots", lambda *_args, **_settings: figures.Plots())
 
 
@@ -147,6 +147,6 @@ def test_labels_name_parts_that_are_not_the_decoders_own(tmp_path: Path) -> None
     assert [row["label"] for row in rows] == labels
 
 
-def test_twins_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_label_are_told_apart(tmp_path: Path) -> None:
     _, rows = table(tmp_path, make(tmp_path / "a", "sjd"), make(tmp_path / "b", "sjd"))
     assert len(rows) == 2

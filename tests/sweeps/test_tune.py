@@ -90,7 +90,7 @@ def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
     assert spaces.suggest(again.ask(), settings.space) == chosen
     with pytest.raises(UserError, match="other settings"):
         studies.open_study(tmp_path, spaces.Tune(name="x", space={"a": {"low": 0, "high": 8}}))
-    with pytest.raises(UserError, match="other settings"):  # another model, decoder, law or prompt list
+    with pytest.raises(UserError, match="other settings"):  # another model, decoder, sampling or prompt list
         studies.open_study(tmp_path, settings, ("other run",))
 
 
@@ -124,7 +124,7 @@ def test_a_search_from_start_to_decoder(cli: Cli) -> None:
     made = {path: path.stat().st_mtime_ns for path in out.rglob("images/*.png")}
     assert cli(*SMALL, "tune.trials=4") == 0  # nothing is made twice
     assert {path: path.stat().st_mtime_ns for path in out.rglob("images/*.png")} == made
-    assert cli(*SMALL, "tune.trials=5") == 0  # and a longer search goes on
+    assert cli(*SMALL, "tune.trials=5") == 0  # and a longer search resumes
     assert [row["decoder.window"] for row in csv.DictReader((out / "trials.csv").open())][:4] == [
         row["decoder.window"] for row in rows
     ]
