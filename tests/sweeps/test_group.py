@@ -125,5 +125,5 @@ def test_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: 
     assert "| sjd |" in text
     assert "| scd |" not in text
     assert "published" in text
-    with pytest.raises(UserError, match="takes two runs"):
+    with pytest.raises(UserError, match="takes either two runs"):
         stage(cfg)

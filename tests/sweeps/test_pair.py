@@ -121,7 +121,7 @@ def test_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert (out / "two.md").is_file()
     assert "passes per image" in capsys.readouterr().out
     for lonely in ({"run_dir": None}, {"against": None}):
-        with pytest.raises(UserError, match="takes two runs"):
+        with pytest.raises(UserError, match="takes either two runs"):
             stage(OmegaConf.merge(cfg, lonely))
     with pytest.raises(UserError, match="are one folder"):
         stage(OmegaConf.merge(cfg, {"against": cfg.run_dir}))
