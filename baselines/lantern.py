@@ -1,4 +1,4 @@
-"""LANTERN and LANTERN++: a draft counts as accepted for the codes that look like it, so it is accepted more often; lossy.
+"""LANTERN and LANTERN++: a draft token may borrow the mass of codes that look like it, so it is accepted more often; lossy.
 
 # V image vocabulary, C width of a code vector, K neighbours of a code, itself included
 """
@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,17 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sjd2.decoding.verify import TINY_MASS
+from sjd2.decoding.interfaces import Verifier
+from sjd2.decoding.sampling import TINY_MASS
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
+from sjd2.models.spec import ModelSpec
 
 BLOCK = 512  # codes whose distances to all others are in memory at once
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Relaxed:
-    """Lend a draft the mass of its nearest codes (LANTERN, arXiv 2410.03355; LANTERN++, arXiv 2502.06352).
+@dataclass(frozen=True, kw_only=True)
+class Relaxed(Verifier):
+    """Lend a draft token the mass of its nearest codes (LANTERN, arXiv 2410.03355; LANTERN++, arXiv 2502.06352).
 
     neighbours: K, the code itself counted; 1 is exact verification. Exactly one budget: delta bounds the mass S(x) that the
     other codes of A(x) lend (LANTERN), lam bounds it by (lam - 1) p(x) (LANTERN++). A(x): x and the longest prefix of its
@@ -46,9 +48,6 @@ class Relaxed:
     normalise: bool = False
     cache: str | None = None
     exact: ClassVar[bool] = False
-    # [V, K-1] int32: the other codes, nearest first
-    table: Tensor | None = field(default=None, init=False, repr=False)
-    key: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         name = "decoder.verifier"
@@ -64,45 +63,53 @@ class Relaxed:
         if self.lam is not None and not 1 <= self.lam < float("inf"):
             raise UserError(f"{name}.lam must be a number from 1 (exact) up, got {self.lam}.")
 
-    def check(self, spec: object, window: int) -> None:
+    def check(self, spec: ModelSpec, window: int) -> None:
         """Raise `UserError` if the model has fewer codes than a code is to have neighbours."""
         _check_size(self.neighbours, spec.layout.vocabulary)
 
-    def prepare(self, model: ImageModel) -> None:
-        """Get the neighbour table of the model's codebook, once per codebook."""
-        codebook = model.codebook.detach().float().cpu().contiguous()
-        _check_size(self.neighbours, len(codebook))
-        key = _digest(codebook, self.neighbours, self.normalise)
-        if key != self.key:
-            folder = cache_folder() if self.cache is None else Path(self.cache).expanduser()
-            self.table = neighbour_table(codebook, self.neighbours, self.normalise, folder / f"{key}.npy")
-            self.key = key
-        self.table = self.table.to(model.device)
+    def bind(self, model: ImageModel, window: int) -> RelaxedVerifier:
+        return RelaxedVerifier(self, model)
 
-    def chance(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
-        """Return min(1, (p(x) + S(x)) / q(x)) of each draft x; q None is one-hot: p, q [..., V], token [...] -> [...]."""
+
+class RelaxedVerifier(Verifier):
+    """`Relaxed` on a model, with the neighbours of its codes."""
+
+    exact = False
+
+    def __init__(self, settings: Relaxed, model: ImageModel) -> None:
+        self.settings = settings
+        codebook = model.codebook.detach().float().cpu().contiguous()
+        _check_size(settings.neighbours, len(codebook))
+        key = _digest(codebook, settings.neighbours, settings.normalise)
+        folder = cache_folder() if settings.cache is None else Path(settings.cache).expanduser()
+        table = neighbour_table(codebook, settings.neighbours, settings.normalise, folder / f"{key}.npy")
+        self.table = table.to(model.device)  # [V, K-1] int32: the other codes, nearest first
+
+    def accept_prob(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+        """Return min(1, (p(x) + S(x)) / q(x)) of each draft token x; q None is one-hot: p, q [..., V], token [...] -> [...]."""
         mass = self._lend(p, token)[2]
         if q is None:
             return mass.clamp(max=1)
         q = q.gather(-1, token[..., None])[..., 0]
-        # q = 0: no draw from q (rule=paper), as in Exact
+        # q = 0: no draw from q (rule=paper), as in `sampling.accept_prob`
         return torch.where(q > 0, mass / q, (mass > 0).to(mass)).clamp(max=1)
 
-    def rest(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+    def residual(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
         """Return max(0, p'(.|x) - q), unnormalised: [..., V]."""
         near, kept, mass = self._lend(p, token)
-        # a one-hot law takes all that x may have
+        # a one-hot distribution takes all that x may have
         own = torch.zeros_like(mass) if q is None else mass
-        rest = p.scatter(-1, near, kept).scatter_(-1, token[..., None], own[..., None])
+        left = p.scatter(-1, near, kept).scatter_(-1, token[..., None], own[..., None])
         if q is not None:
-            rest = rest.sub_(q).clamp_(min=0)
-        return torch.where(rest.sum(-1, keepdim=True) > TINY_MASS, rest, p)
+            left = left.sub_(q).clamp_(min=0)
+        return torch.where(left.sum(-1, keepdim=True) > TINY_MASS, left, p)
 
     def _lend(self, p: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the neighbours [..., K-1], the mass each keeps (0 within A) and p'(x|x) = p(x) + S(x) [...]."""
         near = self.table[token].long()
         mass, own = p.gather(-1, near), p.gather(-1, token[..., None])
-        budget = self.delta if self.lam is None else (self.lam - 1) * own
+        delta, lam = self.settings.delta, self.settings.lam
+        budget = delta if lam is None else (lam - 1) * own
         # lent[j]: mass of the j nearest; the empty prefix is always within the budget
         lent = torch.nn.functional.pad(mass.cumsum(-1), (1, 0))
         inside = lent <= budget

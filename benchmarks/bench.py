@@ -21,13 +21,14 @@ from harness.console import say
 from harness.plan import make_plan
 from harness.provenance import start_entry
 from harness.sample import synchronize
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.engine import Engine
+from sjd2.decoding.generate import generate, start_engine, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.refine import Coupled
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
-from sjd2.decoding.window import Decoding
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
 
@@ -105,13 +106,13 @@ def pass_times(
             }
 
 
-def _start(model: Any, decoder: Decoder, prompts: list[str], sampling: SamplingParams) -> Decoding:
+def _start(model: Any, decoder: Decoder, prompts: list[str], sampling: SamplingParams) -> Engine:
     condition = model.encode(prompts)
-    decoding = decoder.start(model, len(prompts), condition.embeds.shape[1], sampling)
+    engine = start_engine(model, decoder, len(prompts), condition.embeds.shape[1], sampling)
     spent = model.seconds
-    decoding.admit(list(range(len(prompts))), condition, list(range(1, len(prompts) + 1)))
+    engine.admit(list(range(len(prompts))), condition, list(range(1, len(prompts) + 1)))
     model.seconds = spent  # a prefill is not a pass of the window
-    return decoding
+    return engine
 
 
 def batch_rows(
@@ -158,7 +159,6 @@ def run(cfg: DictConfig) -> Path:
     if len(prompts) < max(BATCHES):
         raise UserError(f"stage=bench needs at least {max(BATCHES)} prompts, but the list has {len(prompts)}.")
     model = plan.spec.load(plan.device, plan.dtype)
-    plan.decoder.prepare(model)
     sampling = replace(plan.sampling, sampler="cdf")
     ar, scd = window_decoder(1), window_decoder(32)
     result: dict[str, Any] = start_entry(model.device, dtype=plan.dtype, model=plan.spec.name)

@@ -19,13 +19,15 @@ from benchmarks.roofline import Peaks, work
 from benchmarks.timing import Timing, graphed, time_call
 from harness.sample import synchronize
 from sjd2.decoding.cuda_graph import WARM, Graphs
-from sjd2.decoding.generate import Decoder
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.engine import Engine
+from sjd2.decoding.generate import start_engine
+from sjd2.decoding.interfaces import State
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.sampling import SamplingParams, draw, draw_gumbel
 from sjd2.decoding.verify import Exact, residual
-from sjd2.decoding.window import Decoding
 from sjd2.denoising.schedule import Schedule
 from sjd2.denoising.sjd2_decoder import sjd2
 from sjd2.models.adapter import Adapter, AdapterSettings
@@ -90,7 +92,7 @@ class Bench:
     # ---- whole decoder passes
 
     def decoders(self, batch: int) -> Iterator[Row]:
-        """Yield a row per training-free decoder: milliseconds of `Decoding.step`, eager and replayed, and of the prefill."""
+        """Yield a row per training-free decoder: milliseconds of `Engine.step`, eager and replayed, and of the prefill."""
         parts: dict[str, Any] = {"drafter": Jacobi(), "verifier": Exact()}
         for decoder in (
             Decoder(name="ar", window=1, lossless=True),
@@ -116,31 +118,32 @@ class Bench:
     def _steps(self, decoder: Decoder, batch: int) -> Row:
         condition = self.plan.condition(self.model, batch)
         wide = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-        row = self._loop(decoder.start(self.model, batch, wide, self.params), condition, "")
+        row = self._passes(start_engine(self.model, decoder, batch, wide, self.params), condition, "")
         if self.graphs:
             try:
-                loop = Graphs().start(self.model, decoder, batch, wide, self.params)
-                row |= self._loop(loop, condition, "graph_")
+                engine = Graphs().start(self.model, decoder, batch, wide, self.params)
+                row |= self._passes(engine, condition, "graph_")
             except RuntimeError as error:
                 row["graph_skipped"] = reason(error)
         return row
 
-    def _loop(self, loop: Decoding, condition: Condition, name: str) -> Row:
+    def _passes(self, engine: Engine, condition: Condition, name: str) -> Row:
         """Time passes, each from the middle of the image."""
         rows = list(range(len(condition)))
-        loop.admit(rows, condition, rows)
-        prompt = loop.cache.lengths.clone()
+        engine.admit(rows, condition, rows)
+        prompt = engine.cache.lengths.clone()
 
         @torch.inference_mode()
         def hold() -> None:
-            loop.state.committed.fill_(self.half)
-            loop.state.cached.fill_(self.half - 1)
-            loop.cache.lengths.copy_(prompt + self.half - 1)
-            loop.cache.bound = loop.prompt + self.half - 1
-            loop.history.clear()
+            engine.state.committed.fill_(self.half)
+            if isinstance(engine.state, State):  # the window's
+                engine.state.cached.fill_(self.half - 1)
+            engine.cache.lengths.copy_(prompt + self.half - 1)
+            engine.cache.bound = engine.prompt + self.half - 1
+            engine.history.clear()
 
-        found = time_call(self.device, loop.step, **(self.effort | {"warm": WARM + 2}), between=hold)
-        prefill = time_call(self.device, lambda: loop.admit(rows, condition, rows), warm=1, most=5, least=2)
+        found = time_call(self.device, engine.step, **(self.effort | {"warm": WARM + 2}), between=hold)
+        prefill = time_call(self.device, lambda: engine.admit(rows, condition, rows), warm=1, most=5, least=2)
         times = {f"{name}ms": found.ms, f"{name}n": found.n}
         return times if name else times | {"host_ms": found.host_ms, "prefill_ms": prefill.ms}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sjd2.decoding.generate import Decoder, generate
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import ImageModel

@@ -93,7 +93,7 @@ def make_run(
             return {}
         if made or not (plan.run.path / "acceptance.png").is_file():
             image_grid(plan.run, GRID)
-            acceptance_map(plan.run, plan.spec.layout, plan.decoder.ahead + 1)
+            acceptance_map(plan.run, plan.spec.layout, plan.decoder.lookahead + 1)
         figures = measure(plan.run, metrics, settings.evaluation)
     mirror(plan.run, figures, tracker)
     return figures

@@ -20,7 +20,7 @@ from harness.ranks import ALONE, Ranks
 from harness.settings import check_writable
 from harness.tracking import Tracker
 from sjd2.config import instantiate
-from sjd2.decoding.generate import Decoder
+from sjd2.decoding.decoder import Recipe
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError, unknown
 
@@ -36,7 +36,7 @@ class Plan:
     run: RunFolder
     identity: dict[str, Any]
     spec: Any  # the model without its weights: name, layout, check(), digest(), load(device, dtype)
-    decoder: Decoder
+    decoder: Recipe
     sampling: SamplingParams
     prompts: Prompts
     device: str

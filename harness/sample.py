@@ -22,7 +22,9 @@ from harness.ranks import ALONE, Ranks
 from harness.signals import Dropped, Stopping, listening
 from harness.tracking import Tracker
 from sjd2.decoding.cuda_graph import Graphs
-from sjd2.decoding.generate import Decoder, Sample, StepInfo, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.engine import Sample
+from sjd2.decoding.generate import StepInfo, generate, stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
@@ -312,7 +314,7 @@ class _Tracer:
     def __call__(self, step: StepInfo) -> None:
         committed = step.committed.tolist()
         self.passes.append((time.perf_counter() - self.began, committed))
-        self.details.append({key: values.tolist() for key, values in step.look().items()})
+        self.details.append({key: values.tolist() for key, values in step.peek().items()})
 
     def of(
         self, row: int, sampled: Sample, *, guesses: bool

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from sjd2.config import instantiate
-from sjd2.decoding.generate import Decoder, StepInfo
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import StepInfo
 from sjd2.decoding.generate import generate as run_decoder
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams

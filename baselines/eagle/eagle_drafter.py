@@ -1,6 +1,6 @@
-"""EAGLE drafting: a one-layer head guesses along a chain, a fixed tree (EAGLE-1) or one grown by confidence (EAGLE-2).
+"""EAGLE drafting: a one-layer head drafts along a chain, a fixed tree (EAGLE-1) or one grown by confidence (EAGLE-2).
 
-All guesses are drawn anew in each pass; the head sees the true states of everything committed.
+All draft tokens are drawn anew in each pass; the head sees the true states of everything committed.
 # B samples, R model rows, S slots of a pass, T nodes the head steps on, F families (children of a parent), V codes, D width
 """
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from baselines.eagle.head import SETTINGS, WEIGHTS, EagleHead, PairCache, read_settings
-from sjd2.decoding.interfaces import Draft, Drafter, Outcome, State
+from sjd2.decoding.interfaces import Draft, Drafter, PassResult, State
 from sjd2.decoding.noise import Purpose
-from sjd2.decoding.sampling import SamplingParams, draw_tokens
-from sjd2.decoding.shapes import Tree
-from sjd2.decoding.verify import take
+from sjd2.decoding.sampling import SamplingParams, without
+from sjd2.decoding.shapes import Tree, gather_slots
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
 from sjd2.models.hub import WeightSource, check_part, locate_part
+from sjd2.models.spec import ModelSpec
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Memory:
     count: Tensor | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Eagle(Drafter):
     """Draft with an EAGLE head (arXiv 2401.15077; dynamic trees arXiv 2406.16858).
 
     weights: folder or hub id of a head (stage=finetune finetune=eagle). shape: chain; static: `tree` lists its nodes as paths
     of child numbers, children drawn without replacement; dynamic: at each of `depth` depths the `top_k` best nodes by
     cumulative probability are expanded and the best window - 1 candidates are kept. Static draws and dynamic (deterministic)
-    candidates are both exact; sampled candidates chosen by their scores and verified as draws from the law would not be.
+    candidates are both exact; sampled candidates chosen by their scores and verified as draws from the head's distribution would not be.
     """
 
     weights: str | None = None
@@ -55,20 +55,20 @@ class Eagle(Drafter):
 
     def __post_init__(self) -> None:
         choose("decoder.drafter.shape", self.shape, ("chain", "static", "dynamic"))
-        self.tree = tuple(tuple(node) for node in self.tree)
+        object.__setattr__(self, "tree", tuple(tuple(node) for node in self.tree))  # yaml has lists
         if self.shape == "static":
-            self._parents()
+            self.parents()
         if self.depth < 1 or self.top_k < 1:
             raise UserError("decoder.drafter.depth and decoder.drafter.top_k must be 1 or more.")
 
-    def check(self, spec: object, window: int) -> None:
+    def check(self, spec: ModelSpec, window: int) -> None:
         """Raise `UserError` if there is no head, or the window is not that of the tree."""
         if self.weights is None:
             raise UserError(
                 f"an EAGLE drafter needs a head: make one with stage=finetune finetune=eagle model={spec.name} and give its "
                 "folder as decoder.drafter.weights=, or use the training-free decoder=scd."
             )
-        check_part(self._source(), read_settings)
+        check_part(self.source(), read_settings)
         if self.shape == "static" and window != len(self.tree) + 1:
             raise UserError(
                 f"decoder.drafter.tree has {len(self.tree)} nodes, so decoder.window must be {len(self.tree) + 1}, "
@@ -82,71 +82,22 @@ class Eagle(Drafter):
                 f"{window - 1}; take a smaller window or more of either."
             )
 
-    def _source(self) -> WeightSource:
+    def source(self) -> WeightSource:
+        """Return where the head lies."""
         return WeightSource(str(self.weights), "decoder.drafter.weights", required=(SETTINGS, WEIGHTS))
 
-    def carried(self, window: int) -> int:
+    def num_carried(self, window: int) -> int:
         return 1
 
-    def ahead(self, window: int) -> int:
+    def lookahead(self, window: int) -> int:
         static = max(map(len, self.tree), default=1)
         return {"chain": window - 1, "static": static, "dynamic": self.depth}[self.shape]
 
-    def forwards(self, window: int) -> int:
-        """Return one that takes in what was committed, and one for each depth behind the first."""
-        return self.ahead(window)
+    def num_forwards(self, window: int) -> int:
+        """Return one that takes in what was committed, and one for each depth after the first."""
+        return self.lookahead(window)
 
-    def prepare(self, model: ImageModel) -> None:
-        self.model, self.head = model, EagleHead.load(locate_part(self._source()), model)
-        self.shapes: dict[int, tuple[Tree, list[_Depth]]] = {}
-
-    def open(self, model: ImageModel, rows: int, capacity: int, sampling: SamplingParams) -> Memory:
-        rows *= 2 if sampling.guided else 1
-        width = self.head.fc.out_features
-        ahead = torch.zeros(rows, width, dtype=model.dtype, device=model.device)
-        cache = self.head.cache(rows, capacity + self.top_k * self.depth)
-        return Memory(cache, ahead, torch.zeros(rows, dtype=torch.bool, device=model.device))
-
-    def reserve(self, memory: Memory, capacity: int) -> None:
-        memory.cache.reserve(capacity + self.top_k * self.depth)
-
-    def admit(
-        self, memory: Memory, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor
-    ) -> None:
-        """Run the head over new prompts; an unconditional prompt may be one for all rows."""
-        count, place = len(rows), rows + branch * (len(memory.ahead) // 2)
-        embeds, hidden, lengths = (x.expand(count, *x.shape[1:]).clone() for x in (embeds, hidden, lengths))
-        memory.ahead[place] = self.head.prefill(memory.cache, place, embeds, hidden, lengths, token)
-        memory.entered[place] = True
-        if memory.count is not None:
-            memory.count[rows] = 0
-
-    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
-        """Take in what was committed, then guess depth by depth."""
-        memory = state.memory
-        ahead = memory.ahead
-        memory.cache.bound = state.bound  # the head has as many pairs as the model has tokens
-        if memory.count is not None:
-            ahead = self.head.extend(memory.cache, memory.tokens, memory.states, memory.count)
-            ahead = torch.where(memory.entered[:, None], memory.ahead, ahead)
-        memory.ahead, memory.count, memory.entered = ahead, None, torch.zeros_like(memory.entered)
-        grow = self._dynamic if self.shape == "dynamic" else self._static
-        return grow(draft, ahead, state.window, state)
-
-    def observe(self, outcome: Outcome, state: State) -> None:
-        """Keep the true states of the accepted path, which the head reads before it guesses again."""
-        memory = state.memory
-        branches = len(outcome.hidden) // len(outcome.moved)
-        where = (state.committed - outcome.moved)[:, None] + torch.arange(
-            outcome.path.shape[1], device=outcome.path.device
-        )
-        memory.tokens = state.tokens.gather(1, where.clamp(max=state.tokens.shape[1] - 1))
-        memory.states = take(outcome.hidden, outcome.path.repeat(branches, 1))
-        memory.count = outcome.moved.clone()
-
-    # ---- fixed shapes
-
-    def _parents(self) -> list[int]:
+    def parents(self) -> list[int]:
         """Return the parent slot of each slot of the static tree; raises `UserError` if a node has none."""
         if () in self.tree or len(set(self.tree)) < len(self.tree):
             raise UserError(
@@ -166,62 +117,107 @@ class Eagle(Drafter):
             )
         return [0] + [number[node[:-1]] for node in list(number)[1:]]
 
-    def _built(self, window: int) -> tuple[Tree, list[_Depth]]:
-        if window not in self.shapes:
-            parents = list(range(-1, window - 1)) if self.shape == "chain" else self._parents()
-            parents[0] = 0
-            tree = Tree.static(parents, chain=1, device=self.model.device)
-            self.shapes[window] = tree, _depths(parents, tree)
-        return self.shapes[window]
+    def bind(self, model: ImageModel, window: int) -> EagleDrafter:
+        return EagleDrafter(self, model, window)
 
-    def _static(self, draft: Draft, ahead: Tensor, window: int, state: State) -> Draft:
-        """Draw children without replacement from the head's law at each parent and record the renormalised laws."""
-        tree, depths = self._built(window)
-        rows = len(draft.tokens)
-        tokens = draft.tokens.new_zeros(rows, window)
-        tokens[:, 0] = draft.tokens[:, 0]
-        probs = torch.zeros(
-            rows, window - 1, self.model.layout.vocabulary, dtype=state.noise.dtype, device=tokens.device
-        )
+
+class EagleDrafter(Drafter):
+    """`Eagle` on a model: the head, and the tree where it is fixed."""
+
+    def __init__(self, settings: Eagle, model: ImageModel, window: int) -> None:
+        self.settings, self.model = settings, model
+        self.head = EagleHead.load(locate_part(settings.source()), model)
+        if settings.shape != "dynamic":
+            parents = [0, *range(window - 1)] if settings.shape == "chain" else settings.parents()
+            self.tree = Tree.static(parents, chain=1, device=model.device)
+            self.depths = _depths(parents, self.tree)
+
+    def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> Memory:
+        rows *= 2 if sampling.guided else 1
+        device = self.model.device
+        ahead = torch.zeros(rows, self.head.fc.out_features, dtype=self.model.dtype, device=device)
+        cache = self.head.cache(rows, capacity + self.settings.top_k * self.settings.depth)
+        return Memory(cache, ahead, torch.zeros(rows, dtype=torch.bool, device=device))
+
+    def grow(self, memory: Memory, capacity: int) -> None:
+        memory.cache.reserve(capacity + self.settings.top_k * self.settings.depth)
+
+    def admit(
+        self, memory: Memory, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor
+    ) -> None:
+        """Run the head over new prompts; an unconditional prompt may be one for all rows."""
+        count, place = len(rows), rows + branch * (len(memory.ahead) // 2)
+        embeds, hidden, lengths = (x.expand(count, *x.shape[1:]).clone() for x in (embeds, hidden, lengths))
+        memory.ahead[place] = self.head.prefill(memory.cache, place, embeds, hidden, lengths, token)
+        memory.entered[place] = True
+        if memory.count is not None:
+            memory.count[rows] = 0
+
+    def propose(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
+        """Take in what was committed, then draft depth by depth."""
+        memory = state.memory
+        ahead = memory.ahead
+        memory.cache.bound = state.bound  # the head has as many pairs as the model has tokens
+        if memory.count is not None:
+            ahead = self.head.extend(memory.cache, memory.tokens, memory.states, memory.count)
+            ahead = torch.where(memory.entered[:, None], memory.ahead, ahead)
+        memory.ahead, memory.count, memory.entered = ahead, None, torch.zeros_like(memory.entered)
+        draft = self._dynamic if self.settings.shape == "dynamic" else self._static
+        return draft(carried.tokens, ahead, state)
+
+    def update(self, result: PassResult, state: State) -> None:
+        """Keep the true states of the accepted path, which the head reads before it drafts again."""
+        memory, path = state.memory, result.path.slots
+        branches = len(result.hidden) // len(result.num_new)
+        depth = torch.arange(path.shape[1], device=path.device)
+        positions = (state.committed - result.num_new)[:, None] + depth
+        memory.tokens = state.tokens.gather(1, positions.clamp(max=state.tokens.shape[1] - 1))
+        memory.states = gather_slots(result.hidden, path.repeat(branches, 1))
+        memory.count = result.num_new.clone()
+
+    # ---- fixed shapes
+
+    def _static(self, last: Tensor, ahead: Tensor, state: State) -> Draft:
+        """Draw children without replacement from the head's distribution at each parent; record them renormalised."""
+        rows, window, vocabulary = len(last), state.window, self.model.layout.vocabulary
+        tokens = torch.nn.functional.pad(last, (0, window - 1))
+        probs = torch.zeros(rows, window - 1, vocabulary, dtype=state.noise.dtype, device=tokens.device)
         states = ahead[:, None]
-        for number, depth in enumerate(depths, 1):
-            law = state.sampling.probs(self.model.logits(states)).to(probs)  # [B, F, V]
+        for number, depth in enumerate(self.depths, 1):
+            q = state.sampling.probs(self.model.logits(states)).to(probs)  # [B, F, V]
             position = (state.cached + number)[:, None]
             for rank, slots in enumerate(depth.children):
-                law = law[:, : len(slots)]  # families with most children stand first
-                place, sampler = position.expand(-1, len(slots)), state.sampling.sampler
-                drawn = draw_tokens(law, state.noise, place, Purpose.FRESH, state.iteration, sampler, rank)
-                forced = state.at(position)
-                tokens[:, slots], probs[:, slots - 1] = torch.where(forced < 0, drawn, forced), law
-                left = law.scatter(-1, drawn[..., None], 0.0)
-                mass = left.sum(-1, keepdim=True)
-                law = torch.where(mass > 0, left / mass, law)  # a law of one token has no second
+                q = q[:, : len(slots)]  # families with most children stand first
+                place = position.expand(-1, len(slots))
+                drawn = state.sampler.draw(q, place, Purpose.FRESH, state.iteration, rank)
+                tokens[:, slots], probs[:, slots - 1] = state.impose(drawn, position), q
+                q = without(q, drawn)
             if depth.inner is not None:
                 known = states[:, depth.home]
                 states = self.head.step(
                     state.memory.cache, tokens[:, depth.inner], known, depth.level, depth.seen, depth.before
                 )
-        return Draft(tokens, probs, tree=tree)
+        return Draft(tokens, probs, shape=self.tree)
 
     # ---- shapes grown by confidence
 
-    def _dynamic(self, draft: Draft, ahead: Tensor, window: int, state: State) -> Draft:
-        """Grow the tree by cumulative probability: candidates are the top_k of each law, so they count as one-hot."""
-        rows, k, device = len(draft.tokens), self.top_k, draft.tokens.device
-        law = state.sampling.probs(self.model.logits(ahead[:, None]))  # [B, 1, V]
-        best = law.log().topk(k)
+    def _dynamic(self, last: Tensor, ahead: Tensor, state: State) -> Draft:
+        """Grow the tree by cumulative probability: candidates are the top_k of each distribution, so they count as one-hot."""
+        rows, k, device, window = len(last), self.settings.top_k, last.device, state.window
+        q = state.sampling.probs(self.model.logits(ahead[:, None]))  # [B, 1, V]
+        best = q.log().topk(k)
         tokens, scores = best.indices[:, 0], best.values[:, 0]  # all candidates so far [B, A]
         parents = torch.full_like(tokens, -1)
         chosen, states = torch.arange(k, device=device).expand(rows, -1), ahead[:, None].expand(-1, k, -1)
         seen = torch.eye(k, dtype=torch.bool, device=device).expand(rows, -1, -1)  # [B, k, stepped]
         branches = len(ahead) // rows
-        for depth in range(1, self.depth):
+        for depth in range(1, self.settings.depth):
             level = torch.full((1, k), depth, device=device)
             states = self.head.step(
                 state.memory.cache, tokens.gather(1, chosen), states, level, seen, (depth - 1) * k
             )  # [R, k, D]
-            law = state.sampling.probs(self.model.logits(states))
-            best = law.log().topk(k)  # [B, k, k]
+            q = state.sampling.probs(self.model.logits(states))
+            best = q.log().topk(k)  # [B, k, k]
             grown = (scores.gather(1, chosen)[..., None] + best.values).flatten(1)
             begin = tokens.shape[1]
             tokens = torch.cat([tokens, best.indices.flatten(1)], 1)
@@ -229,7 +225,7 @@ class Eagle(Drafter):
             parents = torch.cat([parents, chosen.repeat_interleave(k, 1)], 1)
             top = grown.topk(k).indices.sort(1).values
             chosen, home = begin + top, torch.div(top, k, rounding_mode="floor")
-            states = take(states, home.repeat(branches, 1))
+            states = gather_slots(states, home.repeat(branches, 1))
             own = torch.eye(k, dtype=torch.bool, device=device).expand(rows, -1, -1)
             seen = torch.cat([seen.gather(1, home[..., None].expand(-1, -1, seen.shape[2])), own], 2)
         # a child never scores above its parent, and a stable sort keeps the parent first where they tie
@@ -238,9 +234,9 @@ class Eagle(Drafter):
         slots = torch.arange(1, window, device=device).expand(rows, -1)
         number.scatter_(1, kept + 1, slots)  # candidate c is slot number[c + 1], the root is slot number[0] = 0
         above = number.gather(1, parents.gather(1, kept) + 1)
-        tree = Tree.of(torch.nn.functional.pad(above, (1, 0)), ranks=k, deepest=self.depth)
-        tokens = torch.cat([draft.tokens[:, :1], tokens.gather(1, kept)], 1)
-        return Draft(state.force(tokens, tree), None, tree=tree)
+        tree = Tree.of(torch.nn.functional.pad(above, (1, 0)), ranks=k, deepest=self.settings.depth)
+        tokens = torch.cat([last, tokens.gather(1, kept)], 1)
+        return Draft(state.force(tokens, tree), shape=tree)
 
 
 @dataclass(frozen=True)

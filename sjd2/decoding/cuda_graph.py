@@ -1,8 +1,8 @@
 """Passes as CUDA graphs: recorded once for each bound of the rows' lengths, then replayed by a single launch.
 
 An eager pass of a 7B model is some 2000 launches, for which the host needs longer than the device for its work. A pass reads
-nothing on the host and all its control is data (tests/engine/test_syncs.py), so it can be recorded as it is; what remains is to have
-every tensor that outlives a pass at a fixed address.
+nothing on the host and all its control is data (tests/engine/test_syncs.py), so it can be recorded as it is; what remains is
+to have every tensor that outlives a pass at a fixed address.
 # B samples, R model rows (2B with guidance, else B)
 """
 
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sjd2.decoding.generate import Decoder
+from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.engine import Engine
+from sjd2.decoding.generate import engine_class
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.decoding.window import Decoding
 from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache
 
 BUCKET = 256  # tokens between two bounds: each is a graph, and a pass reads up to so many entries for nothing
-WARM = 3  # passes before the first recording: parts build their tables, and tensors that were None get their shape
+WARM = 3  # passes before the first recording: kernels are loaded, and tensors that were None get their shape
 PROMPT = 64  # room for prompts is made in such steps, because a larger cache makes all graphs void
 
 Replay = Callable[[], Any]
@@ -43,13 +44,16 @@ class CudaGraphs:
         return graph.replay
 
 
-class Replayed(Decoding):
-    """A loop whose passes are recorded and replayed; the tokens are those of the plain loop with the same spans."""
+class Replayed(Engine):
+    """An engine whose passes are recorded and replayed; the tokens are those of the plain engine with the same spans.
+
+    To be mixed into the engine that it replays (`replayed`).
+    """
 
     def __init__(
         self,
         model: ImageModel,
-        decoder: Decoder,
+        decoder: Recipe,
         rows: int,
         prompt: int,
         sampling: SamplingParams,
@@ -59,13 +63,13 @@ class Replayed(Decoding):
         self.record = record
         self.graphs: dict[int, Replay | None] = {}  # None: one pass has run at this bound
         self.fixed: list[Tensor] = []  # the tensors that outlive a pass, at the addresses that the graphs know
-        self.moved = torch.zeros_like(self.state.committed)  # [B] tokens committed in the last pass
+        self.num_new = torch.zeros_like(self.state.committed)  # [B] tokens committed in the last pass
         self.warm = 0
         self.room = self.cache.capacity
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One pass, as `Decoding.step`: replayed where one of this bound was recorded."""
+        """Run one pass: replayed where one of this bound was recorded."""
         if self.warm < WARM:
             self.warm += 1
             super().step()
@@ -82,7 +86,7 @@ class Replayed(Decoding):
         else:
             self.graphs[level] = self.graphs[level] or self.record(self._work)
             self.graphs[level]()
-        self.history.append(self.moved.clone())
+        self.history.append(self.num_new.clone())
         self.cache.bound = min(bound + self.decoder.window, most)
 
     def _fix(self) -> None:
@@ -95,7 +99,7 @@ class Replayed(Decoding):
     def _work(self) -> None:
         """Run a pass and bring its results to the fixed addresses."""
         super().step()
-        self.moved.copy_(self.history.pop())
+        self.num_new.copy_(self.history.pop())
         kept = list(self._kept())
         results = [getattr(owner, name) for owner, name in kept]
         known = {tensor.untyped_storage().data_ptr() for tensor in self.fixed}
@@ -112,54 +116,46 @@ class Replayed(Decoding):
             setattr(owner, name, fixed)
 
     def _kept(self) -> Iterator[tuple[Any, str]]:
-        """Yield where every tensor is kept that a pass hands on to the next: (owner, attribute)."""
-        yield self, "fresh"
-        for part in (self.state, self.draft, self.cache):
-            yield from _tensors(part)
+        """Yield where every tensor is kept that a pass leaves to the next: (owner, attribute)."""
+        for name in self.persistent:
+            yield from _tensors(self, name)
 
-    def serves(self, model: ImageModel, decoder: Decoder, rows: int, sampling: SamplingParams) -> bool:
-        """Say whether this is a loop of just these."""
-        return (
-            self.model is model and self.decoder is decoder and len(self.started) == rows and self.sampling == sampling
-        )
-
-    @torch.inference_mode()
-    def rewind(self) -> None:
-        """Forget all rows, as if the loop had just been opened."""
-        self.state.committed.fill_(self.total)
-        self.state.cached.fill_(self.total - 1)
-        self.cache.lengths.fill_(0)
-        self.cache.bound = 0
-        self.history, self.dropped, self.started = [], 0, [0] * len(self.started)
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+    def serves(self, model: ImageModel, decoder: Recipe, rows: int, sampling: SamplingParams) -> bool:
+        """Return whether this is an engine of just these."""
+        return self.model is model and self.decoder is decoder and self.num_rows == rows and self.sampling == sampling
 
 
-def _tensors(part: Any) -> Iterator[tuple[Any, str]]:
-    if isinstance(part, RowCache):
-        yield part, "lengths"
-    elif is_dataclass(part):
-        for field in fields(part):
-            value = getattr(part, field.name)
-            if isinstance(value, Tensor):
-                yield part, field.name
-            else:
-                yield from _tensors(value)
+def replayed(engine: type[Engine]) -> type[Replayed]:
+    """Return the class of an engine's replayed counterpart."""
+    return type(f"Replayed{engine.__name__}", (Replayed, engine), {})
+
+
+def _tensors(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+    value = getattr(owner, name)
+    if isinstance(value, Tensor):
+        yield owner, name
+    elif isinstance(value, RowCache):
+        yield value, "lengths"
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(value, field.name)
 
 
 class Graphs:
-    """Opens loops of replayed passes; the next batch of as many rows gets the last one's loop, graphs and memory."""
+    """Opens engines of replayed passes; the next batch of as many rows gets the last one's engine, graphs and memory."""
 
     def __init__(self, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
         self.record = record or CudaGraphs()
         self.kept: Replayed | None = None
 
-    def start(self, model: ImageModel, decoder: Decoder, rows: int, prompt: int, sampling: SamplingParams) -> Decoding:
-        """Open a loop as `Decoder.start` does; a decoder with a loop of its own runs as it is."""
-        if not isinstance(decoder, Decoder):
-            return decoder.start(model, rows, prompt, sampling)
+    def start(self, model: ImageModel, decoder: Recipe, rows: int, prompt: int, sampling: SamplingParams) -> Engine:
+        """Open an engine as `generate.start_engine` does; one that is not replayable runs as it is."""
+        engine = engine_class(decoder)
+        if not engine.replayable:
+            return engine(model, decoder, rows, prompt, sampling)
         if self.kept is not None and self.kept.serves(model, decoder, rows, sampling):
-            self.kept.rewind()
+            self.kept.clear()
             return self.kept
         self.kept = None  # its memory first
-        self.kept = Replayed(model, decoder, rows, -(-prompt // PROMPT) * PROMPT, sampling, self.record)
+        self.kept = replayed(engine)(model, decoder, rows, -(-prompt // PROMPT) * PROMPT, sampling, self.record)
         return self.kept

@@ -1,130 +1,157 @@
-"""What a decoder is made of: drafts, the state that parts may read, and the protocols of the three parts.
+"""What an engine and the parts of a decoder hand each other: drafts, the state of the rows, and the three kinds of parts.
 
-# B samples, R model rows (2B with guidance, else B), S slots of a pass, V image vocabulary, D width, N image-phase tokens
-Slot 0 of a pass is the last committed token, the others are guesses; the output at a slot is the law of the slots behind it.
+# B samples, R model rows (2B with guidance, else B), S slots of a pass, C slots carried from pass to pass, V image vocabulary
+# D width, N image-phase tokens
+Slot 0 of a pass is the last committed token, the others are draft tokens; the output at a slot is the distribution p of the
+token after it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from sjd2.decoding.noise import Noise
-from sjd2.decoding.sampling import SamplingParams
-from sjd2.decoding.shapes import Tree
+from sjd2.decoding.sampling import Sampler, SamplingParams
+from sjd2.decoding.shapes import CHAIN, AcceptedPath, Shape
 from sjd2.models.base import ImageModel
+from sjd2.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from sjd2.decoding.verify import Verification
 
 
 @dataclass
 class Draft:
-    """The guesses of one pass.
+    """The inputs of one pass.
 
-    tokens [B, S]; probs [B, S-1, V]: the law each guess was drawn from (None: deterministic, one-hot);
+    tokens [B, S]; probs [B, S-1, V]: q, the distribution each draft token was drawn from (None: deterministic, one-hot);
     embeds [B, S, D]: model inputs where they are not embed(tokens); level [B, S]: noise level, 0 = clean;
-    latent [B, S, D]: SJD2's noisy vectors in normalised space; tree: the shape (None: a chain).
+    latent [B, S, D]: SJD2's noisy vectors in normalised space; shape: which slot follows which.
     """
 
     tokens: Tensor
-    probs: Tensor | None
+    probs: Tensor | None = None
     embeds: Tensor | None = None
     level: Tensor | None = None
     latent: Tensor | None = None
-    tree: Tree | None = None
+    shape: Shape = CHAIN
+
+    def codes(self, vocabulary: int) -> Tensor:
+        """Return the draft tokens as codes [B, S-1]; forced ids become the last code, these slots are accepted anyway."""
+        return self.tokens[:, 1:].clamp(max=vocabulary - 1)
 
 
-@dataclass
-class State:
-    """What the parts may read of the rows in flight."""
+@dataclass(kw_only=True)
+class Rows:
+    """The rows in flight, as every engine has them."""
 
-    tokens: Tensor  # [B, N + S] the committed tokens; what lies beyond `committed` means nothing
-    committed: Tensor  # [B] n, tokens committed
-    cached: Tensor  # [B] tokens whose keys and values are final; n - 1 except under rule=paper
+    tokens: Tensor  # [B, N + slack] the committed tokens; what lies beyond them means nothing
+    committed: Tensor  # [B] number of tokens committed
     iteration: Tensor  # [B] the row's own pass counter
-    forced: Tensor  # [N + S] forced local id, -1 free; positions beyond N are forced dummies
+    forced: Tensor  # [N + slack] forced local id, -1 free; positions beyond N are forced dummies
+    image_start: Tensor  # [R] the position id of the image's first token in each model row
     noise: Noise
-    sampling: SamplingParams
-    window: int  # S, slots of a pass
-    starts: Tensor  # [R] the position id of the image's first token in each model row
-    bound: int = 0  # the host's upper bound of the tokens in any row's cache, prompt included
-    memory: Any = None  # what the drafter keeps of the batch
+    sampler: Sampler
 
-    def positions(self, width: int, tree: Tree | None = None) -> Tensor:
-        """Return the image position of each slot of the coming pass: [B, width]."""
-        depth = torch.arange(width, device=self.cached.device) if tree is None else tree.depth
-        return self.cached[:, None] + depth
-
-    def guesses(self, draft: Draft) -> Tensor:
-        """Return the image positions of the guesses of the pass that has just run: [B, S-1]."""
-        return self.positions(draft.tokens.shape[1], draft.tree)[:, 1:]
-
-    def at(self, positions: Tensor) -> Tensor:
+    def forced_at(self, positions: Tensor) -> Tensor:
         """Return the forced id of each position, -1 where free: [B, S] -> [B, S]."""
         return self.forced[positions.clamp(max=len(self.forced) - 1)]
 
-    def force(self, tokens: Tensor, tree: Tree | None = None) -> Tensor:
-        """Put the forced tokens into the guesses of the coming pass: [B, S] -> [B, S]."""
-        forced = self.at(self.positions(tokens.shape[1], tree))
+    def impose(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Replace tokens at forced positions by the forced ids: [B, S] -> [B, S]."""
+        forced = self.forced_at(positions)
+        return torch.where(forced < 0, tokens, forced)
+
+
+@dataclass(kw_only=True)
+class State(Rows):
+    """What the parts of a window decoder may read."""
+
+    model: ImageModel
+    sampling: SamplingParams
+    window: int  # S, slots of a pass
+    cached: Tensor  # [B] tokens whose keys and values are final; committed - 1 except under rule=paper
+    bound: int = 0  # the host's upper bound of the tokens in any row's cache, prompt included
+    memory: Any = None  # what the drafter keeps of the batch
+
+    def positions(self, size: int, shape: Shape = CHAIN) -> Tensor:
+        """Return the image position of each slot of a pass of `size` slots: [B, size]."""
+        return self.cached[:, None] + shape.depths(size, self.cached.device)
+
+    def draft_positions(self, draft: Draft) -> Tensor:
+        """Return the image position of each draft token: [B, S-1]."""
+        return self.positions(draft.tokens.shape[1], draft.shape)[:, 1:]
+
+    def force(self, tokens: Tensor, shape: Shape = CHAIN) -> Tensor:
+        """Put the forced ids into the draft tokens of the coming pass: [B, S] -> [B, S]."""
+        forced = self.forced_at(self.positions(tokens.shape[1], shape))
         forced = forced.index_fill(1, torch.zeros(1, dtype=torch.long, device=tokens.device), -1)  # slot 0 is committed
         return torch.where(forced < 0, tokens, forced)
 
 
 @dataclass
-class Outcome:
-    """What a pass came to, for drafters that learn from it.
+class PassResult:
+    """The result of a pass, for drafters that learn from it.
 
-    hidden [R, S, D] after the final norm; draft: as the pass has seen it; moved [B] tokens committed; path [B, L + 1]: slots
-    of the accepted path by depth; end [B]: the slot behind which the last token was drawn; source [B, C]: the slot that each
-    carried guess comes from, fresh [B, C]: those that come from none.
+    draft: as it was fed; hidden [R, S, D]: after the final norm; num_new [B]: tokens that follow slot 0 now;
+    source [B, C]: the slot that each carried token comes from; fresh [B, C]: those that come from none.
     """
 
-    hidden: Tensor
     draft: Draft
-    moved: Tensor
-    path: Tensor
-    end: Tensor
+    hidden: Tensor
+    path: AcceptedPath
+    num_new: Tensor
     source: Tensor
     fresh: Tensor
 
 
-class Part(Protocol):
-    exact: bool  # whether the output law stays the model's own with this part
+class Part:
+    """One part of a decoder: settings from yaml, immutable and shared by models; `bind` makes it ready to run on one.
 
-    def prepare(self, model: ImageModel) -> None: ...
-
-
-class Drafter:
-    """Base of all drafters. Only `fill` must be written; the hooks are for drafters that keep something of their own."""
+    exact: whether the output distribution stays the model's own with this part.
+    """
 
     exact: bool = True
-    recorded: bool = False  # whether it needs the laws that the guesses were drawn from
-    extra: int = 0  # slots appended behind the pass (SJD2's timestep codes); never committed, no logits
 
-    def check(self, spec: object, window: int) -> None:
+    def check(self, spec: ModelSpec, window: int) -> None:
         """Raise `UserError` if this part cannot serve the model that `spec` describes; loads no weights."""
 
-    def prepare(self, model: ImageModel) -> None:
-        """Build tables, load a draft network; once per model."""
+    def bind(self, model: ImageModel, window: int) -> Self:
+        """Return this part with what it needs of the model: tables, draft networks. By default that is nothing."""
+        return self
 
-    def carried(self, window: int) -> int:
-        """Return how many slots live on from pass to pass: all of a chain; 1 is the last committed token alone."""
+
+class Drafter(Part):
+    """Proposes the tokens of a pass. Only `propose` must be written; the hooks are for drafters with a memory.
+
+    needs_records: whether it needs the distributions that the carried draft tokens were drawn from. timesteps [K, D]: model
+    inputs that tell the noise levels apart, for fine-tunings that append them to each pass.
+    """
+
+    needs_records: bool = False
+    timesteps: Tensor | None = None
+
+    def num_carried(self, window: int) -> int:
+        """Return how many slots are carried from pass to pass: all of a chain; 1 is the last committed token alone."""
         return window
 
-    def ahead(self, window: int) -> int:
-        """Return how many positions behind the last committed token a pass guesses; trees are less deep than this."""
-        carried = self.carried(window)
+    def lookahead(self, window: int) -> int:
+        """Return how many positions after the last committed token a pass drafts; trees are less deep than this."""
+        carried = self.num_carried(window)
         return (window if carried == 1 else carried) - 1
 
-    def forwards(self, window: int) -> int:
+    def num_forwards(self, window: int) -> int:
         """Return the evaluations of a draft network per pass."""
         return 0
 
-    def open(self, model: ImageModel, rows: int, capacity: int, sampling: SamplingParams) -> Any:
-        """Return the memory of a batch of `rows` samples; it becomes `state.memory`."""
+    def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> Any:
+        """Return the memory of a batch of `rows` samples of up to `capacity` tokens; it becomes `state.memory`."""
 
-    def reserve(self, memory: Any, capacity: int) -> None:
+    def grow(self, memory: Any, capacity: int) -> None:
         """Make room for rows of up to `capacity` tokens: a prompt is longer than any before."""
 
     def admit(
@@ -132,27 +159,40 @@ class Drafter:
     ) -> None:
         """See prompts enter rows [b]: embeds, hidden [b, P, D], lengths [b], first token [b]; branch 1 is unconditional."""
 
-    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
-        """Return the guesses of the coming pass from those carried over: `fresh` [B, C] slots have just entered."""
+    def propose(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
+        """Return the draft of the coming pass from the tokens carried over: `fresh` [B, C] slots have just entered."""
         raise NotImplementedError
 
-    def observe(self, outcome: Outcome, state: State) -> None:
-        """See what a pass came to, after its commit."""
+    def update(self, result: PassResult, state: State) -> None:
+        """Learn from a pass, after its commit."""
 
 
-class Verifier(Part, Protocol):
-    """A test of one draft. On trees p is what earlier siblings have left: multi-round speculative sampling."""
+class Verifier(Part):
+    """Tests draft tokens. On trees p is what earlier siblings have left: multi-round speculative sampling."""
 
-    def chance(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
-        """Return the chance to accept: law p [..., V], draft law q [..., V] (None: one-hot), token [...] -> [...]."""
-        ...
+    def accept_prob(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+        """Return the acceptance probability: p, q [..., V] (None: one-hot), token [...] -> [...]."""
+        raise NotImplementedError
 
-    def rest(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
-        """Return the law, unnormalised, after the draft was rejected: -> [..., V]; never all zero."""
-        ...
+    def residual(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+        """Return the distribution, unnormalised, after the token was rejected: -> [..., V]; never all zero."""
+        raise NotImplementedError
 
 
-class Refiner(Part, Protocol):
-    def __call__(self, draft: Draft, law: Tensor, chance: Tensor, keep: Tensor, state: State) -> Draft:
-        """Return the drafts for the next pass: law [B, S-1, V] is each guess's new law, keep [B, S-1] < exact chance."""
-        ...
+class Refiner(Part):
+    """Redraws the draft tokens under the distributions of the pass. records: whether it returns these in `probs`."""
+
+    records: bool = True
+
+    def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
+        """Return the draft for the next pass; its `probs` are the distributions that its tokens were truly drawn from."""
+        raise NotImplementedError
+
+
+class Redrafted(Refiner):
+    """For drafters that draw all their tokens anew: nothing is left to refine."""
+
+    records: ClassVar[bool] = False
+
+    def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
+        return Draft(draft.tokens)

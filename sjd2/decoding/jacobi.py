@@ -1,4 +1,4 @@
-"""Jacobi drafting: the guesses of the last pass, and a first guess for slots that have just entered the window.
+"""Jacobi drafting: the draft tokens of the last pass, and a first one for slots that have just entered the window.
 
 # B samples, S slots of a pass, V image vocabulary
 """
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from sjd2.decoding.interfaces import Draft, Drafter, State
 from sjd2.errors import choose
-from sjd2.models.base import ImageModel
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Jacobi(Drafter):
-    """Keep the guesses; fill fresh slots by `init` (SJD, arXiv 2410.01699, section 4.3).
+    """Keep the draft tokens; fill fresh slots by `init` (SJD, arXiv 2410.01699, section 4.3).
 
     random: uniform over the codes, recorded as 1/V. left, up: copy the token to the left or one row above, recorded one-hot.
     """
@@ -27,32 +26,28 @@ class Jacobi(Drafter):
     def __post_init__(self) -> None:
         choose("decoder.drafter.init", self.init, ("random", "left", "up"))
 
-    def prepare(self, model: ImageModel) -> None:
-        self.layout = model.layout
-
-    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
-        """Fill the fresh slots [B, S] of the coming pass."""
-        vocabulary = self.layout.vocabulary
-        positions = state.positions(draft.tokens.shape[1])
-        tokens = torch.where(fresh, state.noise.codes(positions, vocabulary), draft.tokens)
-        probs = draft.probs
+    def propose(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
+        vocabulary = state.model.layout.vocabulary
+        positions = state.positions(carried.tokens.shape[1])
+        tokens = torch.where(fresh, state.noise.codes(positions, vocabulary), carried.tokens)
+        probs = carried.probs
         if probs is not None:
             probs = torch.where(fresh[:, 1:, None], 1.0 / vocabulary, probs)
         if self.init != "random":
             tokens, copied = self._copy(tokens, fresh, state, positions)
             if probs is not None:
-                # a forced token may be copied where the raster wraps; its slot is clamped to a code and stays a valid guess
+                # a forced token may be copied where the raster wraps; its slot is clamped to a code and stays a valid draft token
                 tokens = torch.where(copied, tokens.clamp(max=vocabulary - 1), tokens)
                 code = tokens[:, 1:, None].clamp(max=vocabulary - 1)
                 probs = torch.where(copied[:, 1:, None], torch.zeros_like(probs).scatter_(-1, code, 1.0), probs)
-        return replace(draft, tokens=state.force(tokens), probs=probs)
+        return replace(carried, tokens=state.force(tokens), probs=probs)
 
     def _copy(self, tokens: Tensor, fresh: Tensor, state: State, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Copy known tokens into fresh slots; slots with no source keep their random code."""
         size = tokens.shape[1]
         board = state.tokens.scatter(1, positions.clamp(max=state.tokens.shape[1] - 1), tokens)
         known = positions[:, :1] + (~fresh).sum(1, keepdim=True)  # [B, 1] first position without a token
-        step = 1 if self.init == "left" else self.layout.stride
+        step = 1 if self.init == "left" else state.model.layout.stride
         # a source may itself be fresh: walk on by whole steps until it is a known token
         hops = torch.div(positions - known, step, rounding_mode="floor").clamp(min=0) + 1
         source = positions - hops * step

@@ -29,9 +29,9 @@ class Purpose(IntEnum):
     COUPLE = 5  # the residual draw of a coupled draft
     INIT = 6  # the first draft of a slot
     NOISE = 7  # the Gaussian start of SJD2's slots
-    SIBLING = 8  # further guesses for one position
-    CORRECT = 9  # whether a guess stays when its law is corrected
-    MOVE = 10  # where it goes if not
+    SIBLING = 8  # further draft tokens for one position
+    CORRECT = 9  # whether a draft token stays when its distribution is corrected
+    MOVE = 10  # what replaces it if not
 
 
 # purposes whose numbers are new in each pass; the others' are the same in all
@@ -79,7 +79,7 @@ class Noise:
         self.rolled: _Rolled | None = None
 
     def put(self, rows: Tensor, seeds: Tensor) -> None:
-        """Give rows [b] new seeds [b]; in place, so that recorded passes (graph.py) see them."""
+        """Give rows [b] new seeds [b]; in place, so that recorded passes (cuda_graph.py) see them."""
         self.seeds[rows] = seeds
         if self.streams is not None:
             self.streams.copy_(self._mixed())
@@ -117,7 +117,7 @@ class Noise:
         return iteration is self.rolled.iteration if each else isinstance(iteration, int) and iteration == 0
 
     def _key(
-        self, positions: Tensor, purpose: Purpose, iteration: Tensor | int, lane: Tensor | int | None = None
+        self, positions: Tensor, purpose: Purpose, iteration: Tensor | int, sibling: Tensor | int | None = None
     ) -> Tensor:
         if self._known(purpose, iteration):
             key = self.rolled.at(self.rolled.keys, positions, purpose)
@@ -126,30 +126,30 @@ class Noise:
             if isinstance(iteration, Tensor):
                 iteration = iteration[:, None]
             key = key + _GOLDEN * (iteration + 1)
-        if lane is None:
+        if sibling is None:
             return _mix(key)
-        if isinstance(lane, int):  # a tensor wraps around by itself
-            return _mix(key ^ ((lane * _MIX2 + 2**63) % 2**64 - 2**63))
-        return _mix(key ^ (lane * _MIX2))
+        if isinstance(sibling, int):  # a tensor wraps around by itself
+            return _mix(key ^ ((sibling * _MIX2 + 2**63) % 2**64 - 2**63))
+        return _mix(key ^ (sibling * _MIX2))
 
     def uniform(
-        self, positions: Tensor, purpose: Purpose, iteration: Tensor | int = 0, lane: Tensor | int | None = None
+        self, positions: Tensor, purpose: Purpose, iteration: Tensor | int = 0, sibling: Tensor | int | None = None
     ) -> Tensor:
         """Return numbers in (0, 1), one per position: positions [B, S], iteration [B] or 0 -> [B, S].
 
-        lane [b, S] tells several draws for one position apart; lane 0 is the same as none.
+        sibling [b, S] or int: the index of the draw among several for one position; 0 is the same as none.
         """
-        if lane is None and self._known(purpose, iteration):
+        if sibling is None and self._known(purpose, iteration):
             return self.rolled.at(self.rolled.numbers, positions, purpose)
-        return _unit(self._key(positions, purpose, iteration, lane), self.dtype)
+        return _unit(self._key(positions, purpose, iteration, sibling), self.dtype)
 
     def codes(self, positions: Tensor, vocabulary: int) -> Tensor:
-        """Return a code drawn uniformly for each position, the first guess of a slot: [B, S] -> [B, S]."""
+        """Return a code drawn uniformly for each position, the first draft token of a slot: [B, S] -> [B, S]."""
         return (self.uniform(positions, Purpose.INIT) * vocabulary).long().clamp(max=vocabulary - 1)
 
     def _field(self, positions: Tensor, purpose: Purpose, width: int) -> Tensor:
-        lanes = _GOLDEN * torch.arange(1, width + 1, device=positions.device)
-        return _unit(_mix(self._key(positions, purpose, 0)[..., None] + lanes), self.dtype)
+        columns = _GOLDEN * torch.arange(1, width + 1, device=positions.device)
+        return _unit(_mix(self._key(positions, purpose, 0)[..., None] + columns), self.dtype)
 
     def gumbel(self, positions: Tensor, vocabulary: int) -> Tensor:
         """Return the Gumbel noise of each position, the same in every pass: [B, S] -> [B, S, V]."""

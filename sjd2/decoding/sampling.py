@@ -1,4 +1,4 @@
-"""The target law: guidance, temperature, top-k and top-p in one place, the same for every decoder; and draws from it.
+"""The target distribution: guidance, temperature, top-k and top-p in one place, the same for every decoder; and draws from it.
 
 # B samples, R model rows (2B with guidance, else B), S slots of a pass, V image vocabulary
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,15 +15,20 @@ from torch import Tensor
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.errors import UserError, choose
 
+if TYPE_CHECKING:
+    from sjd2.decoding.interfaces import Verifier
+
+TINY_MASS = 1e-12  # a residual below this is rounding: p and q are equal, and a rejection has probability 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """The law that every decoder samples from.
+    """The distribution that every decoder samples from.
 
     guidance_scale: g in l = u + g (c - u); 1 leaves the unconditional rows out.
     temperature: 0 is greedy. top_k: 0 is off; ties with the k-th logit are kept. top_p: 1 is off.
     sampler: `cdf` draws by inverse CDF; `gumbel` by argmax(log p + G) with G fixed per position, under which exact
-    verification is Gumbel matching and every lossless decoder returns the very tokens of AR (docs/exactness.md).
+    verification is Gumbel matching and every lossless decoder returns exactly the same tokens as AR (docs/exactness.md).
     """
 
     guidance_scale: float = 1.0
@@ -32,7 +38,7 @@ class SamplingParams:
     sampler: str = "cdf"
 
     def __post_init__(self) -> None:
-        choose("sampler", self.sampler, ("cdf", "gumbel"))
+        choose("sampler", self.sampler, tuple(SAMPLERS))
         for name in ("guidance_scale", "temperature", "top_p"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} must be a finite number, got {getattr(self, name)}.")
@@ -80,7 +86,7 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 def draw(mass: Tensor, u: Tensor, block: int = 32) -> Tensor:
-    """Draw from unnormalised laws by two-level inverse CDF: mass [..., V], u [...] in (0, 1) -> index [...].
+    """Draw from unnormalised distributions by two-level inverse CDF: mass [..., V], u [...] in (0, 1) -> index [...].
 
     One uniform per draw and 20-75 times cheaper than `multinomial`; never returns an index of zero mass.
     """
@@ -99,21 +105,148 @@ def draw(mass: Tensor, u: Tensor, block: int = 32) -> Tensor:
     return (outer * block + (inner <= rest).sum(-1, keepdim=True)).squeeze(-1)
 
 
-def draw_gumbel(law: Tensor, gumbel: Tensor) -> Tensor:
-    """Draw argmax(log p + G): law and gumbel [..., V] -> index [...]."""
-    return (law.log() + gumbel).argmax(-1)
+def draw_gumbel(probs: Tensor, gumbel: Tensor) -> Tensor:
+    """Draw argmax(log p + G): probs and gumbel [..., V] -> index [...]."""
+    return (probs.log() + gumbel).argmax(-1)
 
 
-def draw_tokens(
-    law: Tensor,
-    noise: Noise,
-    positions: Tensor,
-    purpose: Purpose,
-    iteration: Tensor | int,
-    sampler: str,
-    lane: int | None = None,
-) -> Tensor:
-    """Draw one token per position with the chosen sampler: law [B, S, V], positions [B, S] -> [B, S]."""
-    if sampler == "gumbel":
-        return draw_gumbel(law, noise.gumbel(positions, law.shape[-1]))
-    return draw(law, noise.uniform(positions, purpose, iteration, lane))
+def accept_prob(p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+    """Return min(1, p / q) of each draft token; q None is one-hot: p, q [..., V], token [...] -> [...].
+
+    Speculative sampling (Leviathan et al., arXiv 2211.17192).
+    """
+    p = p.gather(-1, token[..., None])[..., 0]
+    if q is None:
+        return p
+    q = q.gather(-1, token[..., None])[..., 0]
+    # q = 0 happens only for draft tokens that are no draws from q (rule=paper): min(1, p / 0) is 1, and 0 where p is 0 too
+    return torch.where(q > 0, p / q, (p > 0).to(p)).clamp(max=1)
+
+
+def residual(p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+    """Return max(0, p - q), unnormalised; q None is one-hot at `token`: [..., V], [...] -> [..., V]."""
+    left = p.scatter(-1, token[..., None], 0.0) if q is None else (p - q).clamp(min=0)
+    return torch.where(left.sum(-1, keepdim=True) > TINY_MASS, left, p)
+
+
+def without(p: Tensor, token: Tensor) -> Tensor:
+    """Return p without a token that was drawn from it, renormalised: [..., V], [...] -> [..., V]."""
+    left = p.scatter(-1, token[..., None], 0.0)
+    mass = left.sum(-1, keepdim=True)
+    return torch.where(mass > 0, left / mass, p)  # a distribution on one token has no second
+
+
+class Sampler:
+    """How one batch draws tokens and verifies drafts: the strategy behind the setting `sampler`.
+
+    residuals: whether a rejected draft token leaves a residual that the next token is drawn from.
+    """
+
+    residuals: ClassVar[bool]
+
+    def __init__(self, noise: Noise) -> None:
+        self.noise = noise
+
+    def draw(
+        self,
+        probs: Tensor,
+        positions: Tensor,
+        purpose: Purpose,
+        iteration: Tensor | int = 0,
+        sibling: int | None = None,
+    ) -> Tensor:
+        """Draw one token per position: probs [B, S, V], positions [B, S] -> [B, S]."""
+        raise NotImplementedError
+
+    def draw_next(self, probs: Tensor, bonus: Tensor, positions: Tensor, iteration: Tensor) -> Tensor:
+        """Draw the token after the accepted ones: a bonus token [B, S] of p, or a recovered one of the residual."""
+        raise NotImplementedError
+
+    def accept_prob(self, verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, positions: Tensor) -> Tensor:
+        """Return the acceptance probability of draft tokens of q under p: p, q [B, S, V], token [B, S] -> [B, S]."""
+        raise NotImplementedError
+
+    def recover(
+        self,
+        p: Tensor,
+        q: Tensor | None,
+        token: Tensor,
+        accepted: Tensor,
+        positions: Tensor,
+        purpose: Purpose,
+        iteration: Tensor,
+    ) -> Tensor:
+        """Turn draft tokens of q into tokens of p, changing as few as possible: p, q [B, S, V], token [B, S] -> [B, S]."""
+        raise NotImplementedError
+
+
+class CdfSampler(Sampler):
+    """Inverse CDF with a number for each purpose; drafts are verified by speculative sampling."""
+
+    residuals = True
+
+    def draw(
+        self,
+        probs: Tensor,
+        positions: Tensor,
+        purpose: Purpose,
+        iteration: Tensor | int = 0,
+        sibling: int | None = None,
+    ) -> Tensor:
+        return draw(probs, self.noise.uniform(positions, purpose, iteration, sibling))
+
+    def draw_next(self, probs: Tensor, bonus: Tensor, positions: Tensor, iteration: Tensor) -> Tensor:
+        fixed = self.noise.uniform(positions, Purpose.SAMPLE)  # AR's number: a bonus token is drawn as AR draws it
+        return draw(probs, torch.where(bonus, fixed, self.noise.uniform(positions, Purpose.RESIDUAL, iteration)))
+
+    def accept_prob(self, verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, positions: Tensor) -> Tensor:
+        return verifier.accept_prob(p, q, token)
+
+    def recover(
+        self,
+        p: Tensor,
+        q: Tensor | None,
+        token: Tensor,
+        accepted: Tensor,
+        positions: Tensor,
+        purpose: Purpose,
+        iteration: Tensor,
+    ) -> Tensor:
+        return torch.where(accepted, token, self.draw(residual(p, q, token), positions, purpose, iteration))
+
+
+class GumbelSampler(Sampler):
+    """argmax(log p + G) with G fixed per position, whatever the purpose: a draft token is right if it equals AR's draw."""
+
+    residuals = False
+
+    def draw(
+        self,
+        probs: Tensor,
+        positions: Tensor,
+        purpose: Purpose,
+        iteration: Tensor | int = 0,
+        sibling: int | None = None,
+    ) -> Tensor:
+        return draw_gumbel(probs, self.noise.gumbel(positions, probs.shape[-1]))
+
+    def draw_next(self, probs: Tensor, bonus: Tensor, positions: Tensor, iteration: Tensor) -> Tensor:
+        return self.draw(probs, positions, Purpose.SAMPLE)
+
+    def accept_prob(self, verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, positions: Tensor) -> Tensor:
+        return (token == self.draw(p, positions, Purpose.SAMPLE)).to(p)
+
+    def recover(
+        self,
+        p: Tensor,
+        q: Tensor | None,
+        token: Tensor,
+        accepted: Tensor,
+        positions: Tensor,
+        purpose: Purpose,
+        iteration: Tensor,
+    ) -> Tensor:
+        return self.draw(p, positions, purpose)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"cdf": CdfSampler, "gumbel": GumbelSampler}

@@ -1,1 +1,1 @@
-"""SJD2's noise: levels and path (schedule), normalised embeddings (space), the drafter that denoises a window (drafter)."""
+"""SJD2's noise: levels and path (schedule), normalised embeddings (embedding_space), the drafter (denoise), the decoder."""

@@ -5,28 +5,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sjd2.decoding.interfaces import Draft, Drafter, State
-from sjd2.denoising.embedding_space import EmbeddingSpace, sinusoid
+from sjd2.denoising.embedding_space import EmbeddingSpace
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
+from sjd2.models.spec import ModelSpec
+from sjd2.models.timesteps import sinusoid
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Denoise(Drafter):
     """Feed noisy embeddings at slots of level > 0 and walk their levels down to clean.
 
     steps: K. levels: `age` lowers a slot by one level per pass (the paper); `slot` gives level by place in the window: 0 for
     the first `clean` slots, rising to K at the last, reached by larger DDIM jumps.
-    early: with levels=slot or age, feed a slot clean at once where the law its token was drawn from has a maximum of at least
-    `early` (null: never); exact, since it reads the law and not the token.
+    early: with levels=slot or age, feed a slot clean at once where the distribution its token was drawn from has a maximum of
+    at least `early` (null: never); exact, since it reads the distribution and not the token.
     nearest: the token of a noisy slot is the entry nearest to its embedding by cosine similarity (rule=paper); it is then
-    no draw from the recorded law, so verification is not exact.
+    no draw from the recorded distribution, so verification is not exact.
     """
 
     steps: int = 1
@@ -35,9 +37,8 @@ class Denoise(Drafter):
     early: float | None = None
     nearest: bool = False
     schedule: Schedule = field(default_factory=Schedule)
-    extra: int = field(default=0, init=False)
 
-    recorded = True
+    needs_records = True
 
     def __post_init__(self) -> None:
         choose("decoder.levels", self.levels, ("age", "slot"))
@@ -52,8 +53,8 @@ class Denoise(Drafter):
     def exact(self) -> bool:
         return not self.nearest
 
-    def check(self, spec: object, window: int) -> None:
-        """Raise `UserError` if the model has no SJD2 fine-tuning, or no slot of the window would be noisy."""
+    def check(self, spec: ModelSpec, window: int) -> None:
+        """Raise `UserError` if the model has no SJD2 fine-tuning, or the levels leave no draft token clean or none noisy."""
         if spec.adapter is None:
             raise UserError(
                 f"decoder=sjd2 needs a fine-tuned model: make one with stage=finetune finetune=sjd2 model={spec.name} and "
@@ -69,7 +70,7 @@ class Denoise(Drafter):
                 )
             if self.levels == "slot" and self.clean == 0:
                 raise UserError(
-                    "decoder.levels=slot with decoder.clean=0 keeps the first guess noisy, so no pass commits more than AR's; "
+                    "decoder.levels=slot with decoder.clean=0 keeps the first draft token noisy, so no pass commits more than AR's; "
                     f"set decoder.clean, e.g. to {window // 2}."
                 )
         if self.levels == "slot" and self.clean >= window - 1:
@@ -77,54 +78,61 @@ class Denoise(Drafter):
                 f"decoder.clean={self.clean} leaves no noisy slot in a window of {window}; that decoder is decoder=scd."
             )
 
-    def prepare(self, model: ImageModel) -> None:
-        self.settings = model.adapter.settings
-        self.layout = model.layout
-        self.model = model
-        self.space = EmbeddingSpace(model, normalised=self.settings.normalised)
-        times = self.schedule.times(self.steps).to(self.space.table)
-        self.alpha, self.sigma = alpha_sigma(times, self.settings.path)
+    def bind(self, model: ImageModel, window: int) -> Denoiser:
+        return Denoiser(self, model, window)
+
+
+class Denoiser(Drafter):
+    """`Denoise` on a model: its embedding space and the codes of its noise levels."""
+
+    def __init__(self, settings: Denoise, model: ImageModel, window: int) -> None:
+        self.settings, self.model = settings, model
+        self.space = EmbeddingSpace(model, normalised=model.adapter.settings.normalised)
+        times = settings.schedule.times(settings.steps).to(self.space.table)
+        self.alpha, self.sigma = alpha_sigma(times, model.adapter.settings.path)
         width = self.space.table.shape[1]
         if model.adapter.code is not None:
             self.codes = model.adapter.code(times).to(self.space.table)  # [K + 1, D]
-            self.extra = 0
         else:
             self.codes = torch.zeros(len(times), width).to(self.space.table)
-            self.appended = self.space.model_input(sinusoid(times[1:], width)).to(model.dtype)  # [K, D]
-            self.extra = self.steps
+            self.timesteps = self.space.model_input(sinusoid(times[1:], width)).to(model.dtype)  # [K, D]
+        self.by_slot = self._levels_by_slot(window).to(self.space.table.device)  # [S]
 
-    def _by_slot(self, size: int, device: torch.device) -> Tensor:
+    def _levels_by_slot(self, window: int) -> Tensor:
         """Return the level of each slot under levels=slot: [S]."""
-        slot = torch.arange(size, device=device)
-        rise = (slot - self.clean).clamp(min=0) * self.steps
-        return torch.div(rise + size - 2 - self.clean, max(size - 1 - self.clean, 1), rounding_mode="floor").clamp(
-            0, self.steps
-        ) * (slot > self.clean)
+        steps, clean = self.settings.steps, self.settings.clean
+        slot = torch.arange(window)
+        rise = (slot - clean).clamp(min=0) * steps + window - 2 - clean
+        level = torch.div(rise, max(window - 1 - clean, 1), rounding_mode="floor").clamp(0, steps)
+        return level * (slot > clean)
 
-    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
+    def propose(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
         """Denoise the slots that were there before by one step and start the fresh ones [B, S] as pure noise."""
-        size, vocabulary = draft.tokens.shape[1], self.layout.vocabulary
+        size, vocabulary = carried.tokens.shape[1], self.model.layout.vocabulary
         positions = state.positions(size)
-        free = state.at(positions) < 0
-        guess = (torch.arange(size, device=fresh.device) > 0) & (positions >= state.committed[:, None]) & free
-        tokens = torch.where(fresh, state.noise.codes(positions, vocabulary), draft.tokens)
-        probs = torch.where(fresh[:, 1:, None], 1.0 / vocabulary, draft.probs)
-        old = torch.zeros_like(tokens) if draft.level is None else draft.level
-        level = (
-            torch.minimum(self._by_slot(size, tokens.device), old) if self.levels == "slot" else (old - 1).clamp(min=0)
-        )
-        if self.early is not None:
-            sure = torch.nn.functional.pad(probs.amax(-1) >= self.early, (1, 0))
-            level = level.masked_fill(sure, 0)
-        level = torch.where(fresh, self.steps, level) * guess
-        latent = self._denoise(draft.latent, tokens, old, level, fresh, state, positions)
-        if self.nearest:
+        tokens = torch.where(fresh, state.noise.codes(positions, vocabulary), carried.tokens)
+        probs = torch.where(fresh[:, 1:, None], 1.0 / vocabulary, carried.probs)
+        old = torch.zeros_like(tokens) if carried.level is None else carried.level
+        level = self._levels(old, probs, fresh, state, positions)
+        latent = self._denoise(carried.latent, tokens, old, level, fresh, state, positions)
+        if self.settings.nearest:
             tokens = torch.where(level > 0, self.space.nearest(latent), tokens)
         tokens = state.force(tokens)
         noisy = self.space.model_input(latent + self.codes[level])
         clean = self.model.embed(tokens)
         embeds = torch.where((level > 0)[..., None], noisy.to(clean.dtype), clean)
-        return replace(draft, tokens=tokens, probs=probs, level=level, latent=latent, embeds=embeds)
+        return Draft(tokens, probs, embeds, level, latent)
+
+    def _levels(self, old: Tensor, probs: Tensor, fresh: Tensor, state: State, positions: Tensor) -> Tensor:
+        """Return the level of each slot in the coming pass: old [B, S] -> [B, S]."""
+        settings = self.settings
+        level = torch.minimum(self.by_slot, old) if settings.levels == "slot" else (old - 1).clamp(min=0)
+        if settings.early is not None:
+            sure = torch.nn.functional.pad(probs.amax(-1) >= settings.early, (1, 0))
+            level = level.masked_fill(sure, 0)
+        draft = torch.arange(old.shape[1], device=old.device) > 0
+        drafted = draft & (positions >= state.committed[:, None]) & (state.forced_at(positions) < 0)
+        return torch.where(fresh, settings.steps, level) * drafted
 
     def _denoise(
         self,
@@ -148,21 +156,3 @@ class Denoise(Drafter):
         pull = self.alpha[new] - self.alpha[old] * ratio
         moved = ratio[..., None] * latent + pull[..., None] * self.space.normal(tokens)
         return torch.where(fresh[..., None], start, moved)
-
-    def append(
-        self, x: Tensor, positions: Tensor, level: Tensor, gate: Tensor, start: Tensor, visible: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Put the K timestep tokens behind the pass (arXiv 2510.08994): x [B, S, D] -> [B, S + K, D] and so on.
-
-        A noisy slot sees the token of its own level; the tokens see themselves only and stand at the image's start [R].
-        """
-        rows, size, steps = len(positions), x.shape[1], self.steps
-        x = torch.cat([x, self.appended.expand(len(x), -1, -1)], 1)
-        positions = torch.cat([positions, start[:, None].expand(-1, steps)], 1)
-        gate = torch.cat([gate, gate.new_ones(rows, steps)], 1)
-        if visible is None:
-            visible = torch.ones(size, size, dtype=torch.bool, device=x.device).tril().expand(rows, -1, -1)
-        own = level.repeat(rows // len(level), 1)[..., None] == torch.arange(1, steps + 1, device=x.device)
-        below = torch.cat([own.new_zeros(steps, size), torch.eye(steps, dtype=torch.bool, device=x.device)], 1)
-        visible = torch.cat([torch.cat([visible, own], 2), below.expand(rows, -1, -1)], 1)
-        return x, positions, visible, gate

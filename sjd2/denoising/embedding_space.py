@@ -1,11 +1,9 @@
-"""The space the noise lives in: embeddings normalised per dimension (arXiv 2510.08994, section 4.1), and timestep codes.
+"""The space the noise lives in: embeddings normalised per dimension (arXiv 2510.08994, section 4.1).
 
 # V image vocabulary, D width
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +37,3 @@ class EmbeddingSpace:
     def nearest(self, e: Tensor) -> Tensor:
         """Return the code of largest cosine similarity: [..., D] -> [...]."""
         return (e @ self.unit.T).argmax(-1)  # the length of e does not change the order
-
-
-def sinusoid(t: Tensor, width: int) -> Tensor:
-    """Encode times in [0, 1] with unit variance: [...] -> [..., D]; the frequencies of transformers over 1000 t."""
-    half = width // 2
-    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angles = t[..., None].float() * 1000 * rates
-    return torch.cat([angles.sin(), angles.cos()], -1) * 2**0.5
-
-
-class AdditiveCode(nn.Module):
-    """A learned code of the time, added to the noisy input; starts at zero and is never added to clean slots.
-
-    Cheaper than the paper's appended tokens: no extra slots and no mask.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.net = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.net[2].weight)
-        nn.init.zeros_(self.net[2].bias)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Return the code in normalised space: [...] -> [..., D]."""
-        return self.net(sinusoid(t, self.width).to(self.net[0].weight.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sjd2.decoding.generate import Decoder
+from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.interfaces import Refiner, Verifier
 from sjd2.decoding.refine import Coupled, Keep
 from sjd2.denoising.denoise import Denoise
@@ -27,8 +27,8 @@ def sjd2(
 ) -> Decoder:
     """Build the decoder from flat settings.
 
-    rule=exact: commit only behind clean inputs, drafts are draws from recorded laws, coupled unless `refiner` says otherwise.
-    rule=paper: verify every slot, a noisy slot's draft is the entry nearest to its embedding, clean drafts with a ratio of
+    rule=exact: commit only after clean inputs; draft tokens are draws from recorded distributions, coupled by default.
+    rule=paper: verify every slot, a noisy slot's draft token is the entry nearest to its embedding, clean ones with a ratio of
     0.5 or more stay. Raises `UserError` for settings that do not fit together.
     """
     choose("decoder.rule", rule, ("exact", "paper"))

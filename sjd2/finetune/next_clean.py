@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sjd2.decoding.sampling import draw
-from sjd2.denoising.embedding_space import EmbeddingSpace, sinusoid
+from sjd2.denoising.embedding_space import EmbeddingSpace
 from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.errors import UserError, choose
 from sjd2.finetune import distributed
@@ -29,6 +29,7 @@ from sjd2.finetune.windows import Past, Segments, causal_mask, draw_segments, on
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import ImageModel
 from sjd2.models.spec import ModelSpec
+from sjd2.models.timesteps import Timesteps, sinusoid
 
 
 @dataclass(kw_only=True)
@@ -219,10 +220,8 @@ class FinetuneSJD2(ParallelRecipe):
             x, positions = torch.cat([prompt, x], 1), torch.cat([start, place], 1)
             visible = causal_mask(lengths, width, n)
             act = torch.cat([torch.zeros_like(start, dtype=torch.bool), act], 1)
-        if self.adapter.code == "appended":
-            x, positions, visible, act = self._append(model, space, x, positions, visible, act, level, lengths, steps)
-        hidden = model.forward(x, positions, past, visible, act if gate else None)
-        hidden = hidden[:, : hidden.shape[1] - (steps if self.adapter.code == "appended" else 0)][:, -n:-1]
+        timesteps = self._timesteps(model, space, level, lengths, steps, x)
+        hidden = model.forward(x, positions, past, visible, act if gate else None, timesteps)[:, -n:-1]
         wanted = self._wanted(level, free)
         return _cross_entropy(model, hidden[wanted], tokens[:, 1:][wanted], count)
 
@@ -298,29 +297,16 @@ class FinetuneSJD2(ParallelRecipe):
             e = e + model.adapter.code(times)[level]
         return torch.where((level > 0)[..., None], space.model_input(e).to(clean.dtype), clean)
 
-    def _append(
-        self,
-        model: ImageModel,
-        space: EmbeddingSpace,
-        x: Tensor,
-        positions: Tensor,
-        visible: Tensor,
-        act: Tensor,
-        level: Tensor,
-        lengths: Tensor,
-        steps: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Append the paper's timestep tokens [T]; the noisy slots see their own level's, the tokens only themselves."""
-        rows, size = x.shape[:2]
-        codes = space.model_input(sinusoid(self.schedule.times(steps)[1:].to(x.device), x.shape[2])).to(x.dtype)
-        x = torch.cat([x, codes.expand(rows, -1, -1)], 1)
-        positions = torch.cat([positions, model.image_start(lengths)[:, None].expand(-1, steps)], 1)
-        own = torch.zeros(rows, size, steps, dtype=torch.bool, device=x.device)
-        own[:, -level.shape[1] :] = level[..., None] == torch.arange(1, steps + 1, device=x.device)
-        seen = visible.shape[2]
-        below = torch.cat([own.new_zeros(steps, seen), torch.eye(steps, dtype=torch.bool, device=x.device)], 1)
-        visible = torch.cat([torch.cat([visible, own], 2), below.expand(rows, -1, -1)], 1)
-        return x, positions, visible, torch.cat([act, act.new_ones(rows, steps)], 1)
+    def _timesteps(
+        self, model: ImageModel, space: EmbeddingSpace, level: Tensor, lengths: Tensor, steps: int, x: Tensor
+    ) -> Timesteps | None:
+        """Return the tokens that code=appended puts after inputs x, of which the last slots have the levels: [B, N]."""
+        if self.adapter.code != "appended":
+            return None
+        times = self.schedule.times(steps)[1:].to(x.device)
+        tokens = space.model_input(sinusoid(times, x.shape[2])).to(x.dtype)
+        level = nn.functional.pad(level, (x.shape[1] - level.shape[1], 0))
+        return Timesteps(tokens, level, model.image_start(lengths))
 
 
 def _cross_entropy(model: ImageModel, hidden: Tensor, target: Tensor, count: int | None) -> Tensor:

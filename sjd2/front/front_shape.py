@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sjd2.decoding.shapes import Tree
+from sjd2.decoding.shapes import CHAIN, Shape, Tree
 from sjd2.errors import UserError
 
 
@@ -29,24 +29,20 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """tree: of all S slots, slots 0..chain-1 are the main chain (None: no branches); levels: its front, from depth 1."""
+class FrontShape:
+    """shape: of all slots, of which 0..chain-1 are the main chain and `side` are branches; levels: its front, from depth 1."""
 
     chain: int
-    tree: Tree | None
+    side: int
+    shape: Shape
     levels: tuple[Level, ...]
-
-    @property
-    def side(self) -> int:
-        """Slots of the branches."""
-        return 0 if self.tree is None else self.tree.parents.shape[1] - self.chain
 
 
 def branches(siblings: tuple[int, ...], copies: int, full: bool) -> tuple[list[int], list[int]]:
     """Return parent and depth of each branch slot, numbered from -1 downwards; a main slot is its depth.
 
-    siblings: further guesses at depths 1, 2, ... of the main chain, or of every node where `full`. copies: the depth to which
-    each branch goes on with the main chain's guesses.
+    siblings: further draft tokens at depths 1, 2, ... of the main chain, or of every node where `full`. copies: the depth to which
+    each branch copies the main chain's tokens.
     """
     parents: list[int] = []
     depths: list[int] = []
@@ -76,9 +72,9 @@ def chain_slots(window: int, siblings: tuple[int, ...], copies: int, full: bool)
     return window - side
 
 
-def shape(
+def front_shape(
     chain: int, *, siblings: tuple[int, ...], copies: int, full: bool, corrected: int, device: torch.device
-) -> Shape:
+) -> FrontShape:
     """Build the shape around a main chain of `chain` slots; levels reach over the branches and over `corrected` depths."""
     side, depths = branches(siblings, copies, full)
 
@@ -86,7 +82,7 @@ def shape(
         return node if node >= 0 else chain - 1 - node
 
     parents = [0, *range(chain - 1), *map(slot, side)]
-    tree = Tree.static(parents, chain=chain, device=device) if side else None
+    tree = Tree.static(parents, chain=chain, device=device) if side else CHAIN
     families: dict[int, list[int]] = {}
     for child in range(1, len(parents)):
         families.setdefault(parents[child], []).append(child)
@@ -95,7 +91,7 @@ def shape(
     for depth in range(1, max([corrected, *depths], default=0) + 1):
         here = sorted((p, c) for p, c in families.items() if depth_of[p] == depth - 1)
         ranks = max(len(children) for _, children in here)
-        # families with siblings come first, so that a slice of the families' laws serves them
+        # families with siblings come first, so that a slice of the families' distributions serves them
         here.sort(key=lambda family: (family[0] >= chain, -len(family[1]), family[0]))
         further = [[c[r] for _, c in here if len(c) > r] for r in range(1, ranks)]
         as_tensor = [torch.tensor(x, device=device) for x in further]
@@ -108,4 +104,4 @@ def shape(
             )
         )
         home = {child: number for number, (_, children) in enumerate(here) for child in children}
-    return Shape(chain, tree, tuple(levels))
+    return FrontShape(chain, len(side), tree, tuple(levels))

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sjd2.checkpoints import read_part, write_tensors
-from sjd2.denoising.embedding_space import AdditiveCode
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
+from sjd2.models.timesteps import AdditiveCode
 
 SETTINGS, WEIGHTS = "sjd2.json", "sjd2.safetensors"
 VQ = "vqmodel."  # the image encoder inside some decoders, which is no part of the language model

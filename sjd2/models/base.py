@@ -17,6 +17,7 @@ from sjd2.models.layout import TokenGrid
 if TYPE_CHECKING:
     from sjd2.models.adapter import Adapter
     from sjd2.models.spec import ModelSpec
+    from sjd2.models.timesteps import Timesteps
 
 
 @dataclass
@@ -94,28 +95,34 @@ class ImageModel:
         x: Tensor,
         positions: Tensor,
         cache: RowCache | None,
-        visible: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         gate: Tensor | None = None,
+        timesteps: Timesteps | None = None,
     ) -> Tensor:
-        """Run the backbone: x [R, S, D], positions [R, S] -> hidden states after the final norm [R, S, D].
+        """Run the transformer: x [R, S, D], positions [R, S] -> hidden states after the final norm [R, S, D].
 
-        visible [R, S, S]: which slots of the pass see which (None: causal). gate [R, S]: where gated adapters act (None:
-        nowhere, the pass costs what the plain model costs). Without a cache `visible` is the whole attention mask.
+        attn_mask [R, S, S]: which slots of the pass see which (None: causal); without a cache it is the whole attention mask.
+        gate [R, S]: where gated adapters act (None: nowhere, the pass costs what the plain model costs). timesteps: tokens
+        that are appended to the pass and taken off its output.
         """
+        num_slots = x.shape[1]
+        if timesteps is not None:
+            x, positions, attn_mask, gate = timesteps.append(x, positions, attn_mask, gate)
         if cache is not None:
-            mask = cache.window(x.shape[1], x.dtype, visible)
-        elif visible is not None:
-            mask = additive(visible, x.dtype)[:, None]
+            mask = cache.window(x.shape[1], x.dtype, attn_mask)
+        elif attn_mask is not None:
+            mask = additive(attn_mask, x.dtype)[:, None]
         else:
             size = x.shape[1]
             mask = additive(torch.ones(size, size, dtype=torch.bool, device=x.device).tril(), x.dtype)
             mask = mask.expand(len(x), 1, size, size)
         if self.adapter is not None:
             self.adapter.set_gate(gate)
-        return self.transformer(
+        hidden = self.transformer(
             inputs_embeds=x,
             position_ids=positions,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state.to(x.device)
+        return hidden[:, :num_slots] if timesteps is not None else hidden

@@ -78,26 +78,26 @@ class RowCache(Cache):
             return int(self.lengths.max()) + width
         return min(self.capacity, _rounded(self.bound + width))
 
-    def window(self, width: int, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
+    def window(self, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None) -> Tensor:
         """Open the next `width` slots of every row and return the additive mask [R, 1, S, span].
 
-        A slot sees the row's `lengths` cached entries and, within the window, what `visible` [R, S, S] says (None:
-        causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). A wider `visible`
-        [R, S, span] says everything, cached entries included (fine-tuning). The mask is float: a bool mask costs three
+        A slot sees the row's `lengths` cached entries and, within the window, what `attn_mask` [R, S, S] allows (None:
+        causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). A wider `attn_mask`
+        [R, S, span] is the whole mask, cached entries included (fine-tuning). The mask is float: a bool mask costs three
         more operations a layer, and is wrong in eager attention.
         """
-        whole = visible is not None and visible.shape[2] > width
-        self.span = visible.shape[2] if whole else self.reach(width)
+        whole = attn_mask is not None and attn_mask.shape[2] > width
+        self.span = attn_mask.shape[2] if whole else self.reach(width)
         columns = torch.arange(self.span, device=self.lengths.device)
         self.slots = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
-        if visible is None:
+        if attn_mask is None:
             seen = columns <= self.slots[..., None]
         elif whole:
-            seen = visible
+            seen = attn_mask
         else:
             inside = columns - self.lengths[:, None]  # [R, span], a slot of the window where 0 <= inside < width
-            within = visible.gather(2, inside.clamp(0, width - 1)[:, None].expand(-1, width, -1))
-            seen = torch.where((inside < 0)[:, None], visible[:, :, :1], within & (inside < width)[:, None])
+            within = attn_mask.gather(2, inside.clamp(0, width - 1)[:, None].expand(-1, width, -1))
+            seen = torch.where((inside < 0)[:, None], attn_mask[:, :, :1], within & (inside < width)[:, None])
         return additive(seen, dtype)[:, None]
 
     def compact(self, path: Tensor) -> None:

@@ -159,7 +159,7 @@ def num_drafted(run: Run) -> int:
     decoder = run.folder.config["decoder"]
     if "_target_" not in decoder:
         return int(decoder["window"]) - 1
-    return instantiate(decoder).ahead
+    return instantiate(decoder).lookahead
 
 
 def mean_waiting(run: Run) -> np.ndarray:

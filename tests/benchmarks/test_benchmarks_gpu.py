@@ -13,7 +13,8 @@ from benchmarks import gpu
 from benchmarks.architectures import ARCHITECTURES, entry_bytes, weight_bytes
 from benchmarks.roofline import Peaks, Work, work
 from benchmarks.timing import Budget, graphed, time_call
-from sjd2.decoding.generate import Decoder, generate
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled
 from sjd2.decoding.sampling import SamplingParams

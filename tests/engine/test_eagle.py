@@ -12,7 +12,7 @@ import torch
 from baselines.eagle.head import EagleHead, EagleSettings
 from baselines.eagle.train import FinetuneEagle, make_pairs, predict
 from sjd2.api import load
-from sjd2.decoding.generate import Decoder
+from sjd2.decoding.decoder import Decoder
 from sjd2.errors import UserError
 from sjd2.files import find
 from sjd2.finetune.data import generated

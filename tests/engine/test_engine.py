@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sjd2.decoding.generate import Decoder, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from sjd2.decoding.generate import Decoder
+from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.refine import Coupled, Keep, Resample
-from sjd2.decoding.sampling import SamplingParams
+from sjd2.decoding.sampling import CdfSampler, SamplingParams
 from sjd2.decoding.verify import Exact
 from tests.helpers.decoders import AR, CUT, FORCED, GUIDED, jacobi, sjd, sjd2
 from tests.helpers.enumeration import z_score
@@ -53,42 +53,38 @@ def test_appended_timestep_tokens_do_not_change_the_law() -> None:
 class StaleRecord(Coupled):
     """A kept token keeps the law it had (rule 1): what SCD's released code does."""
 
-    def __call__(self, draft, law, chance, keep, state):
-        new = super().__call__(draft, law, chance, keep, state)
-        return replace(new, probs=torch.where(keep[..., None], draft.probs, new.probs))
+    def __call__(self, draft, test, state):
+        new = super().__call__(draft, test, state)
+        return replace(new, probs=torch.where(test.accepted[..., None], draft.probs, new.probs))
 
 
 class NoResidual(Exact):
     """A rejected slot draws from the target instead of the residual (rule 2)."""
 
-    def rest(self, p, q, token):
+    def residual(self, p, q, token):
         return p
 
 
 class MaskedCoupling(Coupled):
-    """Coupling told that everything behind the first rejection was rejected (a bug of a prototype)."""
+    """Coupling that takes everything after the first rejection for rejected (a bug of a prototype)."""
 
-    def __call__(self, draft, law, chance, keep, state):
-        return super().__call__(draft, law, chance, keep.cumprod(1).bool(), state)
+    def __call__(self, draft, test, state):
+        return super().__call__(draft, replace(test, accepted=test.accepted.cumprod(1).bool()), state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedNoise(Resample):
     """All positions draw their drafts with the number of position 0 (rule 3)."""
 
-    def __call__(self, draft, law, chance, keep, state):
-        kept = state.noise
-        state.noise = _OnePosition(kept)
-        new = super().__call__(draft, law, chance, keep, state)
-        state.noise = kept
-        return new
+    def __call__(self, draft, test, state):
+        return super().__call__(draft, test, replace(state, sampler=CdfSampler(_OnePosition(state.noise))))
 
 
 class _OnePosition:
     def __init__(self, noise):
         self.noise = noise
 
-    def uniform(self, positions, purpose, iteration=0, lane=None):
+    def uniform(self, positions, purpose, iteration=0, sibling=None):
         return self.noise.uniform(torch.zeros_like(positions), purpose, 0)
 
 

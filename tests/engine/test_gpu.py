@@ -14,11 +14,12 @@ import torch
 from benchmarks.architectures import ARCHITECTURES
 from sjd2 import api
 from sjd2.decoding.cuda_graph import Graphs
-from sjd2.decoding.generate import CHECK_EVERY, Decoder, DecodeResult, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.engine import Engine
+from sjd2.decoding.generate import CHECK_EVERY, DecodeResult, generate, start_engine, stream
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.sampling import SamplingParams, draw
-from sjd2.decoding.window import Decoding
 from sjd2.errors import UserError
 from sjd2.files import ROOT
 from sjd2.models.adapter import Adapter, AdapterSettings
@@ -78,15 +79,15 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def begun(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Decoding:
+def begun(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Engine:
     """Open a loop on the prompts and run the first passes, in which parts may build their tables."""
     with torch.inference_mode():
         condition = model.encode(PROMPTS)
-    decoding = decoder.start(model, len(SEEDS), condition.embeds.shape[1], sampling)
-    decoding.admit(list(range(len(SEEDS))), condition, SEEDS)
-    decoding.step()
-    decoding.step()
-    return decoding
+    engine = start_engine(model, decoder, len(SEEDS), condition.embeds.shape[1], sampling)
+    engine.admit(list(range(len(SEEDS))), condition, SEEDS)
+    engine.step()
+    engine.step()
+    return engine
 
 
 # ---- tokens
@@ -213,26 +214,26 @@ def test_lossless_decoders_have_the_enumerated_law(decoder: Decoder, replayed: b
 def test_no_pass_waits_for_the_device(wide: dict[str, ImageModel], name: str) -> None:
     decoder = api.decoder(name)
     for law in filter(partial(serves, decoder), (CDF, GUMBEL)):
-        decoding = begun(wide["cuda"], decoder, law)
+        engine = begun(wide["cuda"], decoder, law)
         with no_waiting():
             for _ in range(4):
-                decoding.step()
-        decoding.finished()
+                engine.step()
+        engine.finished()
 
 
 def test_waiting_is_found(wide: dict[str, ImageModel]) -> None:
-    decoding = begun(wide["cuda"], api.decoder("ar"), CDF)
+    engine = begun(wide["cuda"], api.decoder("ar"), CDF)
     with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
-        decoding.finished()
+        engine.finished()
 
 
 @pytest.mark.parametrize("name", MANY)
 def test_memory_stays_flat_over_passes(wide: dict[str, ImageModel], name: str) -> None:
-    decoding = begun(wide["cuda"], api.decoder(name), CDF)
+    engine = begun(wide["cuda"], api.decoder(name), CDF)
     held = []
     for _ in range(30):
-        decoding.step()
-        decoding.finished()
+        engine.step()
+        engine.finished()
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
     # a pass leaves behind only its count of committed tokens; masks and laws are as wide as the span's bucket
@@ -253,19 +254,19 @@ def test_spans_are_buckets_close_to_the_longest_row(
 ) -> None:
     window, found = RowCache.window, []
 
-    def noted(cache: RowCache, width: int, dtype: torch.dtype, visible: torch.Tensor | None = None) -> torch.Tensor:
-        mask = window(cache, width, dtype, visible)
+    def noted(cache: RowCache, width: int, dtype: torch.dtype, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        mask = window(cache, width, dtype, attn_mask)
         found.append((cache.span, int(cache.lengths.max()) + width))
         return mask
 
     decoder = api.decoder(name)
-    decoding = begun(wide["cuda"], decoder, CDF)
+    engine = begun(wide["cuda"], decoder, CDF)
     monkeypatch.setattr(RowCache, "window", noted)
     passes = 0
-    while len(decoding.finished() if passes % CHECK_EVERY == 0 else []) < len(SEEDS):
-        decoding.step()
+    while len(engine.finished() if passes % CHECK_EVERY == 0 else []) < len(SEEDS):
+        engine.step()
         passes += 1
-    assert not decoding.cache.reads
+    assert not engine.cache.reads
     assert all(span % SPAN_BUCKET == 0 and span >= need for span, need in found)
     slack = CHECK_EVERY * decoder.window + 2 * SPAN_BUCKET
     assert all(span - need <= slack for span, need in found)
@@ -298,12 +299,12 @@ def test_a_replayed_pass_does_not_wait(wide: dict[str, ImageModel]) -> None:
     decode(model, decoder := api.decoder("sjd2"), CDF, graphs)
     with torch.inference_mode():
         condition = model.encode(PROMPTS)
-    decoding = graphs.start(model, decoder, len(SEEDS), condition.embeds.shape[1], CDF)
-    decoding.admit([0, 1, 2], condition, SEEDS)
+    engine = graphs.start(model, decoder, len(SEEDS), condition.embeds.shape[1], CDF)
+    engine.admit([0, 1, 2], condition, SEEDS)
     with no_waiting():
         for _ in range(3):
-            decoding.step()
-    assert decoding.finished() == []
+            engine.step()
+    assert engine.finished() == []
 
 
 # ---- the published architectures, narrow

@@ -9,7 +9,8 @@ import torch
 
 from baselines.zipar import ZipAR
 from sjd2.decoding.cuda_graph import Graphs, Replayed
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Keep, Resample
 from sjd2.decoding.verify import Exact
@@ -88,8 +89,8 @@ def test_another_batch_size_or_law_opens_another_loop(model: Toy) -> None:
 class Remembers(Jacobi):
     """A drafter that keeps a tensor where no graph looks: what it drafted from, one pass ago."""
 
-    def fill(self, draft, fresh, state):
-        filled = super().fill(draft, fresh, state)
+    def propose(self, carried, fresh, state):
+        filled = super().propose(carried, fresh, state)
         last = getattr(self, "last", None)
         self.last = filled.tokens
         if last is None or len(last) != len(filled.tokens):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from baselines.lookup import Lookup
-from sjd2.decoding.generate import Decoder, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import stream
 from sjd2.decoding.interfaces import Draft, State
 from sjd2.decoding.noise import Noise
-from sjd2.decoding.sampling import SamplingParams
+from sjd2.decoding.sampling import CdfSampler, SamplingParams
 from sjd2.decoding.verify import Exact
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
@@ -37,10 +39,10 @@ def test_lookup_has_the_enumerated_law(decoder: Decoder, sampling: SamplingParam
 class Claimed(Lookup):
     """Copies recorded as draws from a uniform law, which they are not (rule 1)."""
 
-    def fill(self, draft: Draft, fresh: torch.Tensor, state: State) -> Draft:
-        filled = super().fill(draft, fresh, state)
+    def propose(self, carried: Draft, fresh: torch.Tensor, state: State) -> Draft:
+        filled = super().propose(carried, fresh, state)
         rows, size = filled.tokens.shape
-        vocabulary = self.layout.vocabulary
+        vocabulary = state.model.layout.vocabulary
         return replace(filled, probs=torch.full((rows, size - 1, vocabulary), 1 / vocabulary))
 
 
@@ -83,18 +85,19 @@ def test_lookup_does_not_depend_on_batch_or_refilling(model: Toy, decoder: Decod
 WIDE = TokenGrid(3, 4, 9)
 
 
-def guesses(tokens: list[int], window: int, context: int = 2, grid: TokenGrid = WIDE) -> list[int]:
-    """Return what is drafted behind committed tokens; whatever lies beyond them is 8."""
-    drafter, n = Lookup(context=context), len(tokens)
-    drafter.layout = grid
+def drafted(tokens: list[int], window: int, context: int = 2, grid: TokenGrid = WIDE) -> list[int]:
+    """Return what is drafted after committed tokens; whatever lies beyond them is 8."""
+    n, noise = len(tokens), Noise(torch.tensor([0]))
     board = torch.tensor([tokens + [8] * (grid.length + window - n)])
     forced = torch.cat([grid.forced(), torch.zeros(window, dtype=torch.long)])
     count = torch.tensor([n])
     state = State(
-        tokens=board, committed=count, cached=count - 1, iteration=count, forced=forced, noise=Noise(count),
-        sampling=SamplingParams(), window=window, starts=count,
+        tokens=board, committed=count, cached=count - 1, iteration=count, forced=forced, noise=noise,
+        sampler=CdfSampler(noise), model=SimpleNamespace(layout=grid), sampling=SamplingParams(), window=window,
+        image_start=count,
     )  # fmt: skip
-    filled = drafter.fill(Draft(board[:, n - 1 : n], None), torch.zeros(1, 1, dtype=torch.bool), state)
+    fresh = torch.zeros(1, 1, dtype=torch.bool)
+    filled = Lookup(context=context).propose(Draft(board[:, n - 1 : n]), fresh, state)
     assert filled.probs is None
     assert filled.tokens[0, 0] == tokens[-1]
     return filled.tokens[0, 1:].tolist()
@@ -114,13 +117,13 @@ def guesses(tokens: list[int], window: int, context: int = 2, grid: TokenGrid = 
     ],
 )
 def test_what_follows_the_best_match_is_copied(tokens: list[int], context: int, expected: list[int]) -> None:
-    assert guesses(tokens, 4, context) == expected
+    assert drafted(tokens, 4, context) == expected
 
 
 def test_forced_tokens_are_no_guesses_at_free_places() -> None:
     grid = TokenGrid(3, 2, 9, row_end=21)
     # 9 is the row end's local id; the last two tokens match across it, and what follows is shifted by one
-    assert guesses([1, 2, 9, 2], 4, 1, grid) == [8, 9, 8]
+    assert drafted([1, 2, 9, 2], 4, 1, grid) == [8, 9, 8]
 
 
 def test_wrong_settings_say_the_mend() -> None:

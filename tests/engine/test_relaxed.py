@@ -17,7 +17,7 @@ from baselines.lantern import Relaxed, neighbour_table
 from baselines.reuse import Reuse
 from sjd2.decoding.interfaces import Draft
 from sjd2.decoding.noise import Noise
-from sjd2.decoding.sampling import SamplingParams, draw
+from sjd2.decoding.sampling import CdfSampler, SamplingParams, draw
 from sjd2.decoding.verify import Exact, residual
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
@@ -52,8 +52,8 @@ def rule(verifier: object, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]
     token = torch.arange(v)[None, :, None]
     wide = p.expand(1, v, 1, v)
     other = None if q is None else q.expand(1, v, 1, v)
-    rest = verifier.rest(wide, other, token)[0, :, 0]
-    return verifier.chance(wide, other, token)[0, :, 0], rest / rest.sum(-1, keepdim=True)
+    left = verifier.residual(wide, other, token)[0, :, 0]
+    return verifier.accept_prob(wide, other, token)[0, :, 0], left / left.sum(-1, keepdim=True)
 
 
 def output(p: Tensor, q: Tensor, chance: Tensor, rest: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def misfit(verifier: object, definition: object, seed: int) -> float:
     """Return how far a verifier is from its definition: chances, laws after a rejection, law of the committed token."""
     vocabulary, worst = 12, 0.0
     here = model(vocabulary, seed)
-    verifier.prepare(here)
+    verifier = verifier.bind(here, 2)
     p, q = laws(vocabulary, seed)
     for law in (q, None):
         chance, rest = rule(verifier, p, law)
@@ -130,8 +130,10 @@ def test_rules_are_their_definitions(name: str, seed: int) -> None:
 class IgnoresNeighbours(Relaxed):
     """A rejection that leaves the mass of A(x) where it was."""
 
-    def rest(self, p, q, token):
-        return residual(p, q, token)
+    def bind(self, model, window):
+        bound = super().bind(model, window)
+        bound.residual = residual
+        return bound
 
 
 @pytest.mark.parametrize("name", ["lantern", "lantern++"])
@@ -160,9 +162,8 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("onehot", [False, True], ids=["sampled", "onehot"])
 def test_smallest_settings_are_exact_verification(name: str, onehot: bool) -> None:
-    verifier = EXACT[name]
     for seed in range(6):
-        verifier.prepare(model(9, seed))
+        verifier = EXACT[name].bind(model(9, seed), 2)
         p, q = (law.float() for law in laws(9, seed))
         law = None if onehot else q
         assert all(map(torch.equal, rule(verifier, p, law), rule(Exact(), p, law)))
@@ -170,9 +171,8 @@ def test_smallest_settings_are_exact_verification(name: str, onehot: bool) -> No
 
 @pytest.mark.parametrize("lam", [1.5, 5.0])
 def test_lantern_plus_plus_bounds_each_accepted_mass(lam: float) -> None:
-    verifier = Relaxed(neighbours=12, lam=lam)
     for seed in range(10):
-        verifier.prepare(model(12, seed))
+        verifier = Relaxed(neighbours=12, lam=lam).bind(model(12, seed), 2)
         p, q = laws(12, seed)
         chance, rest = rule(verifier, p, q)
         assert (q * chance <= lam * p + 1e-12).all()
@@ -182,14 +182,14 @@ def test_lantern_plus_plus_bounds_each_accepted_mass(lam: float) -> None:
 def test_delta_does_not_bound_the_error() -> None:
     # codes in pairs; the drafts are uniform on one of each pair, the target on the other: delta = 1/4, error 1
     codebook = torch.tensor([[0.0], [0.1], [5.0], [5.1], [11.0], [11.1], [18.0], [18.1]])
-    verifier = Relaxed(neighbours=2, delta=0.25, lam=None)
-    verifier.prepare(model(8, codebook=codebook))
+    verifier = Relaxed(neighbours=2, delta=0.25, lam=None).bind(model(8, codebook=codebook), 2)
     q = torch.tensor([0.25, 0.0] * 4).double()
     p = 0.25 - q
     chance, rest = rule(verifier, p, q)
     assert chance[q > 0].eq(1).all()
     assert distance(output(p, q, chance, rest), p) == pytest.approx(1)
-    verifier.delta, verifier.lam = None, 100.0  # lam never accepts a code of probability 0
+    # lam never accepts a code of probability 0
+    verifier = Relaxed(neighbours=2, lam=100.0).bind(model(8, codebook=codebook), 2)
     assert distance(output(p, q, *rule(verifier, p, q)), p) < 1e-12
 
 
@@ -197,8 +197,7 @@ def test_groups_do_not_bound_the_error() -> None:
     # eight equally likely codes, a draft that is always the same one of them and has the seven others in its group
     p, q = torch.zeros(9).double(), torch.zeros(9).double()
     p[1:], q[8] = 1 / 8, 1
-    verifier = Grouped()
-    verifier.prepare(model(9, codebook=torch.zeros(9, 2)))
+    verifier = Grouped().bind(model(9, codebook=torch.zeros(9, 2)), 2)
     chance, rest = rule(verifier, p, q)
     assert float(chance[8]) == pytest.approx(1)
     assert distance(output(p, q, chance, rest), p) == pytest.approx(7 / 8)
@@ -210,8 +209,7 @@ def test_members_too_far_or_too_unlikely_leave_the_group() -> None:
     here = model(4, codebook=torch.tensor([[0.0], [1.0], [2.0], [9.0]]))
 
     def chance(**settings) -> float:
-        verifier = Grouped(group=8, **settings)
-        verifier.prepare(here)
+        verifier = Grouped(group=8, **settings).bind(here, 2)
         return float(rule(verifier, p, q)[0][2])
 
     assert chance(probability=2.0, distance=None) == pytest.approx(1.0)
@@ -235,21 +233,17 @@ def test_neighbours_are_sorted_by_distance(tmp_path, monkeypatch, normalise: boo
 
 
 def test_neighbours_are_read_where_they_were_kept(own_cache, monkeypatch) -> None:
-    first = Relaxed(neighbours=4)
-    first.prepare(model(9))
+    first = Relaxed(neighbours=4).bind(model(9), 2)
     (file,) = own_cache.iterdir()
     monkeypatch.setattr(baselines.lantern, "_nearest", lambda *_: pytest.fail("computed although it was kept"))
-    second = Relaxed(neighbours=4)
-    for again in (first, second):
-        again.prepare(model(9))
+    second = Relaxed(neighbours=4).bind(model(9), 2)
     assert torch.equal(first.table, second.table)
     assert list(own_cache.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("content", ["", "cut", "garbage", "zip", "shape", "range"])
 def test_a_broken_file_is_made_anew(own_cache, caplog, content: str) -> None:
-    first = Relaxed(neighbours=4)
-    first.prepare(model(9))
+    first = Relaxed(neighbours=4).bind(model(9), 2)
     (file,) = own_cache.iterdir()
     whole = file.read_bytes()
     if content == "shape":
@@ -258,8 +252,7 @@ def test_a_broken_file_is_made_anew(own_cache, caplog, content: str) -> None:
         np.save(file, np.full((9, 3), 9, np.uint16))
     else:
         file.write_bytes({"": b"", "cut": whole[:-5], "garbage": b"\x00" * 500, "zip": b"PK\x03\x04" + whole}[content])
-    second = Relaxed(neighbours=4)
-    second.prepare(model(9))
+    second = Relaxed(neighbours=4).bind(model(9), 2)
     assert "made anew" in caplog.text
     assert torch.equal(first.table, second.table)
     assert file.read_bytes() == whole
@@ -274,14 +267,13 @@ def test_other_codebooks_and_settings_have_other_files(own_cache) -> None:
         ({"neighbours": 4}, model(9, seed=1)),
         ({"neighbours": 4, "delta": 0.1, "lam": None}, model(9)),  # the budget does not change the table
     ):
-        Relaxed(**settings).prepare(here)
+        Relaxed(**settings).bind(here, 2)
     assert len(list(own_cache.iterdir())) == 4
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog) -> None:
     (tmp_path / "file").write_text("")
-    verifier = Relaxed(neighbours=4, cache=str(tmp_path / "file" / "below"))
-    verifier.prepare(model(9))
+    verifier = Relaxed(neighbours=4, cache=str(tmp_path / "file" / "below")).bind(model(9), 2)
     assert "is not kept" in caplog.text
     assert verifier.table.shape == (9, 3)
 
@@ -294,7 +286,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog) -> None:
         (lambda: Relaxed(delta=2.0, lam=None), "set lam instead"),
         (lambda: Relaxed(lam=0.5), "from 1"),
         (lambda: Relaxed(neighbours=0), "neighbours must be 1"),
-        (lambda: Relaxed(neighbours=10).prepare(model(9)), "at most"),
+        (lambda: Relaxed(neighbours=10).bind(model(9), 2), "at most"),
         (lambda: Relaxed(neighbours=10).check(SimpleNamespace(layout=TokenGrid(1, 1, 9)), 4), "at most"),
         (lambda: Grouped(group=0), "group must be 1"),
         (lambda: Grouped(probability=0), "above 0"),
@@ -307,17 +299,14 @@ def test_wrong_settings_are_refused(make: object, part: str) -> None:
         make()
 
 
-def state(rows: int) -> SimpleNamespace:
-    """What `Reuse` reads of a state."""
-    place, noise = torch.ones(rows, 1, dtype=torch.long), Noise(torch.arange(rows), torch.float64)
-    return SimpleNamespace(guesses=lambda draft: place, iteration=place[:, 0], noise=noise, sampling=SamplingParams())
-
-
 def reused(p: Tensor, q: Tensor, threshold: float, rows: int = 40_000) -> tuple[Tensor, Tensor]:
-    """Draw guesses from q and reuse them under p: counts of the new guesses [V], recorded law [V]."""
+    """Draw draft tokens from q and reuse them under p: counts of the new ones [V], recorded distribution [V]."""
     drawn = draw(q.expand(rows, -1), torch.rand(rows, generator=torch.Generator().manual_seed(7)).double())
     draft = Draft(torch.stack([torch.zeros_like(drawn), drawn], 1), q.expand(rows, 1, -1))
-    new = Reuse(threshold=threshold)(draft, p.expand(rows, 1, -1), None, None, state(rows))
+    place, noise = torch.ones(rows, 1, dtype=torch.long), Noise(torch.arange(rows), torch.float64)
+    test = SimpleNamespace(p=p.expand(rows, 1, -1), positions=place)
+    state = SimpleNamespace(iteration=place[:, 0], sampler=CdfSampler(noise))
+    new = Reuse(threshold=threshold)(draft, test, state)
     assert torch.equal(new.probs, new.probs[:1].expand_as(new.probs))
     return torch.bincount(new.tokens[:, 1], minlength=len(p)), new.probs[0, 0]
 
@@ -342,10 +331,9 @@ def test_a_stale_record_is_caught() -> None:
     assert min(abs(chi_square_z(counts, law + 1e-9)) for law in (p, q)) > 5
 
 
-def test_reuse_needs_the_laws() -> None:
-    draft = Draft(torch.zeros(2, 2, dtype=torch.long), None)
-    with pytest.raises(UserError, match="needs the laws"):
-        Reuse()(draft, torch.full((2, 1, 3), 1 / 3), None, None, state(2))
+def test_reuse_needs_records() -> None:
+    with pytest.raises(UserError, match="needs the distributions"):
+        Reuse()(Draft(torch.zeros(2, 2, dtype=torch.long)), SimpleNamespace(), SimpleNamespace())
 
 
 @pytest.mark.parametrize(
@@ -363,12 +351,12 @@ def test_reuse_keeps_the_law(decoder, law) -> None:
 
 
 class StaleReuse(Reuse):
-    """A kept guess keeps the law it had: the rule as the paper's abstract states it."""
+    """A kept draft token keeps the distribution it had: the rule as the paper's abstract states it."""
 
-    def __call__(self, draft, law, chance, keep, state):
-        new = super().__call__(draft, law, chance, keep, state)
-        kept = law.gather(-1, draft.tokens[:, 1:, None].clamp(max=law.shape[-1] - 1)) > self.threshold
-        return replace(new, probs=torch.where(kept, draft.probs, law))
+    def __call__(self, draft, test, state):
+        new = super().__call__(draft, test, state)
+        kept = test.p.gather(-1, draft.codes(test.p.shape[-1])[..., None]) > self.threshold
+        return replace(new, probs=torch.where(kept, draft.probs, test.p))
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sjd2 import api
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.engine import Engine
+from sjd2.decoding.generate import generate, start_engine, stream
 from sjd2.decoding.interfaces import Draft, State
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Resample
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
-from sjd2.decoding.window import Decoding
 from sjd2.files import ROOT
 from sjd2.models.base import Condition, ImageModel
 from tests.helpers.bounded_spans import as_on_a_gpu
@@ -110,16 +111,16 @@ def meta() -> ImageModel:
     return model
 
 
-def begin(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Decoding:
+def begin(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Engine:
     """Open a loop of two rows, admit prompts and run the first two passes: they may still build tables."""
     width = model.embed(torch.zeros(1, 1, dtype=torch.long, device="meta")).shape[-1]
     lengths = torch.zeros(2, dtype=torch.long, device="meta")
     embeds = torch.zeros(2, 6, width, device="meta")
-    decoding = decoder.start(model, 2, 6, sampling)
-    decoding.admit([0, 1], Condition(embeds, lengths, embeds[:1, :2], lengths[:1]), [1, 2])
-    decoding.step()
-    decoding.step()
-    return decoding
+    engine = start_engine(model, decoder, 2, 6, sampling)
+    engine.admit([0, 1], Condition(embeds, lengths, embeds[:1, :2], lengths[:1]), [1, 2])
+    engine.step()
+    engine.step()
+    return engine
 
 
 @pytest.mark.parametrize(("name", "law"), PASSES)
@@ -139,13 +140,13 @@ class Waits(Jacobi):
         super().__init__()
         self.how = how
 
-    def fill(self, draft: Draft, fresh: Tensor, state: State) -> Draft:
-        filled, rows = super().fill(draft, fresh, state), torch.zeros_like(fresh[:, 0], dtype=torch.long)
+    def propose(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
+        filled, rows = super().propose(carried, fresh, state), torch.zeros_like(fresh[:, 0], dtype=torch.long)
         match self.how:
             case "item":
                 int(state.committed.max())
             case "bool":
-                filled = filled if fresh.any() else draft
+                filled = filled if fresh.any() else carried
             case "mask":
                 filled.tokens[fresh] = filled.tokens[fresh]
             case "tolist":
@@ -162,19 +163,22 @@ class Waits(Jacobi):
 
 
 @pytest.fixture(scope="module")
-def decoding(meta: ImageModel) -> Decoding:
+def engine(meta: ImageModel) -> Engine:
     decoder = Decoder(name="x", window=5, lossless=True, drafter=Waits("not"), verifier=Exact(), refiner=Resample())
     return begin(meta, decoder, LAWS["cdf"])
 
 
 @pytest.mark.parametrize("how", ["item", "bool", "mask", "tolist", "cpu", "list", "number", "table"])
-def test_what_waits_is_found(decoding: Decoding, how: str) -> None:
-    drafter = decoding.decoder.drafter
-    filling = (drafter.fill, decoding.draft, decoding.fresh, decoding.state)
+def test_what_waits_is_found(engine: Engine, how: str) -> None:
+    drafter = engine.drafter
+
+    def propose() -> Draft:
+        return drafter.propose(engine.carried, engine.fresh, engine.state)
+
     drafter.how = "not"
-    assert watch(lambda: filling[0](*filling[1:])) == []
+    assert watch(propose) == []
     drafter.how = how
-    assert watch(lambda: filling[0](*filling[1:]))
+    assert watch(propose)
 
 
 def test_a_loop_frees_its_keys_when_it_ends(model: Toy) -> None:
@@ -183,12 +187,12 @@ def test_a_loop_frees_its_keys_when_it_ends(model: Toy) -> None:
     gc.disable()
     try:
         for name in ("ar", "sjd"):
-            decoding = KINDS[name]({}).start(model, 2, 4, SAMPLING)
-            decoding.admit([0, 1], model.encode(PROMPTS[:2]), [1, 2])
-            decoding.step()
-            decoding.step()
-            held = weakref.ref(decoding.cache.layers[0].keys)
-            del decoding
+            engine = start_engine(model, KINDS[name]({}), 2, 4, SAMPLING)
+            engine.admit([0, 1], model.encode(PROMPTS[:2]), [1, 2])
+            engine.step()
+            engine.step()
+            held = weakref.ref(engine.cache.layers[0].keys)
+            del engine
             assert held() is None
     finally:
         gc.enable()
@@ -219,10 +223,10 @@ def test_spans_follow_the_rows(model: Toy, name: str, nets: dict[str, str]) -> N
     # the host's bound grows by a whole window per pass and is set right at each look at the device, in every cache
     decoder = KINDS[name](nets)
     with as_on_a_gpu() as spans:
-        decoding = decoder.start(model, 1, 3, SAMPLING)
-        decoding.admit([0], model.encode(PROMPTS[:1]), [1])
+        engine = start_engine(model, decoder, 1, 3, SAMPLING)
+        engine.admit([0], model.encode(PROMPTS[:1]), [1])
         spans.clear()
-        while not decoding.finished():
-            decoding.step()
+        while not engine.finished():
+            engine.step()
     deepest = decoder.window + (9 if name == "eagle" else 0)  # one pass, and nodes of the head that stand behind it
     assert max(span - need for span, need in spans) < deepest + 8

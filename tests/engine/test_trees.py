@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from baselines.eagle.eagle_drafter import Eagle
-from sjd2.decoding.generate import Decoder, stream
+from baselines.eagle.eagle_drafter import Eagle, EagleDrafter
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Resample
-from sjd2.decoding.shapes import Tree, walk
+from sjd2.decoding.shapes import Tree
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.errors import UserError
-from sjd2.front.front_drafter import Front
-from sjd2.front.front_shape import branches, shape
+from sjd2.front.front_drafter import Front, FrontDrafter
+from sjd2.front.front_shape import branches, front_shape
 from sjd2.models.kv_cache import RowCache
 from tests.helpers.decoders import AR, CUT, FORCED, GRID, GUIDED, PATHS, PROMPTS, SAMPLING, decode, eagle, front
 from tests.helpers.enumeration import z_score
@@ -55,59 +56,71 @@ def test_forced_tokens_in_trees_do_not_change_the_law(name: str, nets: dict[str,
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
 
 
-class StaleLaw(Front):
-    """A guess moved to its corrected law, recorded with the law it had before."""
+class StaleRecord(FrontDrafter):
+    """A draft token moved to its corrected distribution, recorded with the one it had before."""
 
-    def _correct(self, level, depth, tokens, token, law, source, state):
-        moved, _, hidden = super()._correct(level, depth, tokens, token, law, source, state)
-        return moved, law, hidden
+    def correct(self, level, depth, tokens, token, q, source, state):
+        moved, _, hidden = super().correct(level, depth, tokens, token, q, source, state)
+        return moved, q, hidden
 
 
-class Unnormalised(Front):
-    """Siblings drawn without replacement, recorded with the whole law."""
+class Unnormalised(FrontDrafter):
+    """Siblings drawn without replacement, recorded with the whole distribution."""
 
-    def _siblings(self, level, depth, tokens, probs, token, law, state):
-        super()._siblings(level, depth, tokens, probs, token, law, state)
+    def draw_siblings(self, level, depth, draft, token, q, state):
+        super().draw_siblings(level, depth, draft, token, q, state)
         for slots in level.siblings:
-            probs[:, slots - 1] = law[:, : len(slots)]
+            draft.probs[:, slots - 1] = q[:, : len(slots)]
 
 
-class WholeLaw(Eagle):
-    """Children drawn without replacement, recorded with the law of the first one."""
+class WholeRecord(EagleDrafter):
+    """Children drawn without replacement, recorded with the distribution of the first one."""
 
-    def fill(self, draft, fresh, state):
-        filled = super().fill(draft, fresh, state)
-        parents, rank = filled.tree.parents[0].tolist(), filled.tree.rank[0].tolist()
+    def propose(self, carried, fresh, state):
+        draft = super().propose(carried, fresh, state)
+        parents, rank = draft.shape.parents[0].tolist(), draft.shape.rank[0].tolist()
         for slot in range(1, state.window):
             first = next(s for s in range(1, state.window) if parents[s] == parents[slot] and rank[s] == 0)
-            filled.probs[:, slot - 1] = filled.probs[:, first - 1]
-        return filled
+            draft.probs[:, slot - 1] = draft.probs[:, first - 1]
+        return draft
 
 
-class BestFirst(Eagle):
-    """Two sampled candidates, the likelier one tried first: chosen by its score, it is no draw from the law any more."""
+class BestFirst(EagleDrafter):
+    """Two sampled candidates, the likelier one tried first: chosen by its score, it is no draw from the distribution any more."""
 
-    def fill(self, draft, fresh, state):
-        filled = super().fill(draft, fresh, state)
-        score = filled.probs[:, 0].gather(1, filled.tokens[:, 1:3])
-        filled.tokens[:, 1:3] = filled.tokens[:, 1:3].gather(1, score.argsort(1, descending=True))
-        return filled
+    def propose(self, carried, fresh, state):
+        draft = super().propose(carried, fresh, state)
+        score = draft.probs[:, 0].gather(1, draft.tokens[:, 1:3])
+        draft.tokens[:, 1:3] = draft.tokens[:, 1:3].gather(1, score.argsort(1, descending=True))
+        return draft
+
+
+def broken(settings: Front | Eagle, runs: type) -> Front | Eagle:
+    """Return settings that bind to a drafter of class `runs`."""
+
+    class Broken(type(settings)):
+        def bind(self, model, window):
+            return runs(self, model, window)
+
+    return Broken(**{field.name: getattr(settings, field.name) for field in fields(settings)})
 
 
 @pytest.mark.parametrize(
     "drafter",
     [
-        lambda n: StaleLaw(chain=Jacobi(), weights=n["front"], corrected=1),
-        lambda n: Unnormalised(chain=Jacobi(), siblings=(1, 1), copies=2),
-        lambda n: WholeLaw(weights=n["eagle"], shape="static", tree=PATHS),
-        lambda n: BestFirst(weights=n["eagle"], shape="static", tree=((0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1))),
+        lambda n: broken(Front(chain=Jacobi(), weights=n["front"], corrected=1), StaleRecord),
+        lambda n: broken(Front(chain=Jacobi(), siblings=(1, 1), copies=2), Unnormalised),
+        lambda n: broken(Eagle(weights=n["eagle"], shape="static", tree=PATHS), WholeRecord),
+        lambda n: broken(
+            Eagle(weights=n["eagle"], shape="static", tree=((0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1))), BestFirst
+        ),
     ],
-    ids=["stale law", "unnormalised siblings", "whole law", "best first"],
+    ids=["stale record", "unnormalised siblings", "whole record", "best first"],
 )
 def test_broken_trees_are_caught(drafter, nets: dict[str, str]) -> None:
-    broken = drafter(nets)
-    refiner = Coupled() if broken.carried(7) > 1 else None
-    decoder = Decoder(name="x", window=7, lossless=True, drafter=broken, verifier=Exact(), refiner=refiner)
+    drafter = drafter(nets)
+    refiner = Coupled() if drafter.num_carried(7) > 1 else None
+    decoder = Decoder(name="x", window=7, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner)
     assert abs(z_score(decoder, GUIDED)) > 5
 
 
@@ -157,18 +170,17 @@ def test_trees_do_not_depend_on_batch_or_refilling(model: Toy, make, rows: int, 
     for index, sample in stream(model, decoder, requests, rows=rows, sampling=SAMPLING):
         assert (sample.tokens == expected[index].tokens).all()
         assert sample.accepted == expected[index].accepted
-        assert sample.draft_forwards == (sample.forwards - 1) * decoder.forwards
+        assert sample.draft_forwards == (sample.forwards - 1) * decoder.num_forwards
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ChainAsTree(Jacobi):
     """Jacobi's chain, handed over as a tree of single children."""
 
-    def fill(self, draft, fresh, state):
-        filled = super().fill(draft, fresh, state)
-        size = filled.tokens.shape[1]
-        tree = Tree.static([0, *range(size - 1)], chain=size, device=filled.tokens.device)
-        return replace(filled, tree=tree)
+    def propose(self, carried, fresh, state):
+        draft = super().propose(carried, fresh, state)
+        size = draft.tokens.shape[1]
+        return replace(draft, shape=Tree.static([0, *range(size - 1)], chain=size, device=draft.tokens.device))
 
 
 @pytest.mark.parametrize("refiner", [Resample(), Coupled()])
@@ -191,29 +203,29 @@ def test_an_eagle_tree_of_single_children_is_its_chain(model: Toy, nets: dict[st
 # ---- shapes
 
 
-def test_the_walk_takes_the_first_kept_sibling() -> None:
+def test_the_accepted_path_takes_the_first_accepted_sibling() -> None:
     # 0 -> 1 -> 2, and siblings 3, 4 of 1; 4 -> 5
     tree = Tree.static([0, 0, 1, 0, 0, 4], chain=3, device=torch.device("cpu"))
-    keep = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1, 0, 1]], dtype=torch.bool)
-    way = walk(tree, keep, None)
-    assert way.end.tolist() == [5, 2, 0, 3]
-    assert way.accepted.tolist() == [2, 2, 0, 1]
-    assert way.path[0].tolist() == [0, 4, 5]
+    accepted = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1, 0, 1]], dtype=torch.bool)
+    path = tree.accepted_path(accepted, None)
+    assert path.end.tolist() == [5, 2, 0, 3]
+    assert path.length.tolist() == [2, 2, 0, 1]
+    assert path.slots[0].tolist() == [0, 4, 5]
     assert tree.follow[4].tolist() == [0, 4, 5]  # the branch itself
-    assert tree.follow[3].tolist() == [0, 3, 2]  # a branch without copies goes on with the main chain
-    noisy = torch.tensor([[1, 1, 1, 1, 0, 1]], dtype=torch.bool).expand(4, -1)
-    way = walk(tree, keep, noisy)
-    assert way.end.tolist() == [4, 2, 0, 3]  # a noisy input may be committed, nothing behind it
-    assert way.open.tolist() == [False, True, True, True]
+    assert tree.follow[3].tolist() == [0, 3, 2]  # a branch without copies continues with the main chain
+    clean = torch.tensor([[1, 1, 1, 1, 0, 1]], dtype=torch.bool).expand(4, -1)
+    path = tree.accepted_path(accepted, clean)
+    assert path.end.tolist() == [4, 2, 0, 3]  # a noisy input may be committed, nothing after it
+    assert path.can_extend.tolist() == [False, True, True, True]
 
 
 def test_branches_are_counted_as_published() -> None:
     # SJD-PAC: K = 3, D = 3 with the root is a tree of 13 nodes, 10 of them beside the main chain
     assert len(branches((2, 2), 2, True)[0]) == 10
     assert len(branches((3, 2, 2), 4, False)[0]) == 3 * 4 + 2 * 3 + 2 * 2
-    built = shape(6, siblings=(2, 2), copies=2, full=True, corrected=0, device=torch.device("cpu"))
-    assert built.tree.parents.shape[1] == 16
-    assert built.tree.depth[0].tolist() == [0, 1, 2, 3, 4, 5, *[1] * 2, *[2] * 8]
+    built = front_shape(6, siblings=(2, 2), copies=2, full=True, corrected=0, device=torch.device("cpu"))
+    assert built.shape.parents.shape[1] == 16
+    assert built.shape.depth[0].tolist() == [0, 1, 2, 3, 4, 5, *[1] * 2, *[2] * 8]
 
 
 @pytest.mark.parametrize(
@@ -227,8 +239,8 @@ def test_branches_are_counted_as_published() -> None:
         (lambda n: eagle(9, n, shape="static", tree=PATHS).check(None), "must be 7"),
         (lambda n: eagle(3, n, shape="static", tree=((0,), (0,))), "repeated node"),
         (lambda n: eagle(2, n, shape="static", tree=((),)), "empty or a repeated"),
-        (lambda n: front(9, n, Eagle(weights="x"), siblings=(1,)), "must keep its guesses"),
-        (lambda n: front(9, n, Front(chain=Jacobi()), siblings=(1,)), "must keep its guesses"),
+        (lambda n: front(9, n, Eagle(weights="x"), siblings=(1,)), "must keep its draft tokens"),
+        (lambda n: front(9, n, Front(chain=Jacobi()), siblings=(1,)), "must keep its draft tokens"),
         (lambda n: replace(eagle(4, n, shape="chain"), refiner=Coupled()), "nothing to refine"),
         (lambda n: front(9, n, siblings=(1,), refiner=Resample(record=False)), "record=true"),
         (lambda n: replace(front(9, n, siblings=(1,)), rule="paper", lossless=False), "cannot be combined with trees"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from baselines.zipar import ZipAR
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid

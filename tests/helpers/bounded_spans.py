@@ -22,11 +22,11 @@ def as_on_a_gpu() -> Iterator[list[tuple[int, int]]]:
         cache.reads = False
         cache.capacity = cache._room(capacity)
 
-    def checked(cache: RowCache, width: int, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
-        mask = window(cache, width, dtype, visible)
+    def checked(cache: RowCache, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None) -> Tensor:
+        mask = window(cache, width, dtype, attn_mask)
         spans.append((cache.span, int(cache.lengths.max()) + width))
         assert spans[-1][1] <= cache.span
-        assert cache.span % 8 == 0 or (visible is not None and visible.shape[2] > width)
+        assert cache.span % 8 == 0 or (attn_mask is not None and attn_mask.shape[2] > width)
         return mask
 
     with pytest.MonkeyPatch.context() as patch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baselines.eagle.eagle_drafter import Eagle
-from sjd2.decoding.generate import Decoder, DecodeResult, generate
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import DecodeResult, generate
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.sampling import SamplingParams

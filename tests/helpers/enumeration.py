@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sjd2.decoding.generate import Decoder, generate
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.layout import TokenGrid

@@ -15,7 +15,8 @@ from torch import Tensor
 from baselines.eagle.head import EagleHead, EagleSettings
 from baselines.lantern import Relaxed
 from sjd2.api import decoder
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.refine import Resample

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sjd2 import api
-from sjd2.decoding.generate import Decoder
+from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Resample
 from sjd2.decoding.sampling import SamplingParams

@@ -17,7 +17,8 @@ from baselines.eagle.eagle_drafter import Eagle
 from baselines.eagle.head import EagleHead, EagleSettings
 from baselines.zipar import ZipAR
 from sjd2 import api
-from sjd2.decoding.generate import Decoder, generate
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled
 from sjd2.decoding.sampling import SamplingParams

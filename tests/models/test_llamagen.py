@@ -13,7 +13,8 @@ from torch import Tensor
 from baselines.eagle.head import EagleHead, EagleSettings
 from baselines.eagle.train import make_pairs, predict
 from sjd2 import api
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sjd2.decoding.generate import Decoder, generate
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError

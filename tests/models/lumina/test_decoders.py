@@ -15,7 +15,8 @@ from baselines.gsd import Grouped
 from baselines.lantern import Relaxed
 from baselines.reuse import Reuse
 from baselines.zipar import ZipAR
-from sjd2.decoding.generate import Decoder, generate, stream
+from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Keep, Resample
 from sjd2.denoising.denoise import Denoise

@@ -1,0 +1,147 @@
+"""A decoder's recipe: its parts, its window and its commit rule; settings only, shared by all models and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from sjd2.decoding.commit_rule import AnyInput, CleanInputs, CommitRule
+from sjd2.decoding.interfaces import Drafter, Redrafted, Refiner, Verifier
+from sjd2.decoding.sampling import SAMPLERS, SamplingParams
+from sjd2.errors import UserError
+from sjd2.models.base import ImageModel
+from sjd2.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from sjd2.decoding.engine import Engine
+
+
+class Recipe:
+    """What `generate` runs. engine: the class that runs it, where it is neither AR's nor the window's.
+
+    window: model inputs per pass. lookahead: positions after the last committed token that a pass drafts. num_forwards:
+    evaluations of a draft network per pass.
+    """
+
+    name: str
+    lossless: bool
+    window: int
+    lookahead: int = 0
+    num_forwards: int = 0
+    engine: ClassVar[type[Engine] | None] = None
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise `UserError` if this decoder cannot run on the model that `spec` describes."""
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise `UserError` if this decoder cannot sample from `sampling`."""
+
+
+class Parts(NamedTuple):
+    """The parts of a decoder, bound to a model."""
+
+    drafter: Drafter
+    verifier: Verifier
+    refiner: Refiner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Recipe):
+    """A decoder is its parts and a window; without parts, in a window of 1, it is AR.
+
+    window: model inputs per pass, the last committed token and the nodes of trees included (drafts = window - 1).
+    refiner: None where the drafter draws all tokens anew in each pass (EAGLE).
+    rule: `exact` commits only after clean inputs (docs/exactness.md), `paper` commits any accepted slot.
+    refeed: with rule=paper, committed tokens whose keys came from a noisy input are fed once more, clean (else they stay).
+    """
+
+    name: str
+    window: int
+    lossless: bool
+    drafter: Drafter | None = None
+    verifier: Verifier | None = None
+    refiner: Refiner | None = None
+    rule: str = "exact"
+    refeed: bool = True
+    # the parts of the last (model, fine-tuning): all batches of a run share their tables and networks
+    _bound: dict[tuple, Parts] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UserError(f"decoder.window must be 1 or more, got {self.window}; 1 is plain AR.")
+        if self.window > 1:
+            self._check_parts()
+        if self.rule not in ("exact", "paper"):
+            raise UserError(f"decoder.rule must be exact or paper, got '{self.rule}'.")
+        if self.rule == "paper" and self.num_carried != self.window:
+            raise UserError("rule=paper commits along a chain, so it cannot be combined with trees; use rule=exact.")
+        if self.lossless and not self.commit_rule.lossless:
+            raise UserError("rule=paper commits tokens after noisy inputs, so the decoder cannot be called lossless.")
+        for part in self._parts:
+            if self.lossless and not part.exact:
+                raise UserError(
+                    f"decoder '{self.name}' claims to be lossless, but its part {type(part).__name__} is not exact; "
+                    "set decoder.lossless=false."
+                )
+
+    def _check_parts(self) -> None:
+        if self.drafter is None or self.verifier is None:
+            raise UserError(f"decoder '{self.name}' with window {self.window} needs a drafter and a verifier.")
+        if self.refiner is None and self.num_carried > 1:
+            raise UserError(
+                f"decoder '{self.name}' needs a refiner for the draft tokens that it keeps, e.g. decoder/refiner=coupled."
+            )
+        if self.refiner is not None and self.num_carried == 1:
+            raise UserError(
+                f"decoder '{self.name}' draws all its draft tokens anew in each pass, so a refiner has nothing to refine; "
+                "leave decoder/refiner=null."
+            )
+        if self.drafter.needs_records and self.refiner is not None and not self.refiner.records:
+            raise UserError(
+                f"{type(self.drafter).__name__} drafts from recorded distributions; set decoder.refiner.record=true, or use "
+                "decoder/refiner=coupled."
+            )
+
+    @property
+    def _parts(self) -> list[Drafter | Verifier | Refiner]:
+        return [part for part in (self.drafter, self.verifier, self.refiner) if part is not None]
+
+    @property
+    def commit_rule(self) -> CommitRule:
+        """Return what `rule` stands for."""
+        return CleanInputs() if self.rule == "exact" else AnyInput(refeed=self.refeed)
+
+    @property
+    def num_carried(self) -> int:
+        """Return the slots that are carried from pass to pass."""
+        return self.drafter.num_carried(self.window) if self.drafter is not None and self.window > 1 else 1
+
+    @property
+    def lookahead(self) -> int:
+        return self.drafter.lookahead(self.window) if self.drafter is not None and self.window > 1 else 0
+
+    @property
+    def num_forwards(self) -> int:
+        return self.drafter.num_forwards(self.window) if self.drafter is not None and self.window > 1 else 0
+
+    def check(self, spec: ModelSpec) -> None:
+        for part in self._parts:
+            part.check(spec, self.window)
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        if self.verifier is not None and not self.verifier.exact and not SAMPLERS[sampling.sampler].residuals:
+            raise UserError(
+                f"sampler={sampling.sampler} verifies by matching AR's tokens, which leaves nothing to relax; use sampler=cdf "
+                f"with decoder '{self.name}', or decoder/verifier=exact."
+            )
+
+    def bind(self, model: ImageModel) -> Parts:
+        """Return the parts, ready to run on `model`. Raises `UserError` if one is missing or does not fit the model."""
+        if self.drafter is None or self.verifier is None:
+            raise UserError(f"decoder '{self.name}' needs a drafter and a verifier.")
+        key = (model, model.adapter)
+        if key not in self._bound:
+            self._bound.clear()
+            parts = (self.drafter, self.verifier, self.refiner or Redrafted())
+            self._bound[key] = Parts(*(part.bind(model, self.window) for part in parts))
+        return self._bound[key]
