@@ -74,7 +74,7 @@ class ZipEngine(Engine):
         super().__init__(model, decoder, rows, prompt + len(layout.prefix), sampling)
         self.first = len(layout.prefix)  # the header is prefilled
         self.delay = min(decoder.window_size, layout.columns)
-        # a row is `delay` columns behind the one above, and one more pass stores the keys of its last token
+        # a row is `delay` columns shorter than the one above, and one more pass stores the keys of its last token
         self.size = min(layout.rows, layout.columns // self.delay + 1)
         self.header = torch.arange(len(layout.prefix), device=device)
         self.last = len(layout.prefix) + layout.columns - 1 + layout.stride * torch.arange(layout.rows, device=device)

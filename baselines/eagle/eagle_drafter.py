@@ -244,7 +244,7 @@ class _Depth:
     """One depth of a static tree: families [F] ordered by their number of children, largest first.
 
     children: per rank the slots; inner [T]: slots of this depth that have children of their own, home [T] the family of each
-    among this depth's laws, seen [1, T, before + T] and before for the head's mask, level [1, T] their depth.
+    among the families of this depth, seen [1, T, before + T] and before for the head's mask, level [1, T] their depth.
     """
 
     children: tuple[Tensor, ...]

@@ -1,7 +1,7 @@
 """EAGLE's draft head: from a token and the state before it to the state at the token (arXiv 2401.15077, section 3.2).
 
 # B samples, R model rows (2B with guidance, else B), P prompt tokens, S slots of a call, T tree nodes of a pass, D width
-Pair t is (embedding of token t + 1, final state f_t); the head turns it into f_{t+1}, whose law is that of token t + 2. Pair t
+Pair t is (embedding of token t + 1, final state f_t); the head turns it into f_{t+1}, which gives the distribution of token t + 2. Pair t
 stands at the position of the token whose input gave f_t, and in entry t of the head's own cache.
 """
 
@@ -28,7 +28,7 @@ SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class EagleSettings:
-    """How a head is built. norm: give the layer a norm behind it, as the model's own last layer has."""
+    """How a head is built. norm: put a norm after the layer, as the model's own last layer has."""
 
     norm: bool = True
 
@@ -117,7 +117,7 @@ class EagleHead(nn.Module):
         """Put prompts into model rows [b] of the cache and return the predicted state at the first image token: [b, D].
 
         embeds, states [b, P, D]: the prompt's inputs and final states, right-padded; lengths [b]; token [b]: the first one.
-        Behind a prompt of length 0 no state predicts the first token: its pair has a state of zeros and is not kept.
+        After a prompt of length 0 no state predicts the first token: its pair has a state of zeros and is not kept.
         """
         count, width = embeds.shape[:2]
         index, last = torch.arange(count, device=embeds.device), (lengths - 1).clamp(min=0)
@@ -134,7 +134,7 @@ class EagleHead(nn.Module):
         return out[index, last]
 
     def extend(self, cache: PairCache, tokens: Tensor, states: Tensor, count: Tensor) -> Tensor:
-        """Add pairs of committed tokens and return the predicted state behind the last one of each row: [R, D].
+        """Add pairs of committed tokens and return the predicted state after the last one of each row: [R, D].
 
         tokens [B, S] and the true states before them [R, S, D]; the first count [B] of each row are real and stay, what lies
         beyond is overwritten by the next call. Rows of count 0 get a state that means nothing.
@@ -152,16 +152,16 @@ class EagleHead(nn.Module):
     ) -> Tensor:
         """Predict the states at S tree nodes from those at their parents: tokens [B, S], states [R, S, D] -> [R, S, D].
 
-        before: nodes of this pass that were stepped already; their entries stand behind the committed ones. depth [b, S]:
+        before: nodes of this pass that were stepped already; their entries stand after the committed ones. depth [b, S]:
         1 for the root's children. seen [b, S, before + S]: which nodes each one sees, itself included (b is 1 or B).
         Nothing is committed: the next `extend` overwrites all nodes.
         """
         size, branches = tokens.shape[1], len(states) // len(tokens)
         base = cache.lengths
         seen = seen.expand(len(tokens), -1, -1).repeat(branches, 1, 1)
-        visible = _behind(cache, base, seen)
+        attn_mask = _tree_mask(cache, base, seen)
         cache.lengths = base + before
-        mask = cache.window(size, states.dtype, visible)
+        mask = cache.window(size, states.dtype, attn_mask)
         positions = (base + cache.shift)[:, None] + depth.expand(len(tokens), -1).repeat(branches, 1) - 1
         embeds = self._model[0].embed(tokens).repeat(branches, 1, 1)
         out = self(embeds, states, positions, cache, mask)
@@ -191,7 +191,7 @@ class EagleHead(nn.Module):
         return head.eval().requires_grad_(False)
 
 
-def _behind(cache: RowCache, base: Tensor, seen: Tensor) -> Tensor:
+def _tree_mask(cache: RowCache, base: Tensor, seen: Tensor) -> Tensor:
     """Return what tree nodes see of the whole cache: base [R] committed entries, seen [R, S, T] -> bool [R, S, span]."""
     nodes = seen.shape[2]
     span = cache.reach(nodes)

@@ -123,11 +123,13 @@ def stream(
     owner: dict[int, int] = {}
     passes, empty = 0, list(range(rows))
     while True:
-        taken = [entry for _, entry in zip(empty, queue, strict=False)]
-        if taken:
-            places = empty[: len(taken)]
-            engine.admit(places, model.encode([prompt for _, (prompt, _) in taken]), [seed for _, (_, seed) in taken])
-            owner.update(zip(places, (index for index, _ in taken), strict=True))
+        entering = [entry for _, entry in zip(empty, queue, strict=False)]
+        if entering:
+            rows_free = empty[: len(entering)]
+            engine.admit(
+                rows_free, model.encode([prompt for _, (prompt, _) in entering]), [seed for _, (_, seed) in entering]
+            )
+            owner.update(zip(rows_free, (index for index, _ in entering), strict=True))
         if not owner:
             return
         engine.step()

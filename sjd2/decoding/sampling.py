@@ -98,11 +98,11 @@ def draw(mass: Tensor, u: Tensor, block: int = 32) -> Tensor:
     below = 1 - torch.finfo(mass.dtype).eps
     target = torch.minimum(u * edges[..., -1], edges[..., -1] * below)[..., None]
     outer = (edges <= target).sum(-1, keepdim=True).clamp(max=edges.shape[-1] - 1)
-    rest = target - (edges - sums).gather(-1, outer)
+    within = target - (edges - sums).gather(-1, outer)
     inner = blocks.gather(-2, outer[..., None].expand(*outer.shape, block)).squeeze(-2).cumsum(-1)
-    # rounding may leave `rest` outside the block: the clamp keeps the draw on an entry with mass
-    rest = torch.minimum(rest.clamp(min=0), inner[..., -1:] * below)
-    return (outer * block + (inner <= rest).sum(-1, keepdim=True)).squeeze(-1)
+    # rounding may leave `within` outside the block: the clamp keeps the draw on an entry with mass
+    within = torch.minimum(within.clamp(min=0), inner[..., -1:] * below)
+    return (outer * block + (inner <= within).sum(-1, keepdim=True)).squeeze(-1)
 
 
 def draw_gumbel(probs: Tensor, gumbel: Tensor) -> Tensor:

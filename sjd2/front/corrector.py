@@ -1,9 +1,10 @@
-"""The front corrector: a small network that mends the law behind a draft that has just been replaced.
+"""The front corrector: a small network that corrects the distribution after a draft token that has just been replaced.
 
-A Jacobi pass computes the law of a position with the draft on its left. When that draft is rejected, the law is stale, and
-half of all passes stop there. The corrector moves the hidden state of the position to where the new left token would have put
-it; the model's own image head turns it into a law. It is draft-only: a guess drawn from a corrected law, with that law
-recorded, is verified like any other, so the output law is untouched (docs/exactness.md).
+A Jacobi pass computes the distribution of a position given the draft token on its left. When that token is rejected, the
+distribution is stale, and half of all passes stop there. The corrector moves the hidden state of the position to where the new
+left token would have put it; the model's own image head turns it into a distribution. It is draft-only: a token drawn from a
+corrected distribution, which is recorded, is verified like any other, so the output distribution is untouched
+(docs/exactness.md).
 # D width
 """
 
@@ -48,7 +49,7 @@ def read_settings(folder: Path) -> FrontSettings:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:])  # without weights: the linear map behind it has them
+    return F.rms_norm(x, x.shape[-1:])  # without weights: the linear map after it has them
 
 
 class _Block(nn.Module):
@@ -83,7 +84,7 @@ class Corrector(nn.Module):
         """Return the corrected hidden state: four times [..., D] -> [..., D].
 
         stale: last hidden state (after the final norm) at the slot of the replaced left token, the state that gave the stale
-        law. source: the hidden state that predicted the left token. old, new: embeddings of the replaced and the new token.
+        distribution. source: the hidden state that predicted the left token. old, new: embeddings of the replaced and the new token.
         Each guidance branch is corrected with its own states.
         """
         x = _norm(torch.stack([stale, source, old, new], -2)).flatten(-2)

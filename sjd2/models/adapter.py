@@ -1,7 +1,7 @@
 """SJD2 fine-tunings: LoRA (through PEFT) or full weights, with the code that tells the model how noisy an input is.
 
-A gated LoRA acts on noisy slots only. Clean slots never attend to noisy ones, so every law that can be committed is that of
-the untouched weights, bit for bit: drafts come from the tuned model, the output law is the original's (docs/exactness.md).
+A gated LoRA acts on noisy slots only. Clean slots never attend to noisy ones, so every token that can be committed is one of
+the untouched weights, bit for bit: drafts come from the tuned model, the output distribution is the original's (docs/exactness.md).
 # R model rows, S slots of a pass
 """
 
@@ -56,7 +56,7 @@ def read_settings(folder: Path) -> AdapterSettings:
 
 
 class Adapter(nn.Module):
-    """A fine-tuning that has been put into a model's backbone; `set_gate` says before each forward where it acts."""
+    """A fine-tuning that has been put into a model; `set_gate` sets before each forward pass where it acts."""
 
     def __init__(self, settings: AdapterSettings, model: ImageModel) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Adapter(nn.Module):
         return output * self._gate[..., None].to(output)
 
     def set_gate(self, gate: Tensor | None) -> None:
-        """Say which slots the next forward adapts: [R, S], or None for none; without gating the LoRA always acts."""
+        """Set which slots the next forward pass adapts: [R, S], or None for none; without gating the LoRA always acts."""
         self._gate = gate
         on = gate is not None or not self.settings.gated
         if on != self._on:

@@ -80,7 +80,7 @@ class ImageModel:
         raise NotImplementedError
 
     def image_start(self, lengths: Tensor) -> Tensor:
-        """Return the position id of the image's first token behind prompts of `lengths` tokens: [R] -> [R].
+        """Return the position id of the image's first token after prompts of `lengths` tokens: [R] -> [R].
 
         The token count itself, but for models whose prompts fill a fixed number of places (LlamaGen).
         """

@@ -53,7 +53,7 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """A static cache for a transformers backbone in which every row has its own length (`lengths` [R]).
+    """A static cache for a transformers model in which every row has its own length (`lengths` [R]).
 
     `bound` is the host's upper bound of the longest row. Where the host `reads` lengths at no cost (on a CPU) a pass takes the
     exact value; on a GPU the decoder keeps the bound, so that no pass waits for the device, and spans are rounded up to keep
@@ -126,7 +126,7 @@ class RowCache(Cache):
         self.capacity = capacity
 
     def take_rows(self, rows: Tensor, source: RowCache, source_rows: Tensor) -> None:
-        """Copy whole rows of another cache (a prefill) into these rows; the rest of a row is free to overwrite."""
+        """Copy whole rows of another cache (a prefill) into these rows; what lies beyond is free to overwrite."""
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             if not mine.is_initialized:
                 rows_heads = (len(self.lengths), theirs.keys.shape[1], self.capacity)

@@ -86,7 +86,7 @@ class WholeRecord(EagleDrafter):
 
 
 class BestFirst(EagleDrafter):
-    """Two sampled candidates, the likelier one tried first: chosen by its score, it is no draw from the distribution any more."""
+    """Two sampled candidates, the likelier one tried first: chosen by its score, it is no draw from q any more."""
 
     def propose(self, carried, fresh, state):
         draft = super().propose(carried, fresh, state)
