@@ -72,7 +72,7 @@ def by_content(value: Any, *, covered: bool = False, key: str = "") -> Any:
     if isinstance(value, list):
         return [by_content(v, covered=covered, key=key) for v in value]
     if key.endswith(PATH_KEYS) and covered:
-        return "local"  # null too: some models know their own hub id, and the digest tells whether there is an adapter
+        return "local"  # null too: some models know their own hub id, and the digest shows whether there is an adapter
     if isinstance(value, str) and key.endswith(PATH_KEYS) and find(value).exists():
         return digest(find(value))
     return value

@@ -150,7 +150,7 @@ class PartiPrompts(Prompts):
 
 @dataclass(frozen=True, kw_only=True)
 class GenEvalPrompts(Prompts):
-    """GenEval (553 prompts); metadata: the whole line, which says what must be in the picture.
+    """GenEval (553 prompts); metadata: the whole line, which names what must be in the image.
 
     path: evaluation_metadata.jsonl.
     """
@@ -170,7 +170,7 @@ class GenEvalPrompts(Prompts):
 
 @dataclass(frozen=True, kw_only=True)
 class DpgBench(Prompts):
-    """DPG-Bench (1,065 long prompts); metadata: item_id, the name that its scoring asks a picture to have.
+    """DPG-Bench (1,065 long prompts); metadata: item_id, the name that its scoring asks an image to have.
 
     path: the folder of txt files, one prompt each, or dpg_bench.csv, which has a line per question. Sorted by item_id.
     """

@@ -1,8 +1,8 @@
 """Prompt lists: the embedded model's held-out captions, or a txt, csv, tsv, json or jsonl file.
 
 An image's id is (prompt index, repeat). Repeats come one after the other, so that `limit=` always asks for as many
-different prompts as there are. The published prompt sets, which say more of a prompt than its text, are in
-prompt_sets.py; what they say is kept in the run folder as prompts.jsonl, where metrics find it (`metadata_of`).
+different prompts as there are. The published prompt sets, which know more of a prompt than its text, are in
+prompt_sets.py; what they know is kept in the run folder as prompts.jsonl, where metrics find it (`metadata_of`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLUMNS = ("prompt", "caption", "text", "Prompt")  # names of the prompt's colum
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 KEPT = "prompts.jsonl"
 
-Facts = dict[str, Any]  # what a prompt set says of one prompt besides its text
+Facts = dict[str, Any]  # what a prompt set holds of one prompt besides its text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Prompts:
 
     @property
     def metadata(self) -> list[Facts]:
-        """Return what the set says of each prompt besides its text, {} where it says nothing."""
+        """Return what the set holds of each prompt besides its text, {} for nothing."""
         return [facts for _, facts in self._entries]
 
     @cached_property
@@ -90,7 +90,7 @@ class Prompts:
         return ids[:limit]
 
     def keep(self, run: RunFolder) -> None:
-        """Write what the set says of its prompts into the run folder, for scoring later and elsewhere."""
+        """Write what the set holds of its prompts into the run folder, for scoring later and elsewhere."""
         if any(self.metadata):
             lines = [{"prompt": text, "metadata": facts} for text, facts in self._entries]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

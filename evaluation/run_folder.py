@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +29,7 @@ from sjd2.files import append_lines, read_json, read_lines, sync, write_atomical
 from sjd2.locks import join, lock
 
 Id = tuple[int, int]  # (prompt index, repeat)
+Record = dict[str, Any]  # one line of samples.jsonl
 NEEDED = {"id", "prompt", "launch", "batch", "tokens", "forwards", "accepted", "seconds", "image", "tokens_sha256"}
 
 
@@ -59,14 +60,19 @@ class RunFolder:
     def config(self) -> DictConfig:
         """Return the resolved settings of the run's last launch, `identity` among them; classes that have moved are found."""
         config = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
-        return OmegaConf.create(current_targets(config))
+        return DictConfig(current_targets(config))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return `config` as plain dictionaries and lists."""
+        return cast(dict[str, Any], OmegaConf.to_container(self.config))
 
     @property
     def identity(self) -> dict[str, Any]:
         """Return what decides the run's tokens (evaluation/identity.py), {} where nothing says it."""
         if not (self.path / "config.yaml").is_file():
             return {}
-        return canonical(OmegaConf.to_container(self.config).get("identity") or {})
+        return canonical(self.settings.get("identity") or {})
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -94,59 +100,66 @@ class RunFolder:
 
     # ---- samples
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """Return one record per image, sorted by id; a line that a kill cut short, or without a record's keys, is left out."""
-        found: dict[Id, dict[str, Any]] = {}
+        found: dict[Id, Record] = {}
         self.damaged = 0
         for path in sorted(self.path.glob("samples*.jsonl")):
             lines, damaged = read_lines(path)
             self.damaged += damaged
             for record in lines:
                 if record.keys() >= NEEDED:
-                    found.setdefault((record["id"][0], record["id"][1]), record)
+                    found.setdefault(record_id(record), record)
                 else:
                     self.damaged += 1
         return [found[key] for key in sorted(found)]
 
-    def missing(self, ids: Iterable[Id]) -> list[Id]:
-        """Return those of `ids` that have no record yet, in their order."""
-        done = {tuple(record["id"]) for record in self.records()}
+    def missing(self, ids: Iterable[Id], records: Iterable[Record] | None = None) -> list[Id]:
+        """Return those of `ids` that have no record yet, in their order; records: those of records(), if at hand."""
+        done = set(map(record_id, self.records() if records is None else records))
         return [key for key in ids if tuple(key) not in done]
 
     def images(self, ids: Iterable[Id] | None = None) -> Iterator[np.ndarray]:
-        """Yield the images, uint8 [H, W, 3] RGB, in the order of records() (or of `ids`)."""
-        records = self.records()
-        if ids is not None:
-            by_id = {tuple(record["id"]): record for record in records}
-            records = [by_id[tuple(key)] for key in ids]
-        for record in records:
-            try:
-                with Image.open(self.path / record["image"]) as image:
-                    yield np.asarray(image.convert("RGB"))
-            except OSError as error:
-                raise UserError(f"cannot read {self.path / record['image']} ({error.strerror or error}).") from error
+        """Yield the images of `ids`, uint8 [H, W, 3] RGB; None: of all records(), which reads samples.jsonl."""
+        for key in map(record_id, self.records()) if ids is None else ids:
+            with self._opened(key) as image:
+                yield np.asarray(image.convert("RGB"))
 
-    def tokens(self, record: dict[str, Any]) -> np.ndarray:
+    def image_size(self, key: Id) -> tuple[int, int]:
+        """Return (height, width) of one image from its header; decodes nothing."""
+        with self._opened(key) as image:
+            return image.height, image.width
+
+    @contextlib.contextmanager
+    def _opened(self, key: Id) -> Iterator[Image.Image]:
+        path = self.path / "images" / f"{name(key)}.png"
+        try:
+            with Image.open(path) as image:
+                yield image
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror or error}).") from error
+
+    def tokens(self, record: Record) -> np.ndarray:
         """Return the local token ids of one record, int32 [N]."""
         return np.load(self.path / "tokens" / f"{name(record['id'])}.npy")
 
-    def traced(self, record: dict[str, Any]) -> bool:
-        """Say whether this image was made under `trace=`: its times hold extra waits and count in no speed figure."""
+    def traced(self, record: Record) -> bool:
+        """Return whether this image was made under `trace=`: its times hold extra waits and count in no speed number."""
         return (self.path / "traces" / f"{name(record['id'])}.json").is_file()
 
     def write_image(self, key: Id, image: np.ndarray, tokens: np.ndarray) -> dict[str, str]:
         """Put image [H, W, 3] uint8 and tokens [N] on the disk; returns the record's `image` and `tokens_sha256`."""
         self._folders()
         tokens = np.ascontiguousarray(tokens, dtype="<i4")
-        picture, array = self.path / "images" / f"{name(key)}.png", self.path / "tokens" / f"{name(key)}.npy"
-        with picture.open("wb") as file:
+        pixels, array = self.path / "images" / f"{name(key)}.png", self.path / "tokens" / f"{name(key)}.npy"
+        with pixels.open("wb") as file:
             Image.fromarray(image).save(file, format="PNG")
             sync(file)
         with array.open("wb") as file:
             np.save(file, tokens)
             sync(file)
         return {
-            "image": picture.relative_to(self.path).as_posix(),
+            "image": pixels.relative_to(self.path).as_posix(),
             "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         }
 
@@ -155,7 +168,7 @@ class RunFolder:
     ) -> None:
         """Write one image's (seconds since the decoding began, tokens committed) per pass.
 
-        details: more lists with one entry per pass, e.g. `guesses`; they go to a file of their own in traces/details/.
+        details: more lists with one entry per pass, e.g. `guesses` (draft tokens); they go to a file in traces/details/.
         """
         folder = self.path / "traces"
         for place, content in ((folder / "details", details), (folder, trace)):
@@ -176,16 +189,14 @@ class RunFolder:
             folder / "details" / f"{name(key)}.json", {}
         )
 
-    def append(self, *records: dict[str, Any], rank: int | None = None) -> None:
+    def append(self, *records: Record, rank: int | None = None) -> None:
         """Add records to samples.jsonl, or to the file of a rank, in one write that is on the disk when this returns."""
         append_lines(self.path / ("samples.jsonl" if rank is None else f"samples-{rank}.jsonl"), records)
 
-    def launch(self, entry: dict[str, Any]) -> int:
-        """Add a launch to provenance.jsonl and return its number, 0 for the first."""
-        known = [
-            *self.provenance(),
-            *self.records(),
-        ]  # a lost line of either must not lend its number to another launch
+    def launch(self, entry: dict[str, Any], records: Iterable[Record] | None = None) -> int:
+        """Add a launch to provenance.jsonl and return its number, 0 for the first; records: those of records(), if at hand."""
+        # a lost line of either must not lend its number to another launch
+        known = [*self.provenance(), *(self.records() if records is None else records)]
         number = 1 + max((line["launch"] for line in known if "launch" in line), default=-1)
         append_lines(self.path / "provenance.jsonl", [{"launch": number, **entry}])
         return number
@@ -195,7 +206,7 @@ class RunFolder:
         append_lines(self.path / "provenance.jsonl", [{"launch": number, **entry}])
 
     def lock(self, *, wait: bool = False, shared: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Keep every other process out of the folder; with `wait` queue behind the one that is in it.
+        """Keep every other process out of the folder; with `wait` queue for the one that is in it to leave.
 
         shared: let those in that call `join`, the other ranks of this launch.
         """
@@ -210,6 +221,43 @@ class RunFolder:
             (self.path / folder).mkdir(parents=True, exist_ok=True)
 
 
+class Snapshot:
+    """A run folder as it is now, for what reads it several times: samples.jsonl is parsed once, on first use."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    @property
+    def path(self) -> Path:
+        """Return the folder's path."""
+        return self.folder.path
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """Return one record per image, sorted by id."""
+        return self.folder.records()
+
+    @cached_property
+    def ids(self) -> list[Id]:
+        """Return (prompt index, repeat) of every record, in their order."""
+        return [record_id(record) for record in self.records]
+
+    @cached_property
+    def launches(self) -> list[dict[str, Any]]:
+        """Return one entry per launch, as RunFolder.provenance does."""
+        return self.folder.provenance()
+
+    @cached_property
+    def image_size(self) -> tuple[int, int] | None:
+        """Return (height, width) of the first image; None for a run without images."""
+        return self.folder.image_size(self.ids[0]) if self.ids else None
+
+
+def record_id(record: Record) -> Id:
+    """Return a record's id, which JSON holds as a list."""
+    return record["id"][0], record["id"][1]
+
+
 def name(key: Id | list[int]) -> str:
     """Return the file name of one image without its ending: (prompt index, repeat) -> '00012_0'."""
     return f"{key[0]:05d}_{key[1]}"
@@ -222,7 +270,7 @@ def run_folders(runs_dir: str | Path) -> list[Path]:
 
 
 def run_folder(runs_dir: str | Path, stem: str, identity: dict[str, Any]) -> RunFolder:
-    """Return the folder of the run that `identity` describes: `<stem>-<id>`, or the one that an older release named otherwise."""
+    """Return the folder of the run that `identity` describes: `<stem>-<id>`, or one that an older release named otherwise."""
     usual = Path(runs_dir) / f"{stem}-{identity['id']}"
     if not usual.exists():
         for config in sorted(Path(runs_dir).glob(f"{stem}-*/config.yaml")):

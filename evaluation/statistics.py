@@ -15,9 +15,10 @@ from statistics import NormalDist
 
 import numpy as np
 
+from evaluation.declared import declared
 from evaluation.metrics.features import features_file, load_features
 from evaluation.metrics.fid import FeatureDistance, Statistics, cubic_kernel, frechet
-from evaluation.run_folder import Id, RunFolder
+from evaluation.run_folder import Id, RunFolder, Snapshot
 from evaluation.score import read_scores
 from sjd2.errors import UserError, choose
 
@@ -27,7 +28,6 @@ RECORD_VALUES: dict[str, Callable[[dict], float]] = {
     "nll": lambda record: record["nll"],
 }
 ALPHA = 0.01  # of all tests of one table together
-SCORE_VALUES = ("clip", "alignment", "alignment_all", "geneval", "hpsv2", "image_reward")
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class Difference:
 
 
 def image_values(run: RunFolder, name: str) -> dict[Id, float]:
-    """Return one value per image: forwards, step_compression, nll (of the records), or a score (SCORE_VALUES).
+    """Return one value per image: forwards, step_compression, nll (of the records), or a metric's (`MetricInfo.per_image`).
 
     Images without the value are left out. Raises UserError for an unknown name.
     """
     if name in RECORD_VALUES:
         records = (record for record in run.records() if name != "nll" or "nll" in record)
         return {tuple(record["id"]): float(RECORD_VALUES[name](record)) for record in records}
-    if name not in SCORE_VALUES:
-        valid = ", ".join((*RECORD_VALUES, *SCORE_VALUES))
-        raise UserError(f"no per-image value is called '{name}'. Valid: {valid}.")
+    known = [info.per_image for info in declared([run]).values() if info.per_image]
+    if name not in known:
+        raise UserError(f"no per-image value is called '{name}'. Valid: {', '.join((*RECORD_VALUES, *known))}.")
     return {key: row[name] for key, row in read_scores(run).items() if name in row}
 
 
@@ -151,7 +151,7 @@ def paired_distance(
     for run, found in ((a, first), (b, second)):
         if not found:
             raise UserError(f"{run.path.name} holds no features of {metric.extractor.name}; run stage=score on it.")
-    reference = metric.reference_for(a)
+    reference = metric.reference_for(Snapshot(a))
     if kind == "fid":
         return paired_fid(first, second, reference.statistics, level=level, comparisons=comparisons)
     if reference.features is None:

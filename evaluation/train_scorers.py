@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.metrics.alignment import AttributeFeatures, AttributeNet, chance, labels, shares
-from evaluation.metrics.features import save_npz
+from evaluation.metrics.features import extract, save_npz
 from sjd2.errors import UserError
 from sjd2.files import find
 from sjd2.finetune.recipe import Training, TrainRecipe
@@ -176,7 +176,7 @@ def write_reference(folder: Path, metrics: Metrics, *, n: int, seed: int, device
     """
     extractor = AttributeFeatures(weights=str(folder), device=device)
     drawn = scenes.held_out(n, seed + 2 * VALIDATION)
-    features = extractor(iter(scenes.render(drawn, seed + 2 * VALIDATION))).astype(np.float16)
+    features = extract(extractor, scenes.render(drawn, seed + 2 * VALIDATION)).astype(np.float16)
     arrays = {"features": features, "digest": extractor.digest(), "alignment": json.dumps(metrics)}
     name = f"rendered held-out shapes ({n} images, seed {seed})"
     save_npz(folder / "reference.npz", arrays | {"name": name, "n": n, "seed": seed})

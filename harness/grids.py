@@ -1,4 +1,4 @@
-"""The pictures of one run: a grid of its images, and where on the grid its tokens waited.
+"""Plots of one run: a grid of its images, and where on the token grid draft tokens waited to be accepted.
 
 # N image-phase tokens
 """
@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from itertools import islice
 from math import ceil, sqrt
 
 import numpy as np
 from PIL import Image
 
-from evaluation.run_folder import RunFolder
+from evaluation.run_folder import Snapshot
 from sjd2.files import write_atomically
 from sjd2.models.layout import TokenGrid
 
 
-def image_grid(run: RunFolder, most: int) -> None:
+def image_grid(run: Snapshot, most: int) -> None:
     """Write grid.png: the first `most` images of the run, row by row."""
-    images = list(islice(run.images(), most))
+    images = list(run.folder.images(run.ids[:most]))
     if not images:
         return
     height, width = images[0].shape[:2]
@@ -34,10 +33,10 @@ def image_grid(run: RunFolder, most: int) -> None:
 
 
 def waiting(accepted: Sequence[int], window: int) -> np.ndarray:
-    """Return how many passes each position was a guess in the window before the pass that committed it: [N].
+    """Return how many passes each position held a draft token in the window before the pass that committed it: [N].
 
-    accepted: tokens committed at each pass, the prefill first, which guesses nothing. A later pass from n committed
-    tokens guesses positions n .. n + window - 2, so AR waits nowhere; for trees window - 1 is their depth.
+    accepted: tokens committed at each pass, the prefill first, which drafts nothing. A later pass from n committed
+    tokens drafts positions n .. n + window - 2, so AR waits nowhere; for trees window - 1 is their depth.
     """
     waited = np.zeros(sum(accepted), dtype=np.int64)
     committed = accepted[0]
@@ -47,9 +46,9 @@ def waiting(accepted: Sequence[int], window: int) -> np.ndarray:
     return waited
 
 
-def acceptance_map(run: RunFolder, layout: TokenGrid, window: int) -> None:
+def acceptance_map(run: Snapshot, layout: TokenGrid, window: int) -> None:
     """Write acceptance.png: per grid position the passes it waited in the window, mean over the run's images."""
-    records = run.records()
+    records = run.records
     if not records:
         return
     import matplotlib
@@ -59,18 +58,18 @@ def acceptance_map(run: RunFolder, layout: TokenGrid, window: int) -> None:
 
     mean = np.mean([waiting(record["accepted"], window) for record in records], axis=0)
     free = np.asarray(layout.free)
-    figure, axes = pyplot.subplots(figsize=(4.8, 4), layout="constrained")
+    plot, axes = pyplot.subplots(figsize=(4.8, 4), layout="constrained")
     shown = axes.imshow(mean[free].reshape(layout.rows, layout.columns), cmap="viridis")
     axes.set_title(f"passes a position waits in the window\nmean of {len(records)} images")
     axes.set(xlabel="column", ylabel="row")
-    figure.colorbar(shown, ax=axes)
+    plot.colorbar(shown, ax=axes)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
+    plot.savefig(buffer, format="png", dpi=120)
+    pyplot.close(plot)
     write_atomically(run.path / "acceptance.png", buffer.getvalue())
 
 
-def _write(run: RunFolder, name: str, image: Image.Image) -> None:
+def _write(run: Snapshot, name: str, image: Image.Image) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_atomically(run.path / name, buffer.getvalue())

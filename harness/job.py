@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from evaluation.run_folder import RunFolder
+from evaluation.run_folder import RunFolder, Snapshot
 from evaluation.score import NOTE, Metric, score
 from harness.console import GROUPS
 from harness.grids import acceptance_map, image_grid
@@ -35,18 +36,17 @@ class Models:
     """Load weights once for the runs of one command that share them."""
 
     def __init__(self) -> None:
-        self._key: tuple[str, ...] | None = None
-        self._model: ImageModel | None = None
+        self._loaded: dict[tuple[str, ...], ImageModel] = {}  # one at most
 
     def load(self, plan: Plan) -> ImageModel:
         """Return the model of `plan`, the one in memory if it is the same."""
         key = (plan.spec.name, plan.identity["digest"], plan.device, plan.dtype)
-        if key != self._key:
-            self._model = None  # free the old weights first: two 7B models rarely fit
+        if key not in self._loaded:
+            self._loaded.clear()  # free the old weights first: two 7B models rarely fit
             if plan.device.startswith("cuda:"):
                 torch.cuda.set_device(plan.device)  # what a library puts on "cuda" lands there too
-            self._model, self._key = plan.spec.load(plan.device, plan.dtype), key
-        return self._model
+            self._loaded[key] = plan.spec.load(plan.device, plan.dtype)
+        return self._loaded[key]
 
 
 def make_run(
@@ -61,10 +61,10 @@ def make_run(
 ) -> dict[str, Any]:
     """Sample what the run folder lacks, score it, and return its metrics; the tracker's run stays open.
 
-    wait: queue behind a process that is making the same run. ranks: the processes that share the work; all but the first
+    wait: wait for a process that is making the same run. ranks: the processes that share the work; all but the first
     return {} when their share is made. Raises UserError if the folder is in use or another run's.
     """
-    settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    settings = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     settings.identity = plan.identity
     job = Job(
         run=plan.run,
@@ -91,12 +91,13 @@ def make_run(
         made = sample(job, tracker, ranks)
         if not ranks.main:
             return {}
-        if made or not (plan.run.path / "acceptance.png").is_file():
-            image_grid(plan.run, GRID)
-            acceptance_map(plan.run, plan.spec.layout, plan.decoder.lookahead + 1)
-        figures = measure(plan.run, metrics, settings.evaluation)
-    mirror(plan.run, figures, tracker)
-    return figures
+        run = Snapshot(plan.run)
+        if made or not (run.path / "acceptance.png").is_file():
+            image_grid(run, GRID)
+            acceptance_map(run, plan.spec.layout, plan.decoder.lookahead + 1)
+        numbers = measure(run, metrics, settings.evaluation)
+    mirror(run, numbers, tracker)
+    return numbers
 
 
 @contextlib.contextmanager
@@ -113,18 +114,18 @@ def _inside(run: RunFolder, ranks: Ranks, *, wait: bool) -> Iterator[None]:
 
 
 def measure(
-    run: RunFolder, metrics: Mapping[str, Metric], settings: DictConfig, *, again: bool = False
+    run: Snapshot, metrics: Mapping[str, Metric], settings: DictConfig, *, again: bool = False
 ) -> dict[str, Any]:
-    """Score a run and write its metrics.json; one scored with these settings that has not grown keeps it, or `again`."""
+    """Return the metrics of a run; it is scored unless these settings scored as many images before, or if `again`."""
     note = run.path / NOTE
-    state = {"n_images": len(run.records()), "settings": OmegaConf.to_container(settings, resolve=True)}
+    state = {"n_images": len(run.records), "settings": OmegaConf.to_container(settings, resolve=True)}
     with contextlib.suppress(OSError, ValueError):
         known = not again and json.loads(note.read_text(encoding="utf-8")) == state
-        if known and run.metrics.get("n_images") == state["n_images"]:
-            return run.metrics
-    figures = score(run, metrics)  # removes the note: after a kill in between there is none
+        if known and run.folder.metrics.get("n_images") == state["n_images"]:
+            return run.folder.metrics
+    numbers = score(run, metrics)  # removes the note: after a kill in between there is none
     write_atomically(note, json.dumps(state).encode())
-    return figures
+    return numbers
 
 
 def make_baseline(
@@ -140,9 +141,9 @@ def make_baseline(
         make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=models, wait=True, ranks=ranks)
 
 
-def mirror(run: RunFolder, figures: Mapping[str, Any], tracker: Tracker) -> None:
-    """Show pictures, a table of samples, the histogram of accepted tokens and the final figures in the tracker."""
-    records = run.records()
+def mirror(run: Snapshot, numbers: Mapping[str, Any], tracker: Tracker) -> None:
+    """Show images, a table of samples, the histogram of accepted tokens and the final metrics in the tracker."""
+    records = run.records
     step = len(records)
     for name in ("grid", "acceptance"):
         if (run.path / f"{name}.png").is_file():
@@ -162,18 +163,18 @@ def mirror(run: RunFolder, figures: Mapping[str, Any], tracker: Tracker) -> None
     ]
     tracker.table(step, "samples", columns, rows)
     tracker.histogram(step, "accepted_per_forward", [n for record in records for n in record["accepted"]])
-    tracker.summary({key: value for key, value in figures.items() if isinstance(value, (int, float, str))})
+    tracker.summary({key: value for key, value in numbers.items() if isinstance(value, (int, float, str))})
 
 
 def sweep_name() -> str | None:
     """Return the name of the multirun this job belongs to, None for a single run."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode.name != "MULTIRUN":
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return Path(HydraConfig.get().sweep.dir).name
 
 
 def baseline_settings(cfg: DictConfig) -> DictConfig:
-    """Compose this command once more with `decoder=<baseline>`, without what it says about its own decoder.
+    """Compose this command once more with `decoder=<baseline>`, without the settings of its own decoder.
 
     Tuned defaults follow the new decoder; an experiment's values under `decoder:` do not reach it.
     """
@@ -181,7 +182,7 @@ def baseline_settings(cfg: DictConfig) -> DictConfig:
 
 
 def recompose(overrides: Sequence[str], *, decoder: str | None = None) -> DictConfig:
-    """Compose this command once more with further overrides; with `decoder`, without what it says about its own one."""
+    """Compose this command once more with further overrides; with `decoder`, without the settings of its own one."""
     hydra = HydraConfig.get()
     if decoder is None:
         return _compose([*hydra.overrides.task, *overrides])
@@ -203,6 +204,6 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 def about(run: RunFolder, kind: str) -> About:
     """Return what a tracker has to know of a run that is on the disk."""
-    config = OmegaConf.to_container(run.config)
+    config = run.settings
     name, group = run.path.name, sweep_name()
     return About(id=config["identity"]["id"], name=name, kind=kind, config=config, folder=run.path, group=group)

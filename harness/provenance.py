@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "torchmetrics", "cle
 
 
 def start_entry(device: torch.device, **more: Any) -> dict[str, Any]:
-    """Return what provenance.jsonl says of a launch when it starts; `more`: dtype, weights, ... of the run."""
+    """Return the entry of provenance.jsonl for a launch that starts; `more`: dtype, weights, ... of the run."""
     _reset_peak(device)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -41,7 +41,7 @@ class CpuShare:
         self.ran, self.waited = _scheduled()
 
     def entry(self, device: torch.device) -> dict[str, float]:
-        """Return cpu_share since the start, for the provenance; nothing on a GPU, or where Linux does not tell."""
+        """Return cpu_share since the start, for the provenance; nothing on a GPU, or where Linux does not report it."""
         ran, waited = (now - then for now, then in zip(_scheduled(), (self.ran, self.waited), strict=True))
         if device.type != "cpu" or ran <= 0 or waited < 0:  # a thread that ended took its time with it
             return {}

@@ -1,8 +1,8 @@
-"""Several processes of one command: `torchrun --nproc-per-node 8 run.py ...` deals the batches of a run out to its ranks.
+"""Several processes of one command: `torchrun --nproc-per-node 8 run.py ...` shares the batches of a run among its ranks.
 
 Batches are a fixed partition of the ids and go to ranks whole, so no token depends on the number of ranks. Ranks share no
-tensors: they tell each other what they know through torchrun's key-value store, and each writes a records file of its own.
-Where one dies, torchrun ends the others with SIGTERM; they keep what they have, and the same command goes on from there.
+tensors: they exchange small values through torchrun's key-value store, and each writes a records file of its own. Where
+one dies, torchrun ends the others with SIGTERM; finished images are kept, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from sjd2.errors import UserError
 
@@ -29,20 +30,20 @@ def world_size() -> int:
 
 
 def takes_part(stage: str) -> bool:
-    """Say whether this process has work in a stage: only sampling and training are shared, the rest is rank 0's.
+    """Return whether this process has work in a stage: only sampling and training are shared, the rest is rank 0's.
 
     Raises UserError for a multirun under torchrun, whose ranks would each run all jobs.
     """
     if world_size() == 1:
         return True
-    if HydraConfig.initialized() and HydraConfig.get().mode.name == "MULTIRUN":
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError("torchrun shares one run among GPUs; a multirun takes a launcher: -m hydra/launcher=slurm.")
     return stage in ("sample", "finetune") or os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
 class Ranks:
-    """This process among those of its command; alone by default, and then every call is without effect.
+    """This process among those of its command; alone by default, and then no call waits for anybody.
 
     rank: 0 holds the run's lock, keeps the launch, scores and writes metrics. local: the rank on this machine.
     """

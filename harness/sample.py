@@ -54,7 +54,7 @@ class Job:
     grace_s: float = 25.0  # seconds that a signal leaves for the batch in hand
     flops: bool = False  # count what one image computes, before the first is made
     graphs: Graphs | None = None  # replays passes as CUDA graphs
-    launch: dict[str, Any] = field(default_factory=dict)  # what provenance.jsonl says besides the machine
+    launch: dict[str, Any] = field(default_factory=dict)  # entries of provenance.jsonl besides the machine
 
     @property
     def wanted(self) -> list[Id]:
@@ -63,24 +63,25 @@ class Job:
 
 
 def sample(job: Job, tracker: Tracker, ranks: Ranks = ALONE) -> bool:
-    """Make the images that the run folder lacks and say whether there were any; a complete run costs no model.
+    """Make the images that the run folder lacks and return whether there were any; a complete run loads no model.
 
     Each rank makes its share; rank 0 returns when all have theirs. Raises Interrupted after a signal.
     """
-    missing = [(p, r) for p, r in ranks.broadcast(lambda: job.run.missing(job.wanted))]
+    records = job.run.records() if ranks.main else []
+    missing = [(p, r) for p, r in ranks.broadcast(lambda: job.run.missing(job.wanted, records))]
     if job.run.damaged:
         say(f"{job.run.path}: {job.run.damaged} line(s) cut by a kill are left out; their images are made again.")
     total, done = len(job.wanted), len(job.wanted) - len(missing)
     if not missing:
         say(f"{job.run.path.name}: all {total} images are there.")
         if ranks.main and job.flops and not any("gflops_per_token" in entry for entry in job.run.provenance()):
-            job.run.launch(_entry(job, job.load(), ranks))  # counted late: a launch without images
+            job.run.launch(_entry(job, job.load(), ranks), records)  # counted late: a launch without images
         return False
     if done:
-        say(f"{job.run.path.name}: {done} of {total} images are there, going on.")
+        say(f"{job.run.path.name}: {done} of {total} images are there, resuming.")
     share = _share(job, missing, ranks)
     model = job.load() if share else None  # more ranks than batches: the last ones have nothing to do
-    launch = ranks.broadcast(lambda: job.run.launch(_entry(job, model, ranks)))
+    launch = ranks.broadcast(lambda: job.run.launch(_entry(job, model or job.load(), ranks), records))
     peak = _make(job, model, share, launch, tracker, ranks) if model is not None else None
     with listening(job.grace_s) as stop:
         peaks = ranks.gather(peak, check=lambda: stop.leave() if stop.asked else None)
@@ -132,7 +133,7 @@ def _make(job: Job, model: ImageModel, share: list[Id], launch: int, tracker: Tr
                     if stop.asked and not job.refill:
                         break
             if stop.asked:
-                say(f"stopped by {stop.name}: {done} of {total} images are there, the same command goes on.")
+                say(f"stopped by {stop.name}: {done} of {total} images are there, the same command resumes.")
                 stop.leave()
     finally:
         end = end_entry(model.device) | share_of_cpu.entry(model.device)
@@ -181,7 +182,7 @@ def _batch(
 
 
 def _watch(stop: Stopping, tracer: _Tracer | None) -> Callable[[StepInfo], None]:
-    """Return what is called after every pass."""
+    """Return the callback for every pass."""
 
     def step(info: StepInfo) -> None:
         if tracer is not None:
@@ -296,7 +297,7 @@ class _Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -321,7 +322,7 @@ class _Tracer:
     ) -> tuple[list[tuple[float, int]], dict[str, list[list[int]]]]:
         """Return (seconds, tokens committed) per pass of one row, up to its last token, and the details of these passes.
 
-        guesses: keep those too; of a large model they fill megabytes, so one image of a run has to do.
+        guesses: keep the draft tokens too; a large model's fill megabytes, so one image of a run has to do.
         """
         trace, details, last = [], {}, 0
         for (moment, committed), values in zip(self.passes, self.details, strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from evaluation.run_folder import Snapshot
 from harness import job
 from harness import ranks as parallel
 from harness.console import say
@@ -50,8 +51,9 @@ def score(cfg: DictConfig) -> Path:
     try:
         with run.lock():
             tracker.start(job.about(run, "score"))
-            values = job.measure(run, metrics, cfg.evaluation, again=True)
-        job.mirror(run, values, tracker)
+            snapshot = Snapshot(run)
+            values = job.measure(snapshot, metrics, cfg.evaluation, again=True)
+        job.mirror(snapshot, values, tracker)
         failed = False
     finally:
         tracker.finish(failed=failed)

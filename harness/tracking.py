@@ -38,12 +38,12 @@ class About:
 
 
 class Tracker(Protocol):
-    """What a run reports; every call may be left without effect."""
+    """What a run reports to; every call may do nothing."""
 
     def check(self) -> None: ...
     def start(self, about: About) -> None: ...
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
-    def images(self, step: int, name: str, pictures: Sequence[tuple[Path, str]]) -> None: ...
+    def images(self, step: int, name: str, files: Sequence[tuple[Path, str]]) -> None: ...
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None: ...
     def summary(self, values: Mapping[str, Any]) -> None: ...
@@ -62,7 +62,7 @@ class NoTracker:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def images(self, step: int, name: str, pictures: Sequence[tuple[Path, str]]) -> None:
+    def images(self, step: int, name: str, files: Sequence[tuple[Path, str]]) -> None:
         """Do nothing."""
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -114,6 +114,7 @@ class WandbTracker:
     def start(self, about: About) -> None:
         """Open the W&B run of this job; its files lie in the run folder's wandb/."""
         import wandb
+        import wandb.errors
 
         about.folder.mkdir(parents=True, exist_ok=True)
         options = {**self.settings, "id": about.id, "name": about.name, "job_type": about.kind}
@@ -141,12 +142,12 @@ class WandbTracker:
         """Add one point to curves; steps count images (or training steps)."""
         self._do(lambda run, wandb: _log(run, values, step))
 
-    def images(self, step: int, name: str, pictures: Sequence[tuple[Path, str]]) -> None:
+    def images(self, step: int, name: str, files: Sequence[tuple[Path, str]]) -> None:
         """Show image files with a caption each.
 
         They are no cells of a table: W&B keeps those outside the run folder, where an offline run loses them.
         """
-        self._do(lambda run, wandb: _log(run, {name: [wandb.Image(str(p), caption=c) for p, c in pictures]}, step))
+        self._do(lambda run, wandb: _log(run, {name: [wandb.Image(str(p), caption=c) for p, c in files]}, step))
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table of numbers and text."""
@@ -159,7 +160,7 @@ class WandbTracker:
         self._do(lambda run, wandb: _log(run, {name: wandb.Histogram(np.asarray(values), num_bins=bins)}, step))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Write the run's final figures."""
+        """Write the run's final metrics."""
         self._do(lambda run, wandb: run.summary.update(dict(values)))
 
     def finish(self, *, failed: bool) -> None:
@@ -168,10 +169,11 @@ class WandbTracker:
         self._run = None
 
     def _do(self, action: Any) -> None:
-        """Act on the W&B run; if W&B fails, say so once and go on without it: the disk is the record."""
+        """Act on the W&B run; if W&B fails, print so once and continue without it: the disk is the record."""
         if self._run is None:
             return
         import wandb
+        import wandb.errors
 
         try:
             action(self._run, wandb)
@@ -208,7 +210,7 @@ def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
 
 
 def has_account() -> bool:
-    """Say whether wandb would find a key without asking for one."""
+    """Return whether wandb would find a key without asking for one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]

@@ -1,8 +1,8 @@
-"""Verify procedural captions: a small network reads the attributes back from a picture, and its features feed FID.
+"""Verify procedural captions: a small network reads the attributes back from an image, and its features feed FID.
 
-The captions of `sjd2/models/tiny/scenes.py` name up to eleven attributes. A picture's alignment is the share of the
-named ones that the network finds. The network errs too, so a value stands beside three lines: the network on rendered
-pictures, on those after the VQ (no sampler can do better: the ceiling), on pictures under others' captions (chance).
+The captions of `sjd2/models/tiny/scenes.py` name up to eleven attributes. An image's alignment is the share of the
+named ones that the network finds. The network errs too, so a value stands beside three reference values: of rendered
+images, of those after the VQ (the ceiling: no sampler can do better), and of images under others' captions (chance).
 
 # B images, N images of a run, D feature width
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evaluation.metrics.batches import batches, device_for
+from evaluation.metrics.batches import device_for, stack
 from evaluation.metrics.fid import SHIPPED_REFERENCE
-from evaluation.run_folder import Id, RunFolder
-from evaluation.score import keep_scores
+from evaluation.run_folder import Record, Snapshot
+from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError
 from sjd2.files import ROOT, digest, find
 from sjd2.models.tiny.scenes import ATTRIBUTES, SIDE, attributes
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 SHIPPED = ROOT / "sjd2" / "models" / "tiny" / "weights" / "attributes"
 WEIGHTS = "attributes.safetensors"
 MIRRORED = {"right": "left", "below": "above"}
-CHANCE_SHIFTS = 10  # pairings of every picture with another picture's caption
+CHANCE_SHIFTS = 10  # pairings of every image with another image's caption
 
 
 def canonical(named: dict[str, str]) -> dict[str, str]:
-    """Name the left or upper object first: 'a left of b' and 'b right of a' are one picture, so they need one label."""
+    """Name the left or upper object first: 'a left of b' and 'b right of a' are one scene, so they need one label."""
     if named["relation"] not in MIRRORED:
         return named
     swapped = {name: named[f"{name}2"] for name in ("shape", "colour", "size")}
@@ -58,7 +58,7 @@ def labels(captions: Iterable[str]) -> Tensor:
 
 
 def named_mask(target: Tensor) -> Tensor:
-    """Tell which attributes the captions name: [N, A] class numbers -> bool [N, A]; what is 'none' is not asked for."""
+    """Return which attributes the captions name: [N, A] class numbers -> bool [N, A]; what is 'none' is not asked for."""
     absent = [values.index("none") if "none" in values else -1 for values in ATTRIBUTES.values()]
     return target != torch.tensor(absent)
 
@@ -81,7 +81,7 @@ class AttributeNet(nn.Module):
             nn.MaxPool2d(2),
             *_convolution(96, 96),
             nn.Conv2d(96, 24, 1),
-            nn.Flatten(),  # places are kept: relation and light are about them
+            nn.Flatten(),  # positions are kept: relation and light are about them
             nn.ReLU(),
             nn.Linear(24 * (SIDE // 8) ** 2, self.width),
         )
@@ -94,7 +94,7 @@ class AttributeNet(nn.Module):
         return self.body(images.to(self.heads.weight) / 127.5 - 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the narrow layer in units of its spread over rendered pictures: uint8 [B, 3, 48, 48] -> float [B, D].
+        """Return the narrow layer in units of its spread over rendered images: uint8 [B, 3, 48, 48] -> float [B, D].
 
         KID's kernel (a.b / D + 1)^3 is made for features of about that size; with large ones the cube drowns all else.
         """
@@ -102,7 +102,7 @@ class AttributeNet(nn.Module):
 
     @torch.no_grad()
     def set_units(self, images: Tensor, batch_size: int = 128) -> None:
-        """Measure centre and spread of the narrow layer on pictures: uint8 [N, 3, 48, 48]."""
+        """Measure centre and spread of the narrow layer on images: uint8 [N, 3, 48, 48]."""
         rows = torch.cat([self.narrow(b.to(self.centre.device)).double() for b in images.split(batch_size)])
         self.centre.copy_(rows.mean(0))
         self.spread.copy_(rows.std(0))
@@ -171,12 +171,10 @@ class AttributeFeatures:
         """Return a hash of the weights."""
         return self._digest
 
-    def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Extract features: uint8 [48, 48, 3] each -> float32 [N, D]."""
+    def load(self) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+        """Load the network: images, uint8 [48, 48, 3] each, -> float32 [B, D]."""
         network = AttributeNet.load(self.path, self.device)
-        device = network.heads.weight.device
-        rows = [network.features(batch.to(device)).cpu().numpy() for batch in batches(images, self.batch_size)]
-        return np.concatenate(rows) if rows else np.zeros((0, self.width), np.float32)
+        return lambda images: network.features(stack(images).to(network.heads.weight.device)).cpu().numpy()
 
 
 # -------------------------------------------------------------------------------------------------------------- metric
@@ -188,18 +186,22 @@ def shares(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chance(predicted: Tensor, target: Tensor) -> float | None:
-    """Return the mean share when each picture is judged by others' captions; None for fewer than two captions."""
+    """Return the mean share when each image is judged by others' captions; None for fewer than two captions."""
     shifts = range(1, min(CHANCE_SHIFTS, len(target) - 1) + 1)
     values = [shares(predicted, target.roll(shift, 0))[0].mean().item() for shift in shifts]
     return float(np.mean(values)) if values else None
 
 
-class Alignment:
+class Alignment(Metric):
     """Share of the caption's attributes that the verifier finds, for prompt sets inside the grammar of the shapes."""
 
-    keys = (
-        *("alignment", "alignment_all", "alignment_chance"),
-        *("alignment_ceiling", "alignment_all_ceiling", "alignment_real", "alignment_all_real"),
+    numbers = (
+        MetricInfo(name="alignment", title="alignment", digits=3, higher_is_better=True, per_image="alignment"),
+        MetricInfo(name="alignment_all", digits=3, higher_is_better=True, per_image="alignment_all"),
+        *(
+            MetricInfo(name=f"alignment_{line}", digits=3, higher_is_better=True)
+            for line in ("chance", "ceiling", "all_ceiling", "real", "all_real")
+        ),
     )
 
     def __init__(self, *, weights: str | None = None, device: str | None = None, batch_size: int = 128) -> None:
@@ -209,7 +211,7 @@ class Alignment:
 
     @property
     def protocol(self) -> str:
-        """How the values come about."""
+        """How the values come about; stage=compare refuses two runs of different text, so an edit parts new from old."""
         lines = read_lines_of(self.lines)
         measured = f" ({lines['n']} held-out pictures)" if lines else ""
         return (
@@ -223,31 +225,39 @@ class Alignment:
         """Raise UserError if the verifier is missing."""
         check_folder(self.path)
 
-    def score(self, run: RunFolder) -> dict[str, Any]:
-        """Verify all images; absent where a prompt is outside the grammar or the pictures have another size."""
-        records = run.records()
+    def start(self, run: Snapshot) -> Sequence[Record] | None:
+        """Want all images; does not apply where a prompt is outside the grammar or the images have another size."""
         try:
-            target = labels(record["prompt"] for record in records)
+            self._target = labels(record["prompt"] for record in run.records)
         except ValueError as error:
             log.info("alignment: left out, %s", error)
-            return {}
-        if not records or next(iter(run.images([tuple(records[0]["id"])]))).shape[:2] != (SIDE, SIDE):
-            return {}
-        network = AttributeNet.load(self.path, self.device)
-        device = network.heads.weight.device
-        predicted = torch.cat([network.predict(b.to(device)).cpu() for b in batches(run.images(), self.batch_size)])
-        share, complete = shares(predicted, target)
-        ids: Sequence[Id] = [tuple(record["id"]) for record in records]
-        columns = {"alignment": share.tolist(), "alignment_all": complete.int().tolist()}
-        keep_scores(run, {name: dict(zip(ids, column, strict=True)) for name, column in columns.items()})
+            return None
+        if run.image_size != (SIDE, SIDE):
+            return None
+        self._network: AttributeNet | None = AttributeNet.load(self.path, self.device)
+        self._predicted: list[Tensor] = []
+        return run.records
+
+    def update(self, images: Sequence[np.ndarray], records: Sequence[Record]) -> None:
+        """Read the attributes of one batch."""
+        assert self._network is not None
+        self._predicted.append(self._network.predict(stack(images).to(self._network.heads.weight.device)).cpu())
+
+    def compute(self, run: Snapshot) -> Scores:
+        """Compare what was read with the captions."""
+        self._network, predicted = None, torch.cat(self._predicted)
+        share, complete = shares(predicted, self._target)
         means = {"alignment": share.mean().item(), "alignment_all": complete.double().mean().item()}
-        by_chance = chance(predicted, target)
+        by_chance = chance(predicted, self._target)
         means |= {} if by_chance is None else {"alignment_chance": by_chance}
-        return means | {key: value for key, value in read_lines_of(self.lines).items() if key in self.keys}
+        names = {info.name for info in self.numbers}
+        means |= {key: value for key, value in read_lines_of(self.lines).items() if key in names}
+        columns = {"alignment": share.tolist(), "alignment_all": complete.int().tolist()}
+        return Scores(means, {name: dict(zip(run.ids, values, strict=True)) for name, values in columns.items()})
 
 
 def read_lines_of(path: Path) -> dict[str, Any]:
-    """Read what the verifier scores on real pictures and on reconstructions out of a reference file; {} if unknown."""
+    """Read what the verifier scores on rendered images and on reconstructions out of a reference file; {} if unknown."""
     try:
         with np.load(path) as file:
             return json.loads(str(file["alignment"]))

@@ -1,9 +1,9 @@
-"""CLIP score through open_clip or transformers: how well a picture fits its prompt, 100 max(cos, 0).
+"""CLIP score through open_clip or transformers: how well an image fits its prompt, 100 max(cos, 0).
 
-Hessel et al. 2021 without their factor w. Protocols also differ in what is done to pictures and prompts before.
+Hessel et al. 2021 without their factor w. Protocols also differ in what is done to images and prompts before.
 
 Which CLIP makes it decides the value, so its name stands beside every number. Weights come from a folder, a file or the
-hub's local cache; a download happens only with `allow_download=true`, and then before any picture is made.
+hub's local cache; a download happens only with `allow_download=true`, and then before any image is made.
 
 # B images, E embedding width
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from evaluation.metrics.batches import device_for
 from evaluation.metrics.transforms import centre_square, squash
-from evaluation.run_folder import RunFolder
-from evaluation.score import keep_scores
+from evaluation.run_folder import Id, Record, Snapshot, record_id
+from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError, unknown
 from sjd2.files import ROOT, find
 
@@ -90,10 +90,10 @@ def find_source(model: str, pretrained: str | None, allow_download: bool) -> Sou
     return _tagged(model, pretrained, allow_download)
 
 
-def _folder(path: Path, mend: str) -> Source:
+def _folder(path: Path, fix: str) -> Source:
     weights = [file for file in path.glob("*") if file.suffix in WEIGHT_SUFFIXES] if path.is_dir() else []
     if not (path / CONFIG).is_file() or not weights:
-        raise UserError(f"{path} has no {CONFIG} with a weights file beside it; {mend}.")
+        raise UserError(f"{path} has no {CONFIG} with a weights file beside it; {fix}.")
     return Source(f"local-dir:{path}")
 
 
@@ -170,7 +170,7 @@ def _not_here(what: str, tried: bool, error: Exception | None) -> UserError:
 
 
 class Clip:
-    """A loaded CLIP of open_clip: pictures and texts to unit vectors."""
+    """A loaded CLIP of open_clip: images and texts to unit vectors."""
 
     def __init__(self, source: Source, device: str | None = None) -> None:
         """Load model, preprocessing and tokenizer; raises UserError if weights and architecture do not fit."""
@@ -193,7 +193,7 @@ class Clip:
 
     @torch.no_grad()
     def images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Embed pictures: uint8 [H, W, 3] each -> unit vectors [B, E]."""
+        """Embed images: uint8 [H, W, 3] each -> unit vectors [B, E]."""
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])
         return self.model.encode_image(pixels.to(self.device), normalize=True).float()
 
@@ -227,7 +227,7 @@ class TransformersClip(Clip):
 
     @torch.no_grad()
     def images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Embed pictures: uint8 [H, W, 3] each -> unit vectors [B, E]."""
+        """Embed images: uint8 [H, W, 3] each -> unit vectors [B, E]."""
         pixels = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in images]
         values = self.processor(images=pixels, return_tensors="pt")["pixel_values"]
         return _unit(self.model.get_image_features(values.to(self.device)))
@@ -247,7 +247,7 @@ def load_clip(source: Source, device: str | None = None) -> Clip:
 
 
 def _unit(features: Any) -> Tensor:
-    """Return unit vectors of projected features, which transformers 5 hands out as `pooler_output`."""
+    """Return unit vectors of projected features, which transformers 5 returns as `pooler_output`."""
     return torch.nn.functional.normalize(getattr(features, "pooler_output", features).float(), dim=1)
 
 
@@ -256,14 +256,24 @@ def _does_not_load(what: str, error: Exception) -> UserError:
     return UserError(f"CLIP weights {what} do not load ({first}).")
 
 
-class ClipScore:
-    """Mean CLIP score of a run's pictures under their prompts.
+class ClipScore(Metric):
+    """Mean CLIP score of a run's images under their prompts.
 
-    crop: side of a centred square that pictures are cropped and resized to first (LANTERN); squash: side of the square
+    crop: side of a centred square that images are cropped and resized to first (LANTERN); squash: side of the square
     that they are squeezed into first (SJD); null: neither. prefix: put before every prompt.
     """
 
-    keys = ("clip_score", "clip_model")
+    numbers = (
+        MetricInfo(
+            name="clip_score",
+            title="CLIP score",
+            higher_is_better=True,
+            per_image="clip",
+            source="clip_model",
+            source_in_cells=False,  # too long for a cell
+        ),
+    )
+    details = ("clip_model",)
 
     def __init__(
         self,
@@ -322,22 +332,25 @@ class ClipScore:
         """Raise UserError if library or weights are missing."""
         _ = self.source
 
-    def score(self, run: RunFolder) -> dict[str, Any]:
-        """Score all images; the shipped CLIP knows the words of the shapes only and is absent for other prompts."""
-        records = run.records()
-        if not records or (self.model == "shipped" and not _knows_all(records)):
-            return {}
-        values = self._scores(run.images(), [record["prompt"] for record in records])
-        ids = [(record["id"][0], record["id"][1]) for record in records]
-        keep_scores(run, {"clip": dict(zip(ids, values, strict=True))})
-        return {"clip_score": fmean(values), "clip_model": self.label}
+    def start(self, run: Snapshot) -> Sequence[Record] | None:
+        """Want all images; the shipped CLIP knows the words of the shapes only and does not apply to other prompts."""
+        if not run.records or (self.model == "shipped" and not _knows_all(run.records)):
+            return None
+        self._clip: Clip | None = load_clip(self.source, self.device)
+        self._values: dict[Id, float] = {}
+        return run.records
 
-    def _scores(self, images: Iterator[np.ndarray], prompts: Sequence[str]) -> list[float]:
-        clip, values = load_clip(self.source, self.device), []
-        for start in range(0, len(prompts), self.batch_size):
-            texts = [self.prefix + text for text in prompts[start : start + self.batch_size]]
-            values += clip.scores([self._prepare(next(images)) for _ in texts], texts).tolist()
-        return values
+    def update(self, images: Sequence[np.ndarray], records: Sequence[Record]) -> None:
+        """Score one batch of pairs."""
+        assert self._clip is not None
+        texts = [self.prefix + record["prompt"] for record in records]
+        values = self._clip.scores([self._prepare(image) for image in images], texts).tolist()
+        self._values.update(zip(map(record_id, records), values, strict=True))
+
+    def compute(self, run: Snapshot) -> Scores:
+        """Return the mean over images and the name of the CLIP."""
+        self._clip = None
+        return Scores({"clip_score": fmean(self._values.values()), "clip_model": self.label}, {"clip": self._values})
 
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         if self.crop:
@@ -345,8 +358,8 @@ class ClipScore:
         return squash(image, self.squash) if self.squash else image
 
 
-def _knows_all(records: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether every word of every prompt is in the shipped CLIP's vocabulary."""
+def _knows_all(records: Sequence[Record]) -> bool:
+    """Return whether every word of every prompt is in the shipped CLIP's vocabulary."""
     words = json.loads((SHIPPED / "tokenizer.json").read_text())["model"]["vocab"]
     strange = next((word for record in records for word in record["prompt"].split() if word not in words), None)
     if strange:

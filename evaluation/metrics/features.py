@@ -11,7 +11,7 @@ import hashlib
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from evaluation.metrics.batches import batches, device_for
+from evaluation.metrics.batches import batches, device_for, stack
 from evaluation.metrics.transforms import centre_square
-from evaluation.run_folder import Id, RunFolder
+from evaluation.run_folder import Id, Record, RunFolder, Snapshot, record_id
 from sjd2.errors import UserError
 from sjd2.files import digest, find, write_atomically
 
@@ -34,11 +34,19 @@ PYTORCH_FID_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fi
 
 
 class Extractor(Protocol):
-    """What turns images into features. `size`: the (H, W) it is made for, None if it takes any."""
+    """What turns images into features.
 
-    name: str
-    width: int
-    size: tuple[int, int] | None
+    name: network and preparation in words. width: D. size: the (H, W) it is made for, None if it takes any.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+    @property
+    def batch_size(self) -> int: ...
 
     def check(self) -> None:
         """Raise UserError if a file or a library is missing; load nothing heavy."""
@@ -46,13 +54,20 @@ class Extractor(Protocol):
     def digest(self) -> str:
         """Return a short hash of all that decides the features: weights and preparation."""
 
-    def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Extract features: uint8 [H, W, 3] each -> float32 [N, D]."""
+    def load(self) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+        """Load the network: `batch_size` images or fewer, uint8 [H, W, 3] each, -> float32 [B, D]."""
+
+
+def extract(extractor: Extractor, images: Iterable[np.ndarray]) -> np.ndarray:
+    """Extract features batch by batch: uint8 [H, W, 3] each -> float32 [N, D]."""
+    network = extractor.load()
+    rows = [network(batch) for batch in batches(images, extractor.batch_size)]
+    return np.concatenate(rows) if rows else np.zeros((0, extractor.width), np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------- inception
 class _InceptionFile:
-    """What the two Inceptions share: a file that the user has fetched, a crop, images in batches."""
+    """What the two Inceptions share: a file that the user has fetched, and a crop."""
 
     width = 2048
     size = None
@@ -102,17 +117,24 @@ class _InceptionFile:
         """Return a hash of the weights and the crop."""
         return self._digest
 
-    def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Extract the pool features: uint8 [H, W, 3] each, sizes may differ -> float32 [N, 2048]."""
-        device = device_for(self.device)
+    def load(self) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+        """Load the network up to its pool features: uint8 [H, W, 3] each, sizes may differ, -> float32 [B, 2048]."""
+        device, crop = device_for(self.device), self.crop
         network, resize = self._network().eval().requires_grad_(False).to(device), self._resizer()
-        if self.crop is not None:
-            images = (centre_square(image, self.crop) for image in images)
-        rows = []
-        with torch.no_grad():
-            for batch in batches((resize(image) for image in images), self.batch_size):  # float32 [299, 299, 3], 0..255
-                rows.append(network(batch.to(device)).float().cpu().numpy())
-        return np.concatenate(rows) if rows else np.zeros((0, self.width), np.float32)
+
+        @torch.no_grad()
+        def features(images: Sequence[np.ndarray]) -> np.ndarray:
+            squares = images if crop is None else [centre_square(image, crop) for image in images]
+            pixels = stack([resize(image) for image in squares])  # float32 [B, 3, 299, 299], 0..255
+            return network(pixels.to(device)).float().cpu().numpy()
+
+        return features
+
+    def _network(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _resizer(self) -> Callable[[np.ndarray], np.ndarray]:
+        raise NotImplementedError
 
     def _refused(self, error: Exception) -> UserError:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -122,8 +144,8 @@ class _InceptionFile:
 class Inception(_InceptionFile):
     """The Inception-v3 of the FID literature with clean-fid's resizing (antialiased, not rounded).
 
-    weights: inception-2015-12-05.pt or its folder. crop: side of a centred square that every picture, the reference's
-    too, is cropped and resized to first (LANTERN: 256); null: pictures as they are, squashed to 299 x 299.
+    weights: inception-2015-12-05.pt or its folder. crop: side of a centred square that every image, the reference's
+    too, is cropped and resized to first (LANTERN: 256); null: images as they are, squashed to 299 x 299.
     """
 
     file, url, source = INCEPTION_FILE, INCEPTION_URL, "clean-fid, mode clean"
@@ -145,7 +167,7 @@ class Inception(_InceptionFile):
 
 
 class PytorchFidInception(_InceptionFile):
-    """The Inception-v3 of pytorch-fid, which squashes every picture to 299 x 299 bilinearly without antialiasing.
+    """The Inception-v3 of pytorch-fid, which squashes every image to 299 x 299 bilinearly without antialiasing.
 
     The same TensorFlow weights in another port. Network blocks and resizing are clean-fid's (its mode legacy_pytorch,
     which is pytorch-fid); only the loading is ours, since clean-fid would fetch the file and unpickle it.
@@ -217,21 +239,32 @@ def _stored(path: Path) -> dict[Id, tuple[str, np.ndarray]]:
     return {tuple(key): (text, row) for key, text, row in zip(ids.tolist(), hashes.tolist(), rows, strict=True)}
 
 
-def run_features(run: RunFolder, extractor: Extractor) -> np.ndarray:
-    """Return the features [N, D] of all images in record order; only images not seen before are computed."""
-    path = features_file(run, extractor)
-    old = _stored(path)
-    wanted = {tuple(record["id"]): record["tokens_sha256"][:16] for record in run.records()}
-    missing = [key for key, text in wanted.items() if key not in old or old[key][0] != text]
-    if missing:
-        rows = extractor(run.images(missing))
-        old |= {key: (wanted[key], row) for key, row in zip(missing, rows, strict=True)}
-    kept = {key: old[key][1] for key in wanted}
-    features = np.stack(list(kept.values())).astype(np.float32)
-    if missing:
-        arrays = {"ids": np.array(list(kept)), "tokens": np.array(list(wanted.values())), "features": features}
-        save_npz(path, arrays)
-    return features
+class RunFeatures:
+    """The features of a run's images, kept in its folder: only the images of `missing` have to be given to `add`."""
+
+    def __init__(self, run: Snapshot, extractor: Extractor) -> None:
+        self.path = features_file(run.folder, extractor)
+        self._hashes = {record_id(record): record["tokens_sha256"][:16] for record in run.records}
+        self._known = _stored(self.path)
+        self.missing = [record for record in run.records if not self._is_known(record_id(record))]
+        self._network = extractor.load() if self.missing else None
+
+    def _is_known(self, key: Id) -> bool:
+        return key in self._known and self._known[key][0] == self._hashes[key]
+
+    def add(self, images: Sequence[np.ndarray], records: Sequence[Record]) -> None:
+        """Extract the features of one batch."""
+        assert self._network is not None
+        for record, row in zip(records, self._network(images), strict=True):
+            self._known[record_id(record)] = (self._hashes[record_id(record)], row)
+
+    def finish(self) -> np.ndarray:
+        """Keep and return the features of all images, float32 [N, D] in the order of the records."""
+        features = np.stack([self._known[key][1] for key in self._hashes]).astype(np.float32)
+        if self.missing:
+            hashes = np.array(list(self._hashes.values()))
+            save_npz(self.path, {"ids": np.array(list(self._hashes)), "tokens": hashes, "features": features})
+        return features
 
 
 def save_npz(path: Path, arrays: dict[str, Any]) -> None:

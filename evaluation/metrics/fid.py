@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.metrics.features import Extractor, run_features, save_npz
+from evaluation.metrics.features import Extractor, RunFeatures, extract, save_npz
 from evaluation.prompts import metadata_of
-from evaluation.run_folder import RunFolder
+from evaluation.run_folder import Record, Snapshot
+from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError
 from sjd2.files import ROOT, find
 
@@ -71,7 +72,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 class _Features(torch.nn.Module):
-    """Hand features through torchmetrics, which wants a network."""
+    """Pass features through torchmetrics, which wants a network."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features
@@ -116,7 +117,7 @@ def mmd(features: np.ndarray, reference: np.ndarray) -> float:
 class Reference:
     """Reference statistics; `features` [M, D] is None where only the moments are known (then there is no KID).
 
-    files: the pictures' names within their folder, one per feature, where the reference is a folder.
+    files: the images' names within their folder, one per feature, where the reference is a folder.
     """
 
     name: str
@@ -125,12 +126,13 @@ class Reference:
     files: tuple[str, ...] = ()
 
     def only(self, wanted: Set[str]) -> Reference:
-        """Keep the pictures whose file names are `wanted`; raises UserError if some are not there or fewer than 2."""
+        """Keep the images whose file names are `wanted`; raises UserError if some are not there or fewer than 2."""
         by_name = {Path(file).name: row for row, file in enumerate(self.files)}
         lacking = sorted(wanted - by_name.keys())
         if lacking or len(wanted) < 2:
             what = f"lacks {lacking[0]}" if lacking else f"would keep {len(wanted)} image"
             raise UserError(f"reference {self.name} {what}: give the folder of all images, or only_prompts=false.")
+        assert self.features is not None  # a folder's are always there
         features = self.features[sorted(by_name[name] for name in wanted)]
         return Reference(f"{self.name}, the {len(wanted)} of the prompts", Statistics.of(features), features)
 
@@ -147,8 +149,8 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
         raise UserError(f"reference {path} is no readable npz file ({error}).") from error
     digest = str(arrays.get("digest", extractor.digest()))
     if digest != extractor.digest():
-        mend = "give the folder of reference images instead, or the extractor it was made with"
-        raise UserError(f"reference {path} holds features of extractor {digest}, not {extractor.digest()}: {mend}.")
+        fix = "give the folder of reference images instead, or the extractor it was made with"
+        raise UserError(f"reference {path} holds features of extractor {digest}, not {extractor.digest()}: {fix}.")
     name = str(arrays.get("name", path.stem))
     if "features" in arrays:
         files = tuple(arrays["files"].tolist()) if "files" in arrays else ()
@@ -188,7 +190,7 @@ def reference_of_folder(folder: Path, extractor: Extractor, cache: Path | None) 
     if stored and stored.is_file():
         return read_reference(stored, extractor)
     log.info("extracting %s features of %d reference images in %s", extractor.name, len(files), folder)
-    features = extractor(_read_images(files))
+    features = extract(extractor, _read_images(files))
     name, names = f"{folder.name} ({len(files)} images)", tuple(str(path.relative_to(folder)) for path in files)
     if stored:
         save_npz(stored, {"features": features, "digest": extractor.digest(), "name": name, "files": np.array(names)})
@@ -196,15 +198,20 @@ def reference_of_folder(folder: Path, extractor: Extractor, cache: Path | None) 
 
 
 # ------------------------------------------------------------------------------------------------------------- metric
-class FeatureDistance:
+class FeatureDistance(Metric):
     """FID and KID of a run against a reference.
 
-    reference: 'shipped' (rendered held-out pictures of the embedded model), an npz file, or a folder of images, whose
-    features are kept in `cache`. only_prompts: compare with those pictures of the folder only that the run's prompts
+    reference: 'shipped' (rendered held-out images of the embedded model), an npz file, or a folder of images, whose
+    features are kept in `cache`. only_prompts: compare only with those images of the folder that the run's prompts
     describe (COCO), instead of all.
     """
 
-    keys = ("fid", "fid_extractor", "fid_reference", "kid", "kid_std", "fid_warning")
+    numbers = (
+        MetricInfo(name="fid", title="FID", higher_is_better=False, source="fid_extractor"),
+        MetricInfo(name="kid", title="KID", digits=4, higher_is_better=False, spread="kid_std"),
+        MetricInfo(name="kid_std", digits=4),
+    )
+    details = ("fid_extractor", "fid_reference", "fid_warning")
 
     def __init__(
         self,
@@ -220,10 +227,10 @@ class FeatureDistance:
         if kid_subsets < 1 or kid_subset_size < 2:
             raise UserError(f"kid_subsets={kid_subsets} must be >= 1 and kid_subset_size={kid_subset_size} >= 2.")
         self.extractor = extractor
-        self.path = SHIPPED_REFERENCE if reference == "shipped" else reference and find(reference)
+        self.path = SHIPPED_REFERENCE if reference == "shipped" else find(reference) if reference else None
         self.cache = Path(cache).expanduser() if cache else None
         self.subsets, self.subset_size, self.seed = kid_subsets, kid_subset_size, seed
-        self.only_prompts = only_prompts
+        self.only_prompts, self.batch_size = only_prompts, extractor.batch_size
 
     def check(self) -> None:
         """Raise UserError if extractor or reference are missing or do not fit each other."""
@@ -235,25 +242,26 @@ class FeatureDistance:
                 raise UserError(f"reference folder {self.path} has fewer than 2 images ({', '.join(IMAGE_SUFFIXES)}).")
         elif self.path.is_file():
             if not read_reference(self.path, self.extractor).files and self.only_prompts:
-                raise UserError(f"only_prompts=true needs a folder of pictures as reference; {self.path} names none.")
+                raise UserError(f"only_prompts=true needs a folder of images as reference; {self.path} names none.")
         else:
             raise UserError(f"evaluation.metrics.fid.reference={self.path} is neither a folder nor a file.")
 
     @cached_property
     def reference(self) -> Reference:
         """The reference statistics, loaded once."""
+        assert self.path is not None  # `check` has seen to it
         if self.path.is_dir():
             return reference_of_folder(self.path, self.extractor, self.cache)
         return read_reference(self.path, self.extractor)
 
-    def reference_for(self, run: RunFolder) -> Reference:
+    def reference_for(self, run: Snapshot) -> Reference:
         """Return the reference that this run is compared with; raises UserError if `only_prompts` cannot be done."""
         if not self.only_prompts:
             return self.reference
-        facts = metadata_of(run)
-        wanted = {facts.get(record["id"][0], {}).get("file_name") for record in run.records()}
+        facts = metadata_of(run.folder)
+        wanted = {facts.get(prompt, {}).get("file_name") for prompt, _ in run.ids}
         if None in wanted:
-            raise UserError("only_prompts=true needs prompts that name their pictures: prompts=coco2017 or coco2014.")
+            raise UserError("only_prompts=true needs prompts that name their images: prompts=coco2017 or coco2014.")
         return self.reference.only(wanted)
 
     @property
@@ -265,30 +273,47 @@ class FeatureDistance:
             f"(torchmetrics), mean and standard deviation over {self.subsets} subsets of at most {self.subset_size}."
         )
 
-    def score(self, run: RunFolder) -> dict[str, Any]:
-        """Compute the distances; absent with a `fid_warning` where the images do not suit the extractor."""
-        records = run.records()
-        if len(records) < 2:
-            return {"fid_warning": f"left out: {len(records)} images, a distance needs at least 2."}
-        shape = next(iter(run.images([tuple(records[0]["id"])]))).shape[:2]
-        if self.extractor.size not in (None, shape):
-            made = "x".join(map(str, self.extractor.size))
-            return self._warned(
-                f"left out: {self.extractor.name} is made for {made} pixels, not {shape[0]}x{shape[1]}."
-            )
-        reference, features = self.reference_for(run), run_features(run, self.extractor)
+    def start(self, run: Snapshot) -> Sequence[Record] | None:
+        """Want the images whose features are not kept yet; none where they do not suit the extractor."""
+        self._unfit = self._misfit(run)
+        if self._unfit:
+            return ()
+        self._reference, self._features = self.reference_for(run), RunFeatures(run, self.extractor)
+        return self._features.missing
+
+    def update(self, images: Sequence[np.ndarray], records: Sequence[Record]) -> None:
+        """Extract the features of one batch."""
+        self._features.add(images, records)
+
+    def compute(self, run: Snapshot) -> Scores:
+        """Compute the distances; a `fid_warning` alone where the images do not suit the extractor."""
+        if self._unfit:
+            return Scores(self._warned(self._unfit))
+        features, reference = self._features.finish(), self._reference
+        del self._features  # and the network with it
         out: dict[str, Any] = {"fid": frechet(Statistics.of(features), reference.statistics)}
         out |= {"fid_extractor": f"{self.extractor.name} {self.extractor.digest()}", "fid_reference": reference.name}
         if reference.features is not None and min(len(features), len(reference.features)) >= 4:
-            settings = {"subsets": self.subsets, "subset_size": self.subset_size, "seed": self.seed}
-            out["kid"], out["kid_std"] = kernel_distance(features, reference.features, **settings)
+            out["kid"], out["kid_std"] = kernel_distance(
+                features, reference.features, subsets=self.subsets, subset_size=self.subset_size, seed=self.seed
+            )
         if len(features) < ENOUGH * self.extractor.width:
             need = ENOUGH * self.extractor.width
             out |= self._warned(
                 f"N={len(features)} is few for {self.extractor.width} features (below {need}): FID is biased upwards; "
                 "compare runs of equal N only, or use KID."
             )
-        return out
+        return Scores(out)
+
+    def _misfit(self, run: Snapshot) -> str:
+        """Return why the run's images do not suit the extractor; '' where they do."""
+        if len(run.records) < 2:
+            return f"left out: {len(run.records)} images, a distance needs at least 2."
+        size, asked = run.image_size, self.extractor.size
+        if asked in (None, size):
+            return ""
+        made, found = ("x".join(map(str, shape)) for shape in (asked, size))
+        return f"left out: {self.extractor.name} is made for {made} pixels, not {found}."
 
     def _warned(self, text: str) -> dict[str, str]:
         log.warning("fid: %s", text)

@@ -1,7 +1,7 @@
-"""GenEval: write a run's pictures as its tool wants them, let the tool judge them, and summarise its verdicts.
+"""GenEval: write a run's images as its tool wants them, let the tool judge them, and summarise its verdicts.
 
     <run>/geneval/<00000>/metadata.jsonl, samples/00000.png ...    prompt 0, repeat 0
-    <run>/geneval/results-<hash>.jsonl                             the tool's verdicts on exactly these pictures
+    <run>/geneval/results-<hash>.jsonl                             the tool's verdicts on exactly these images
 
 The judge itself (Mask2Former through mmdet 2, and a CLIP for colours) needs an old PyTorch and a GPU, so it runs in an
 environment of its own, or on another machine. Layout and summary follow djghosh13/geneval (generation/
@@ -25,30 +25,46 @@ from typing import Any
 
 from evaluation.metrics.rewards import run_tool
 from evaluation.prompts import Facts, metadata_of
-from evaluation.run_folder import Id, RunFolder
-from evaluation.score import keep_scores
+from evaluation.run_folder import Id, Record, Snapshot
+from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError
 from sjd2.files import find
 
 log = logging.getLogger(__name__)
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TASKS = {  # and their headings
+    "single_object": "single",
+    "two_object": "two",
+    "counting": "counting",
+    "colors": "colours",
+    "position": "position",
+    "color_attr": "attribution",
+}
 PROMPTS, REPEATS = 553, 4  # what GenEval consists of
 DETECTOR = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"
 TOOL = Path("evaluation") / "evaluate_images.py"
 SAMPLE = re.compile(r"(\d+)[/\\]samples[/\\](\d+)\.png$")
 
 
-class GenEval:
+class GenEval(Metric):
     """GenEval's six sub-scores and their mean, judged by GenEval's own tool.
 
-    tool: a clone of djghosh13/geneval, or its evaluate_images.py; null: only write the pictures. python: interpreter of
+    tool: a clone of djghosh13/geneval, or its evaluate_images.py; null: only write the images. python: interpreter of
     the environment that it needs; null: this one. detector: folder with its Mask2Former weights. model_config: the
     config file of mmdet for them, if it is not where the tool looks. results: a results.jsonl made elsewhere, only
     for stage=score.
     """
 
-    keys = ("geneval_overall", *(f"geneval_{task}" for task in TASKS), "geneval_warning")
+    numbers = (
+        MetricInfo(name="geneval_overall", title="GenEval", digits=3, higher_is_better=True),
+        *(
+            MetricInfo(name=f"geneval_{task}", title=title, group="GenEval", higher_is_better=True)
+            for task, title in TASKS.items()
+        ),
+        # the share of images, where GenEval's total is the mean over its tasks: in paired differences only
+        MetricInfo(name="geneval_correct", digits=3, higher_is_better=True, per_image="geneval"),
+    )
+    details = ("geneval_warning",)
     protocol = (
         "geneval_<task>: share of the task's images that GenEval's evaluate_images.py calls correct, geneval_overall: mean "
         "over tasks (summary_scores.py)."
@@ -70,9 +86,9 @@ class GenEval:
             )
         if tool is not None and results is not None:
             raise UserError("evaluation.metrics.geneval.tool= makes results and results= reads them; leave one null.")
-        self.tool = tool and (find(tool) / TOOL if find(tool).is_dir() else find(tool))
+        self.tool = None if tool is None else find(tool) / TOOL if find(tool).is_dir() else find(tool)
         self.python = python or sys.executable
-        self.detector, self.model_config, self.results = detector, model_config, results and find(results)
+        self.detector, self.model_config, self.results = detector, model_config, find(results) if results else None
 
     def check(self) -> None:
         """Raise UserError if a file that was named is not there."""
@@ -95,27 +111,31 @@ class GenEval:
         if self.model_config is not None and not find(self.model_config).is_file():
             raise UserError(f"{key}.model_config={self.model_config} does not exist; null takes the one in mmdet.")
 
-    def score(self, run: RunFolder) -> dict[str, Any]:
-        """Return the scores; absent without verdicts, or for other prompts than GenEval's.
-
-        Without tool and results it ends by saying what was written and which command judges it.
-        """
-        records, facts = run.records(), metadata_of(run)
-        if not records or not all("tag" in facts.get(record["id"][0], {}) for record in records):
+    def start(self, run: Snapshot) -> Sequence[Record] | None:
+        """Want no image, the tool reads the files; does not apply to other prompts than GenEval's."""
+        self._facts = metadata_of(run.folder)
+        if not run.records or not all("tag" in self._facts.get(prompt, {}) for prompt, _ in run.ids):
             log.info("geneval: left out, its prompts are not GenEval's (prompts=geneval prompts.path=FILE)")
-            return {}
-        verdicts = self.results or self._judge(run, facts)
-        if verdicts is None:
-            return {}
-        found = read_verdicts(verdicts)
-        self._compare(verdicts, found, records)
-        if all("id" in verdict for verdict in found):
-            keep_scores(run, {"geneval": {verdict["id"]: float(verdict["correct"]) for verdict in found}})
-        warning = _doubts(found, records)
-        return summarise(found) | ({"geneval_warning": warning} if warning else {})
+            return None
+        return ()
 
-    def _judge(self, run: RunFolder, facts: Mapping[int, Facts]) -> Path | None:
-        """Write the pictures and return the verdicts on them; None where nobody has judged them yet."""
+    def compute(self, run: Snapshot) -> Scores:
+        """Return the scores; empty without verdicts.
+
+        Without tool and results it ends by logging what was written and which command judges it.
+        """
+        verdicts = self.results or self._judge(run, self._facts)
+        if verdicts is None:
+            return Scores()
+        found = read_verdicts(verdicts)
+        self._compare(verdicts, found, run.records)
+        known = all("id" in verdict for verdict in found)
+        images = {"geneval": {verdict["id"]: float(verdict["correct"]) for verdict in found}} if known else {}
+        warning = _doubts(found, run.records)
+        return Scores(summarise(found) | ({"geneval_warning": warning} if warning else {}), images)
+
+    def _judge(self, run: Snapshot, facts: Mapping[int, Facts]) -> Path | None:
+        """Write the images and return the verdicts on them; None where nobody has judged them yet."""
         folder = write_layout(run, facts)
         verdicts = folder / f"results-{_fingerprint(run)}.jsonl"
         if verdicts.is_file():
@@ -123,9 +143,9 @@ class GenEval:
         command = self._command(folder, verdicts)
         if self.tool is None:
             log.warning(
-                "geneval: wrote %d pictures to %s; judge them with: %s, then score again: python run.py stage=score "
+                "geneval: wrote %d images to %s; judge them with: %s, then score again: python run.py stage=score "
                 "run_dir=%s evaluation=geneval",
-                *(len(run.records()), folder, shlex.join(command), run.path),
+                *(len(run.records), folder, shlex.join(command), run.path),
             )
             return None
         unfinished = verdicts.with_suffix(".part")
@@ -144,45 +164,45 @@ class GenEval:
         return command + (["--model-config", str(find(self.model_config).absolute())] if self.model_config else [])
 
     def _compare(self, path: Path, found: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> None:
-        """Raise UserError if verdicts are not about this run's pictures."""
+        """Raise UserError if verdicts are not about this run's images."""
         asked, judged = (sorted(row["prompt"] for row in rows) for rows in (records, found))
         if len(asked) != len(judged):
-            raise UserError(f"{path} judges {len(judged)} pictures, but the run has {len(asked)}: judge them again.")
+            raise UserError(f"{path} judges {len(judged)} images, but the run has {len(asked)}: judge them again.")
         if asked != judged:
             strange = next(theirs for ours, theirs in zip(asked, judged, strict=True) if ours != theirs)
             raise UserError(f"{path} judges other prompts than the run's (near '{strange}'): give its own results.")
 
 
 # --------------------------------------------------------------------------------------------------------------- layout
-def write_layout(run: RunFolder, facts: Mapping[int, Facts]) -> Path:
-    """Put every picture of a run where evaluate_images.py looks for it; returns the folder, absolute.
+def write_layout(run: Snapshot, facts: Mapping[int, Facts]) -> Path:
+    """Put every image of a run where evaluate_images.py looks for it; returns the folder, absolute.
 
-    Pictures are hard links where the disk allows it, so they cost no space.
+    The files are hard links where the disk allows it, so they cost no space.
     """
     folder = (run.path / "geneval").absolute()
-    for record in run.records():
+    for record in run.records:
         prompt, repeat = record["id"]
         samples = folder / f"{prompt:05d}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
         (samples.parent / "metadata.jsonl").write_text(json.dumps(facts[prompt]), encoding="utf-8")
-        picture = samples / f"{repeat:05d}.png"
-        picture.unlink(missing_ok=True)
+        image = samples / f"{repeat:05d}.png"
+        image.unlink(missing_ok=True)
         try:
-            os.link(run.path / record["image"], picture)
+            os.link(run.path / record["image"], image)
         except OSError:  # another disk, or one without links
-            shutil.copyfile(run.path / record["image"], picture)
+            shutil.copyfile(run.path / record["image"], image)
     return folder
 
 
-def _fingerprint(run: RunFolder) -> str:
-    """Return eight hex digits of all pictures' tokens: verdicts on other pictures are never taken for these."""
-    text = "".join(f"{record['id']}{record['tokens_sha256']}" for record in run.records())
+def _fingerprint(run: Snapshot) -> str:
+    """Return eight hex digits of all images' tokens: verdicts on other images are never taken for these."""
+    text = "".join(f"{record['id']}{record['tokens_sha256']}" for record in run.records)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 # ------------------------------------------------------------------------------------------------------------- verdicts
 def read_verdicts(path: Path) -> list[dict[str, Any]]:
-    """Read a results.jsonl: {"tag", "prompt", "correct"} per picture, and its "id" where the file name tells it.
+    """Read a results.jsonl: {"tag", "prompt", "correct"} per image, and its "id" where the file name holds it.
 
     Raises UserError naming the line that is none.
     """
@@ -208,7 +228,7 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
 
 
 def summarise(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the share of correct pictures of each task there is, and the mean over these tasks (summary_scores.py)."""
+    """Return the share of correct images of each task there is, and the mean over these tasks (summary_scores.py)."""
     tasks: dict[str, list[bool]] = {}
     for verdict in verdicts:
         tasks.setdefault(verdict["tag"], []).append(verdict["correct"])
@@ -219,7 +239,7 @@ def summarise(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _doubts(verdicts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> str:
-    """Say why the scores are not GenEval's; '' where they are."""
+    """Return why the scores are not GenEval's; '' where they are."""
     prompts, tasks = {record["id"][0] for record in records}, {verdict["tag"] for verdict in verdicts}
     if len(tasks) < len(TASKS):
         lacking = [task for task in TASKS if task not in tasks]

@@ -1,4 +1,4 @@
-"""Score pictures with the ImageReward package, in an interpreter that has it; run by rewards.py, imports nothing of ours.
+"""Score images with the ImageReward package, in an interpreter that has it; run by rewards.py, imports nothing of ours.
 
     PYTHON evaluation/metrics/reward_worker.py PAIRS OUT WEIGHTS MED_CONFIG DEVICE
 
@@ -13,7 +13,7 @@ import sys
 def main(pairs: str, out: str, weights: str, med_config: str, device: str) -> None:
     """Write one score per pair."""
     sys.path.pop(0)  # this file's folder has a clip.py, which is not the package clip that ImageReward imports
-    import ImageReward
+    import ImageReward  # pyright: ignore[reportMissingImports]  of the other interpreter
 
     model = ImageReward.load(weights or "ImageReward-v1.0", device=device, med_config=med_config or None)
     with open(pairs, encoding="utf-8") as lines:

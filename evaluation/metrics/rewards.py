@@ -1,4 +1,4 @@
-"""Scores learnt from human preferences: HPSv2 through open_clip, ImageReward through its own package elsewhere.
+"""Scores learned from human preferences: HPSv2 through open_clip, ImageReward through its own package elsewhere.
 
 Neither has been run with its published weights here: HPSv2 is tested against the arithmetic of its code on a small
 CLIP, ImageReward's package on random weights. Neither package can live beside transformers 5: hpsv2 1.2.0 on PyPI asks
@@ -16,16 +16,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from evaluation.metrics.batches import device_for
 from evaluation.metrics.clip import ClipScore, Source
-from evaluation.run_folder import RunFolder
-from evaluation.score import keep_scores
+from evaluation.run_folder import Record, Snapshot
+from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError
 from sjd2.files import digest, find
 
@@ -38,11 +38,12 @@ PACKAGES = (
 class HpsV2(ClipScore):
     """HPSv2 (Wu et al. 2023): a CLIP score of OpenCLIP's ViT-H/14, tuned on human choices; 100 times the package's value.
 
-    weights: HPS_v2.1_compressed.pt (or HPS_v2_compressed.pt) of xswu/HPSv2. Pictures are scaled to 224 on the long side
+    weights: HPS_v2.1_compressed.pt (or HPS_v2_compressed.pt) of xswu/HPSv2. Images are scaled to 224 on the long side
     and padded, as in hpsv2's img_score.py; there after, here before they become floats, which differs by rounding.
     """
 
-    keys = ("hpsv2", "hpsv2_model")
+    numbers = (MetricInfo(name="hpsv2", title="HPSv2", higher_is_better=True, per_image="hpsv2"),)
+    details = ("hpsv2_model",)
     architecture = "ViT-H-14"
 
     def __init__(self, *, weights: str | None = None, device: str | None = None, batch_size: int = 16) -> None:
@@ -69,19 +70,15 @@ class HpsV2(ClipScore):
             "long side and padded."
         )
 
-    def score(self, run: RunFolder) -> dict[str, Any]:
-        """Score all images."""
-        if not (records := run.records()):
-            return {}
-        values = self._scores(run.images(), [record["prompt"] for record in records])
-        _keep(run, "hpsv2", values)
-        return {
-            "hpsv2": fmean(values),
-            "hpsv2_model": f"{Path(self.source.file).name} {digest(Path(self.source.file))}",
-        }
+    def compute(self, run: Snapshot) -> Scores:
+        """Return the mean over images and the weights that made it."""
+        self._clip = None
+        file = Path(str(self.source.file))
+        model = f"{file.name} {digest(file)}"
+        return Scores({"hpsv2": fmean(self._values.values()), "hpsv2_model": model}, {"hpsv2": self._values})
 
 
-class ImageReward:
+class ImageReward(Metric):
     """ImageReward (Xu et al. 2023) through the package `image-reward` of another Python environment.
 
     python: that environment's interpreter; null: this one, if it has the package. weights: ImageReward.pt,
@@ -89,7 +86,9 @@ class ImageReward:
     fetches the tokenizer bert-base-uncased, unless the hub's cache has it.
     """
 
-    keys = ("image_reward",)
+    numbers = (
+        MetricInfo(name="image_reward", title="ImageReward", digits=3, higher_is_better=True, per_image="image_reward"),
+    )
 
     def __init__(
         self,
@@ -122,10 +121,13 @@ class ImageReward:
                 f"{PACKAGES}, and give its interpreter: {key}.python=ENVIRONMENT/bin/python."
             )
 
-    def score(self, run: RunFolder) -> dict[str, Any]:
+    def start(self, run: Snapshot) -> Sequence[Record] | None:
+        """Want no image: the other interpreter reads the files itself."""
+        return () if run.records else None
+
+    def compute(self, run: Snapshot) -> Scores:
         """Score all images in one call of the other interpreter; raises UserError with its last line if that fails."""
-        if not (records := run.records()):
-            return {}
+        records = run.records
         pairs = [{"image": str((run.path / r["image"]).absolute()), "prompt": r["prompt"]} for r in records]
         with tempfile.TemporaryDirectory() as folder:
             given, out = Path(folder, "pairs.jsonl"), Path(folder, "scores.txt")
@@ -137,8 +139,7 @@ class ImageReward:
             values = [float(line) for line in out.read_text(encoding="utf-8").split()]
         if len(values) != len(records) or not all(map(math.isfinite, values)):
             raise UserError(f"ImageReward gave {len(values)} numbers for {len(records)} images, or no finite ones.")
-        _keep(run, "image_reward", values)
-        return {"image_reward": fmean(values)}
+        return Scores({"image_reward": fmean(values)}, {"image_reward": dict(zip(run.ids, values, strict=True))})
 
 
 def run_tool(command: list[str], name: str) -> None:
@@ -152,8 +153,3 @@ def run_tool(command: list[str], name: str) -> None:
             f"{name} ended with exit code {code}, its reason stands above; nothing is lost, the command was: "
             f"{shlex.join(command)}"
         )
-
-
-def _keep(run: RunFolder, name: str, values: list[float]) -> None:
-    ids = [(record["id"][0], record["id"][1]) for record in run.records()]
-    keep_scores(run, {name: dict(zip(ids, values, strict=True))})

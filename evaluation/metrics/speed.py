@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.run_folder import RunFolder
+from evaluation.run_folder import Record, RunFolder, Snapshot
+from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 
 PARTS = ("encode", "prefill", "decode", "image")
-Record = dict[str, Any]
 
 
 def step_compression(record: Record) -> float:
@@ -43,7 +43,7 @@ def step_compression_free(record: Record, free: np.ndarray) -> float:
 
 
 def free_positions(run: RunFolder) -> np.ndarray | None:
-    """Return which of the N positions the model really chooses, bool [N]; None if the run's settings do not tell."""
+    """Return which of the N positions the model really chooses, bool [N]; None where the run's settings do not say."""
     try:
         return np.asarray(instantiate(run.config.model).layout.free)
     except (UserError, AttributeError, FileNotFoundError):
@@ -78,15 +78,27 @@ def one_machine(records: Sequence[Record], launches: Sequence[dict[str, Any]]) -
     return chosen, [launch for launch in launches if kinds[launch["launch"]] == kind]
 
 
-class Speed:
+class Speed(Metric):
     """Passes, seconds, memory and negative log-likelihood; needs neither images nor a network."""
 
-    keys = (
-        *("forwards_mean", "draft_forwards_mean", "step_compression", "step_compression_free", "nll_per_token"),
-        *("accepted_per_forward_hist", "latency_s_median", "latency_s_p95", "images_per_s"),
-        *(f"seconds_{part}_mean" for part in PARTS),
-        *("peak_memory_gb", "hardware", "n_timed", "gflops_per_token"),
+    # no titles: tables make their columns of these from the records, on one machine and beside AR
+    numbers = (
+        MetricInfo(name="forwards_mean", digits=1, higher_is_better=False),
+        MetricInfo(name="draft_forwards_mean", digits=1, higher_is_better=False),
+        MetricInfo(name="step_compression", higher_is_better=True),
+        MetricInfo(name="step_compression_free", higher_is_better=True),
+        MetricInfo(name="nll_per_token", digits=3, higher_is_better=False),
+        MetricInfo(name="n_timed", digits=0),
+        *(
+            MetricInfo(name=name, digits=3, higher_is_better=False, of_machine=True)
+            for name in ("latency_s_median", "latency_s_p95", *(f"seconds_{part}_mean" for part in PARTS))
+        ),
+        MetricInfo(name="images_per_s", digits=3, higher_is_better=True, of_machine=True),
+        MetricInfo(name="peak_memory_gb", digits=1, higher_is_better=False, of_machine=True),
+        MetricInfo(name="gflops_per_token", higher_is_better=False),
     )
+    details = ("accepted_per_forward_hist", "hardware")
+    # as it stands in run folders, word for word
     protocol = (
         "step_compression: mean over images of tokens / target-model passes, the prefill counted as the pass of the "
         "first token, forced tokens included; step_compression_free: free tokens / passes that committed one; "
@@ -96,17 +108,12 @@ class Speed:
         "gflops_per_token: counted over one image (runtime.flops), matrix products and attention, both guidance branches."
     )
 
-    def check(self) -> None:
-        """Nothing can be missing."""
-
-    def score(self, run: RunFolder) -> dict[str, Any]:
+    def compute(self, run: Snapshot) -> Scores:
         """Compute all values; times are absent where every image was traced."""
-        records = run.records()
-        if not records:
-            return {}
-        return self._passes(run, records) | self._times(run, records)
+        return Scores(self._passes(run) | self._times(run)) if run.records else Scores()
 
-    def _passes(self, run: RunFolder, records: Sequence[Record]) -> dict[str, Any]:
+    def _passes(self, run: Snapshot) -> dict[str, Any]:
+        records = run.records
         out: dict[str, Any] = {
             "forwards_mean": fmean(record["forwards"] for record in records),
             "draft_forwards_mean": fmean(record["draft_forwards"] for record in records),
@@ -115,19 +122,19 @@ class Speed:
         }
         if likely := [record["nll"] / record["tokens"] for record in records if "nll" in record]:
             out["nll_per_token"] = fmean(likely)
-        free = free_positions(run)
+        free = free_positions(run.folder)
         if free is not None and all(record["tokens"] == len(free) for record in records):
             out["step_compression_free"] = fmean(step_compression_free(record, free) for record in records)
-        if counts := [launch["gflops_per_token"] for launch in run.provenance() if "gflops_per_token" in launch]:
+        if counts := [launch["gflops_per_token"] for launch in run.launches if "gflops_per_token" in launch]:
             out["gflops_per_token"] = counts[-1]
         return out
 
-    def _times(self, run: RunFolder, records: Sequence[Record]) -> dict[str, Any]:
-        untraced = [record for record in records if not run.traced(record)]
-        timed, launches = one_machine(untraced, run.provenance())
+    def _times(self, run: Snapshot) -> dict[str, Any]:
+        untraced = [record for record in run.records if not run.folder.traced(record)]
+        timed, launches = one_machine(untraced, run.launches)
         if not timed:
             return {}
-        refill = bool(run.config.get("refill", False))
+        refill = bool(run.folder.config.get("refill", False))
         latency = [record["seconds"]["prefill"] + record["seconds"]["decode"] for record in timed]
         out: dict[str, Any] = {
             "n_timed": len(timed),

@@ -1,9 +1,11 @@
-"""Prepare pictures the way published protocols do, before a network's own preparation.
+"""Prepare images the way published protocols do, before a network's own preparation.
 
 # H, W pixels
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +16,10 @@ from torchvision.transforms import functional as F
 def centre_square(image: np.ndarray, side: int) -> np.ndarray:
     """Crop to the short side about the centre, then resize by Lanczos: uint8 [H, W, 3] -> uint8 [side, side, 3].
 
-    LANTERN's evaluation (eval_fid_clip.py, after BigGAN's and GigaGAN's) treats references and generated pictures so.
+    LANTERN's evaluation (eval_fid_clip.py, after BigGAN's and GigaGAN's) does so to references and generated images.
     """
-    picture = Image.fromarray(image)
-    square = F.center_crop(picture, [min(picture.size)] * 2)
+    whole = Image.fromarray(image)
+    square: Any = F.center_crop(whole, [min(whole.size)] * 2)  # pyright: ignore[reportArgumentType]  takes PIL images too
     return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
 
 
@@ -26,6 +28,6 @@ def squash(image: np.ndarray, side: int) -> np.ndarray:
 
     SJD's evaluation_metrics.py does so before its CLIP score, on whole numbers as here.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    pixels = torch.tensor(image).permute(2, 0, 1)[None]
     small = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False)
     return small[0].permute(1, 2, 0).numpy()

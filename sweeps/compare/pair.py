@@ -15,7 +15,7 @@ import numpy as np
 
 from evaluation.run_folder import Id
 from evaluation.run_folder import name as image_name
-from evaluation.score import read_scores
+from evaluation.score import read_info, read_scores
 from evaluation.statistics import ALPHA, Difference, paired
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
@@ -185,9 +185,11 @@ def _latencies(found: PairComparison) -> list[dict[Id, float]]:
 
 
 def _protocol(run: Run, name: str) -> str | None:
-    """Return the protocol of a per-image score; `alignment_all` belongs to the metric `alignment`."""
-    protocol = run.metrics.get("protocol", {})
-    return protocol.get(name) or protocol.get(name.partition("_")[0])
+    """Return the protocol of the metric that a per-image score belongs to."""
+    metrics = {info.per_image: metric for metric, info in read_info(run.folder).values()}
+    # scored before metrics declared their numbers: `alignment_all` belongs to `alignment`
+    metric, protocol = metrics.get(name, name.partition("_")[0]), run.metrics.get("protocol", {})
+    return protocol.get(name) or protocol.get(metric)
 
 
 def _measure(found: PairComparison, metric: Mapping[str, Any] | None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation.declared import declared
 from evaluation.run_folder import Id
 from evaluation.score import read_scores
 from sweeps.comparable import baseline, quality_reference, same_weights
@@ -18,15 +19,6 @@ from sweeps.runs import ImageCost, Machine, Run
 
 if TYPE_CHECKING:
     from evaluation.statistics import Difference
-
-# of single images -> of the run; geneval_correct is the share of images, GenEval's own total the mean over its tasks
-SCORES = {
-    "clip": "clip_score",
-    "alignment": "alignment",
-    "alignment_all": "alignment_all",
-    "geneval": "geneval_correct",
-}
-SCORES |= {name: name for name in ("hpsv2", "image_reward")}
 
 
 @dataclass
@@ -49,7 +41,7 @@ class Row:
     other_adapter: bool  # the AR run beside it has no adapter
     nll_per_token: float | None
     nll_difference: Difference | None
-    differences: dict[str, Difference] = field(default_factory=dict)  # clip, alignment, alignment_all against AR
+    differences: dict[str, Difference] = field(default_factory=dict)  # to AR, by name in metrics.json
     reference_images: int = 0  # images in common with the AR run of the differences
 
     @property
@@ -144,11 +136,15 @@ def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) 
     row.other_adapter = row.other_adapter or not same_weights(row.run, reference)
     theirs = {key: nll for key, image in reference.images.items() if (nll := nll_per_token(image)) is not None}
     row.nll_difference = _paired(theirs, likely)
-    pair = [read_scores(run.folder) for run in (reference, row.run)]
-    for name in SCORES:
-        values = [{key: float(scores[name]) for key, scores in side.items() if name in scores} for side in pair]
-        if (difference := _paired(*values)) is not None:
-            row.differences[name] = difference
+    folders = [reference.folder, row.run.folder]
+    pair = [read_scores(folder) for folder in folders]
+    for info in declared(folders).values():
+        column = info.per_image
+        theirs, ours = (
+            {key: float(values[column]) for key, values in side.items() if column in values} for side in pair
+        )
+        if (difference := _paired(theirs, ours)) is not None:
+            row.differences[info.name] = difference
 
 
 def _paired(theirs: Mapping[Id, float], ours: Mapping[Id, float]) -> Difference | None:

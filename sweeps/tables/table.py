@@ -1,12 +1,15 @@
 """Make tables of run folders: table.md, table.tex, table.csv and plots; one per model, prompts and sampling parameters.
 
-A new column is one line in `COLUMNS` (for readers) and one in `csv_row` (for programs).
+What a metric measured stands under the heading that the metric declares (`MetricInfo`, evaluation/score.py), so a new
+metric needs no line here. What follows from records, times and AR is one line in `columns` (for readers) and one in
+`csv_row` (for programs).
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from evaluation.declared import declared
+from evaluation.score import MetricInfo
 from harness.console import say
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
@@ -24,12 +29,9 @@ from sweeps.tables.formats import Table, latex, markdown, show
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
 from sweeps.tables.published import Published, select
-from sweeps.tables.rows import SCORES, Row, make_rows
+from sweeps.tables.rows import Row, make_rows
 
 __all__ = ["make_tables", "show", "with_baselines"]
-
-GENEVAL = {"single_object": "single", "two_object": "two", "counting": "counting"}  # tasks, and their heads
-GENEVAL |= {"colors": "colours", "position": "position", "color_attr": "attribution"}
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,9 @@ def _nll(row: Row) -> str:
     return f"{text} ({gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])" if gap else text
 
 
-def _scored(row: Row, key: str, digits: int, error: str | None = None) -> str:
-    """Return a scored value, with its own N where that is not the row's."""
-    value = row.metrics.get(key)
-    if value is None:
-        return ""
-    spread = row.metrics.get(error) if error else None
-    text = f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
-    return text if row.scored == row.n else f"{text} (N={row.scored})"
-
-
-def _geneval(row: Row) -> str:
-    """Return GenEval's six sub-scores in one cell; '' without any."""
-    found = [_number(row.metrics.get(f"geneval_{task}"), 2) or "–" for task in GENEVAL]
-    return " / ".join(found) if any(f"geneval_{task}" in row.metrics for task in GENEVAL) else ""
-
-
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns of a table; what produced a score stands in its heading where all rows agree on it."""
-    extractor, clip = shared_value(rows, "fid_extractor"), shared_value(rows, "clip_model")
+    """Return the columns of a table: what follows from records, times and AR, then what metrics declare."""
     forced = has_forced_tokens(rows)
-    fid = f" ({extractor.rpartition(' ')[0] or extractor})" if extractor else ""
     found = [
         Column("decoder", lambda row: row.run.label, "label", always=True),
         Column("lossless", lambda row: "yes" if row.run.lossless else "**lossy**", "lossless", always=True),
@@ -109,22 +93,52 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         ),
         Column("images/s", lambda row: _significant(row.images_per_s), "images_per_s"),
         Column("NLL/token (Δ to AR)", _nll, "nll_per_token"),
-        Column(
-            f"FID{fid} ↓", lambda row: _scored(row, "fid", 2) + _mark(row, "fid", "fid_extractor", extractor), "fid"
-        ),
-        Column("KID ↓", lambda row: _scored(row, "kid", 4, "kid_std"), "kid"),
-        Column(f"CLIP score{f' ({clip})' if clip else ''} ↑", lambda row: _scored(row, "clip_score", 2), "clip_score"),
-        Column("alignment ↑", lambda row: _scored(row, "alignment", 3), "alignment"),
-        Column("GenEval ↑", lambda row: _scored(row, "geneval_overall", 3), "geneval_overall"),
-        Column(f"GenEval: {', '.join(GENEVAL.values())} ↑", _geneval),
-        Column("HPSv2 ↑", lambda row: _scored(row, "hpsv2", 2), "hpsv2"),
-        Column("ImageReward ↑", lambda row: _scored(row, "image_reward", 3), "image_reward"),
+        *_declared_columns(rows),
     ]
     return [column for column in found if column.always or any(column.text(row) for row in rows)]
 
 
-def _mark(row: Row, key: str, source: str, shared: str) -> str:
-    return f" ({row.metrics[source]})" if not shared and key in row.metrics and source in row.metrics else ""
+def _declared_columns(rows: Sequence[Row]) -> list[Column]:
+    """Return a column for each number that its metric gave a title, one for each group of numbers."""
+    titled = [info for info in declared(row.run.folder for row in rows).values() if info.title]
+    groups: dict[str, list[MetricInfo]] = {}
+    for info in titled:
+        groups.setdefault(info.group or info.name, []).append(info)
+    return [_group_column(infos) if infos[0].group else _number_column(infos[0], rows) for infos in groups.values()]
+
+
+def _number_column(info: MetricInfo, rows: Sequence[Row]) -> Column:
+    """Return the column of one number; what produced it stands in the heading where all rows agree on it."""
+    shared = re.sub(r" [0-9a-f]+$", "", shared_value(rows, info.source))  # without the weights' digest
+    named = info.source if info.source_in_cells and not shared else ""  # names it in the cells
+
+    def text(row: Row) -> str:
+        """Return the value with its spread, and with its own N where that is not the row's."""
+        value, spread = row.metrics.get(info.name), row.metrics.get(info.spread)
+        if value is None:
+            return ""
+        words = [f"{value:.{info.digits}f}"]
+        words += [f"± {spread:.{info.digits}f}"] if spread is not None else []
+        words += [f"(N={row.scored})"] if row.scored != row.n else []
+        words += [f"({row.metrics[named]})"] if named in row.metrics else []
+        return " ".join(words)
+
+    return Column(" ".join(filter(None, (info.title, shared and f"({shared})", _arrow(info)))), text, info.name)
+
+
+def _group_column(infos: Sequence[MetricInfo]) -> Column:
+    """Return the one column of the numbers of a group."""
+
+    def text(row: Row) -> str:
+        found = [_number(row.metrics.get(info.name), info.digits) for info in infos]
+        return " / ".join(cell or "–" for cell in found) if any(found) else ""
+
+    titles = ", ".join(info.title for info in infos)
+    return Column(" ".join(filter(None, (f"{infos[0].group}: {titles}", _arrow(infos[0])))), text)
+
+
+def _arrow(info: MetricInfo) -> str:
+    return {True: "↑", False: "↓", None: ""}[info.higher_is_better]
 
 
 # ---- tables
@@ -148,7 +162,8 @@ def main_table(rows: Sequence[Row], machine: Machine | None) -> Table:
 
 def difference_table(rows: Sequence[Row]) -> Table | None:
     """Return the paired differences in scores to AR; None if no run has one."""
-    names = [name for name in SCORES if any(name in row.differences for row in rows)]
+    known = declared(row.run.folder for row in rows)
+    names = [name for name in known if any(name in row.differences for row in rows)]
     if not names:
         return None
     cells = []
@@ -157,7 +172,7 @@ def difference_table(rows: Sequence[Row]) -> Table | None:
             gaps = [row.differences.get(name) for name in names]
             texts = [f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]" if gap else "" for gap in gaps]
             cells.append([row.run.label, str(row.reference_images), *texts])
-    header = ["difference to AR (95 %)", "images in both", *(SCORES[name] for name in names)]
+    header = ["difference to AR (95 %)", "images in both", *names]
     return Table("", header, cells)
 
 
@@ -226,13 +241,14 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
         "nll_per_token": row.nll_per_token,
     }
     differences = [("nll_per_token", gap)] if gap else []
-    for name, difference in differences + [(SCORES[key], value) for key, value in row.differences.items()]:
+    for name, difference in differences + list(row.differences.items()):
         ends = {f"{name}_low": difference.low, f"{name}_high": difference.high}
         values |= {f"{name}_difference": difference.mean, **ends}
     values |= {"n_compared": row.reference_images or None, "n_scored": row.scored}
     scores = {key: value for key, value in row.metrics.items() if isinstance(value, (int, float, str))}
-    if machine is None or scores.get("hardware") != machine[0]:  # seconds and bytes of another machine
-        scores = {key: value for key, value in scores.items() if not key.startswith(("seconds_", "peak_memory"))}
+    if machine is None or scores.get("hardware") != machine[0]:
+        foreign = {info.name for info in declared([run.folder]).values() if info.of_machine}
+        scores = {key: value for key, value in scores.items() if key not in foreign}
     values |= {key: value for key, value in scores.items() if key not in values}
     values |= {"id": run.identity["id"], "run_dir": run.path.name}
     return {key: value for key, value in values.items() if value is not None and key != "n_images"}

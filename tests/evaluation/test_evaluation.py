@@ -15,11 +15,34 @@ from PIL import Image
 
 from evaluation import statistics
 from evaluation.metrics import features, fid, speed
-from evaluation.run_folder import RunFolder
-from evaluation.score import keep_scores, read_scores, score
+from evaluation.run_folder import Record, RunFolder, Snapshot
+from evaluation.score import Metric, MetricInfo, Scores, keep_scores, read_scores, score
 from sjd2.errors import UserError
 from tests.helpers.extractors import MeanColour, StandIn
 from tests.helpers.runs import MODEL, a_run, gaussian, pixels
+
+
+def run_features(run: RunFolder, extractor: features.Extractor) -> np.ndarray:
+    """Return the features of all images of a run as scoring makes and keeps them."""
+    metric = FeaturesOnly(extractor)
+    metric.score(run)
+    return metric.rows
+
+
+class FeaturesOnly(fid.FeatureDistance):
+    """The features alone, without a reference."""
+
+    def __init__(self, extractor: features.Extractor) -> None:
+        super().__init__(extractor=extractor)
+
+    def start(self, run: Snapshot) -> list[Record]:
+        self._features = features.RunFeatures(run, self.extractor)
+        return self._features.missing
+
+    def compute(self, run: Snapshot) -> Scores:
+        self.rows = self._features.finish()
+        return Scores()
+
 
 # ---- distances against the libraries
 
@@ -100,27 +123,27 @@ def test_kernel_distance_has_no_bias() -> None:
 def test_features_are_kept_and_only_new_images_computed(tmp_path: Path) -> None:
     extractor, images = MeanColour(), pixels(6)
     run = a_run(tmp_path / "run", images[:4])
-    first = features.run_features(run, extractor)
+    first = run_features(run, extractor)
     assert extractor.seen == 4
     a_run(tmp_path / "run", images, launches=())  # the first four lines are there already
-    both = features.run_features(run, extractor)
+    both = run_features(run, extractor)
     assert extractor.seen == 6
     assert np.array_equal(both[:4], first)
     assert np.array_equal(both, MeanColour()(images))
     path = features.features_file(run, extractor)
     assert sorted(features.load_features(path)) == [(i, 0) for i in range(6)]
     path.write_bytes(path.read_bytes()[:100])
-    assert np.array_equal(features.run_features(run, extractor), both)
+    assert np.array_equal(run_features(run, extractor), both)
     assert extractor.seen == 12
 
 
 def test_features_of_other_tokens_are_not_reused(tmp_path: Path) -> None:
     extractor = MeanColour()
-    features.run_features(a_run(tmp_path / "run", pixels(3)), extractor)
+    run_features(a_run(tmp_path / "run", pixels(3)), extractor)
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     changed = json.loads(lines[0]) | {"tokens_sha256": "0" * 64}
     (tmp_path / "run" / "samples.jsonl").write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n")
-    features.run_features(RunFolder(tmp_path / "run"), extractor)
+    run_features(RunFolder(tmp_path / "run"), extractor)
     assert extractor.seen == 4
 
 
@@ -176,7 +199,7 @@ def test_feature_distance_warns_of_few_images_and_leaves_out_what_does_not_fit(
     assert enough["fid_extractor"] == "mean colour meancolour"
     assert enough["fid_reference"] == "noise"
     assert few["fid"] > enough["fid"] > 0  # the bias that the warning speaks of
-    assert enough.keys() <= set(metric.keys)
+    assert enough.keys() <= {info.name for info in metric.numbers} | set(metric.details)
     metric.extractor.size = (299, 299)
     assert metric.score(RunFolder(tmp_path / "20")).keys() == {"fid_warning"}
     assert metric.score(a_run(tmp_path / "one", pixels(1))).keys() == {"fid_warning"}
@@ -193,7 +216,7 @@ def test_inception_agrees_with_clean_fid_on_a_folder(tmp_path: Path) -> None:
     network = InceptionV3W(str(tmp_path), download=False).eval()
     settings = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False, "mode": "clean"}
     theirs = get_folder_features(str(run.path / "images"), network, **settings)
-    assert np.allclose(features.run_features(run, extractor), theirs, atol=1e-5)
+    assert np.allclose(run_features(run, extractor), theirs, atol=1e-5)
     same = features.Inception(weights=str(tmp_path / features.INCEPTION_FILE))
     assert same.digest() == extractor.digest()
 
@@ -205,7 +228,7 @@ def test_inception_is_never_fetched(tmp_path: Path) -> None:
         features.Inception(weights=str(tmp_path)).check()
     (tmp_path / features.INCEPTION_FILE).write_bytes(b"half a file")
     with pytest.raises(UserError, match="cannot be read"):
-        features.Inception(weights=str(tmp_path))(pixels(1))
+        features.Inception(weights=str(tmp_path)).load()
     with pytest.raises(UserError, match="reference=FOLDER"):
         fid.FeatureDistance(extractor=MeanColour(), reference=None).check()
 
@@ -249,7 +272,7 @@ def test_seconds_of_fixed_batches(tmp_path: Path) -> None:
     assert out["images_per_s"] == pytest.approx(4 / (2.0 + 4.0))  # two batches of two
     assert out["seconds_decode_mean"] == pytest.approx(1.7)
     assert out["peak_memory_gb"] == 1.5
-    assert set(out) <= set(speed.Speed.keys)
+    assert set(out) <= {info.name for info in speed.Speed.numbers} | set(speed.Speed.details)
 
 
 def test_seconds_under_refill_follow_littles_law() -> None:
@@ -288,24 +311,22 @@ def test_unknown_likelihood_and_layout_are_absent(tmp_path: Path) -> None:
 # ---- score
 
 
-class Constant:
+class Constant(Metric):
+    numbers = (MetricInfo(name="a"), MetricInfo(name="b"))
     protocol = "a constant."
 
     def __init__(self, **values: float) -> None:
-        self.values, self.keys = values, ("a", "b")
+        self.values = values
 
-    def check(self) -> None:
-        pass
-
-    def score(self, run: RunFolder) -> dict:
-        return self.values
+    def compute(self, run: Snapshot) -> Scores:
+        return Scores(self.values)
 
 
 def test_scores_of_other_metrics_stay_while_n_does(tmp_path: Path) -> None:
     run = a_run(tmp_path, pixels(2))
     assert score(run, {"one": Constant(a=1, b=2)})["protocol"] == {"one": "a constant."}
     other = Constant(c=3)
-    other.keys = ("c",)
+    other.numbers = (MetricInfo(name="c"),)
     assert score(run, {"other": other}) == run.metrics
     assert run.metrics == {
         "n_images": 2,
@@ -396,18 +417,16 @@ def feature_runs(n: int, shift: float, seed: int) -> tuple[dict, dict]:
 
 def test_paired_distances_see_a_difference_and_no_other() -> None:
     reference = gaussian(400, 6, 77)
-    statistics = fid.Statistics.of(reference)
+    moments = fid.Statistics.of(reference)
     a, b = feature_runs(200, 0.4, 1)
-    worse = statistics.paired_fid(a, b, statistics), statistics.paired_kid(a, b, reference)
+    worse = statistics.paired_fid(a, b, moments), statistics.paired_kid(a, b, reference)
     for found in worse:
         assert 0 < found.low < found.mean < found.high
         assert found.p < 0.01
     x = [np.stack(list(run.values())) for run in (a, b)]
-    assert worse[0].mean == pytest.approx(
-        np.subtract(*[fid.frechet(fid.Statistics.of(y), statistics) for y in x[::-1]])
-    )
+    assert worse[0].mean == pytest.approx(np.subtract(*[fid.frechet(fid.Statistics.of(y), moments) for y in x[::-1]]))
     assert worse[1].mean == pytest.approx(fid.mmd(x[1], reference) - fid.mmd(x[0], reference))
-    for found in (statistics.paired_fid(a, a, statistics, replicates=5), statistics.paired_kid(a, a, reference)):
+    for found in (statistics.paired_fid(a, a, moments, replicates=5), statistics.paired_kid(a, a, reference)):
         assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
 
 
@@ -430,12 +449,12 @@ def test_distances_of_scored_runs_need_no_network(tmp_path: Path) -> None:
 
 def test_paired_distances_of_equal_laws_cover_zero() -> None:
     reference = gaussian(300, 6, 77)
-    statistics = fid.Statistics.of(reference)
+    moments = fid.Statistics.of(reference)
     hits = {"fid": 0, "kid": 0}
     for seed in range(0, 80, 2):
         a, b = feature_runs(100, 0.0, 1000 + seed)
         found = (
-            statistics.paired_fid(a, b, statistics, replicates=40),
+            statistics.paired_fid(a, b, moments, replicates=40),
             statistics.paired_kid(a, b, reference, replicates=200),
         )
         for name, value in zip(hits, found, strict=True):

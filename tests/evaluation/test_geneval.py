@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from evaluation.metrics import geneval
-from evaluation.run_folder import RunFolder
+from evaluation.run_folder import RunFolder, Snapshot
 from evaluation.score import read_scores
 from sjd2.errors import UserError
 from tests.helpers.cli import Cli
@@ -95,7 +95,7 @@ def expected(right: list[bool]) -> dict[str, float]:
 
 def test_the_layout_is_geneval_s(tmp_path: Path) -> None:
     run = a_geneval_run(tmp_path / "run", RIGHT)
-    folder = geneval.write_layout(run, dict(enumerate(LINES)))
+    folder = geneval.write_layout(Snapshot(run), dict(enumerate(LINES)))
     assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}" for i in range(len(LINES))]
     for i, line in enumerate(LINES):
         assert (folder / f"{i:05d}" / "metadata.jsonl").read_text() == json.dumps(line)
@@ -106,7 +106,7 @@ def test_the_layout_is_geneval_s(tmp_path: Path) -> None:
         prompt, repeat = record["id"]
         with Image.open(folder / f"{prompt:05d}" / "samples" / f"{repeat:05d}.png") as picture:
             assert picture.getpixel((0, 0))[0] == (200 if right else 50)
-    assert geneval.write_layout(run, dict(enumerate(LINES))) == folder  # a second time over the first
+    assert geneval.write_layout(Snapshot(run), dict(enumerate(LINES))) == folder  # a second time over the first
 
 
 def test_pictures_are_copied_where_the_disk_knows_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_pictures_are_copied_where_the_disk_knows_no_links(tmp_path: Path, monke
 
     monkeypatch.setattr(geneval.os, "link", refuse)
     run = a_geneval_run(tmp_path / "run", RIGHT)
-    folder = geneval.write_layout(run, dict(enumerate(LINES)))
+    folder = geneval.write_layout(Snapshot(run), dict(enumerate(LINES)))
     assert (folder / "00003" / "samples" / "00001.png").read_bytes() == (
         run.path / "images" / "00003_1.png"
     ).read_bytes()
@@ -131,7 +131,7 @@ def test_scores_are_the_tool_s_verdicts_summarised(tmp_path: Path, tool: dict[st
     out = metric.score(run)
     assert {key: value for key, value in out.items() if key != "geneval_warning"} == pytest.approx(expected(RIGHT))
     assert out["geneval_warning"] == "12 prompts and 24 pictures, GenEval has 553 and 2212."
-    assert out.keys() <= set(metric.keys)
+    assert out.keys() <= {info.name for info in metric.numbers} | set(metric.details)
     values = {key: row["geneval"] for key, row in read_scores(run).items()}
     assert values == {(i % 12, i // 12): float(right) for i, right in enumerate(RIGHT)}
     (call,) = calls(tool)
@@ -173,7 +173,7 @@ def test_without_a_tool_it_says_what_was_written_and_what_to_run(
     metric.check()
     assert metric.score(run) == {}
     (said,) = [record.getMessage() for record in caplog.records]
-    assert f"wrote 24 pictures to {tmp_path / 'run' / 'geneval'}" in said
+    assert f"wrote 24 images to {tmp_path / 'run' / 'geneval'}" in said
     assert "python GENEVAL/evaluation/evaluate_images.py" in said
     assert "--model-path DETECTOR_FOLDER" in said
     assert f"python run.py stage=score run_dir={run.path} evaluation=geneval" in said
@@ -227,7 +227,7 @@ def test_verdicts_from_elsewhere_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (verdicts(RIGHT[:20]), "judges 20 pictures, but the run has 24"),
+        (verdicts(RIGHT[:20]), "judges 20 images, but the run has 24"),
         (verdicts(RIGHT, prompt="a photo of a cow"), r"other prompts than the run's \(near 'a photo of a cow'"),
         (verdicts(RIGHT, tag="beauty"), "unknown GenEval task 'beauty'. Valid: single_object"),
         ("", "holds no verdict"),

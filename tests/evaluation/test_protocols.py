@@ -106,7 +106,7 @@ def test_pytorch_fid_features_are_those_of_clean_fid_s_copy_of_it(
     expected = get_folder_features(str(folder), mode="legacy_pytorch", **settings)
     extractor = features.PytorchFidInception(weights=str(weights), device="cpu", batch_size=1)
     extractor.check()
-    ours = extractor(images)
+    ours = features.extract(extractor, images)
     assert ours.shape == (2, 2048)
     error, told_apart = np.abs(ours - expected).max(), np.abs(expected[0] - expected[1]).max()
     assert error < 1e-4 * told_apart
@@ -121,7 +121,7 @@ def test_wrong_pytorch_fid_weights_are_refused(tmp_path: Path, content: bytes | 
     extractor = features.PytorchFidInception(weights=str(path), device="cpu")
     extractor.check()
     with pytest.raises(UserError, match=f"cannot be read as {features.PYTORCH_FID_FILE}.*fetch it again"):
-        extractor(pictures())
+        features.extract(extractor, pictures())
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,8 @@ def test_lantern_s_crop_goes_through_clean_fid(tmp_path: Path, inception: Path) 
     settings = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False, "mode": "clean"}
     theirs = get_folder_features(str(folder), network, custom_image_tranform=crop, **settings)
     cropped, plain = (features.Inception(weights=str(inception), crop=side, device="cpu") for side in (256, None))
-    assert np.allclose(cropped(images), theirs, atol=1e-5)
-    assert not np.allclose(plain(images), theirs, atol=1e-2)
+    assert np.allclose(features.extract(cropped, images), theirs, atol=1e-5)
+    assert not np.allclose(features.extract(plain, images), theirs, atol=1e-2)
     assert cropped.digest() != plain.digest()
     assert cropped.name == "Inception-v3 (clean-fid, mode clean, centre square of 256 first)"
     with pytest.raises(UserError, match="crop must be 1 or more"):
@@ -204,7 +204,7 @@ def test_pictures_that_are_not_there_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompts=coco2017"):
         metric.score(coco_run(tmp_path / "b", pictures([(8, 8)] * 2), ["0.png", ""]))
     np.savez(tmp_path / "moments.npz", mu=np.zeros(12), sigma=np.eye(12))
-    with pytest.raises(UserError, match="needs a folder of pictures"):
+    with pytest.raises(UserError, match="needs a folder of images"):
         fid.FeatureDistance(reference=str(tmp_path / "moments.npz"), **settings).check()
 
 

@@ -18,6 +18,7 @@ from evaluation import run_folder
 from evaluation.identity import by_content, identity
 from evaluation.prompts import Prompts, read_prompts
 from evaluation.run_folder import NEEDED, RunFolder, run_folders
+from sjd2 import locks
 from sjd2.errors import UserError
 from sjd2.locks import lock
 
@@ -218,11 +219,11 @@ def test_lock_waits_for_its_turn(tmp_path: Path) -> None:
 
 
 def test_lock_without_flock_takes_over_from_a_dead_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
     path = tmp_path / ".lock"
-    owner = {"host": run_folder.socket.gethostname(), "since": "then"}
+    owner = {"host": locks.socket.gethostname(), "since": "then"}
     path.write_text(json.dumps(owner | {"pid": done.pid}))
     with lock(path), pytest.raises(UserError, match=f"process {os.getpid()}"), lock(path):
         pass

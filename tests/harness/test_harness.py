@@ -57,7 +57,7 @@ def test_kill_and_start_again(cli: Cli) -> None:
     with (run.path / "samples.jsonl").open("ab") as file:
         file.write(b'{"id": [9, 0], "tok')  # as if the kill had hit the write of a line
     assert cli(*command) == 0
-    assert f"{before} of 18 images are there, going on" in cli.out
+    assert f"{before} of 18 images are there, resuming" in cli.out
     assert "1 line(s) cut by a kill" in cli.out
     assert [r["id"] for r in run.records()] == [[i, 0] for i in range(18)]
     assert len(lines(run)) == 18
@@ -79,7 +79,7 @@ def test_sigterm_ends_after_the_batch_in_hand(cli: Cli) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert "finishing the batch in hand" in output
-    assert "the same command goes on" in output
+    assert "the same command resumes" in output
     assert "Traceback" not in output
     done = run.records()
     assert 4 <= len(done) < 40

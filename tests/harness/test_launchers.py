@@ -157,7 +157,7 @@ def test_a_rank_that_dies_loses_its_batch_only_and_the_folder_stays_locked(cli: 
     assert 8 <= len(before) < 24
     assert len(before) % 4 == 0
     assert cli(*command) == 0
-    assert f"{len(before)} of 24 images are there, going on" in cli.out
+    assert f"{len(before)} of 24 images are there, resuming" in cli.out
     cli.runs_dir = cli.runs_dir.with_name("alone")
     assert cli(*command) == 0
     assert tokens(cli.run("sjd")) == tokens(run)
@@ -267,7 +267,7 @@ def test_sigterm_drops_a_batch_that_does_not_fit(cli: Cli, refill: str) -> None:
     assert process.wait() == 128 + signal.SIGTERM
     run = cli.run("ar")
     assert 4 <= len(run.records()) < 40
-    assert "the same command goes on" in process.output
+    assert "the same command resumes" in process.output
     assert "ended" in run.provenance()[0]
 
 

@@ -12,6 +12,7 @@ class MeanColour:
     """A cheap extractor that counts what it is asked for."""
 
     name, width, size = "mean colour", 12, None
+    batch_size = 4
 
     def __init__(self) -> None:
         self.seen = 0
@@ -21,6 +22,9 @@ class MeanColour:
 
     def digest(self) -> str:
         return "meancolour"
+
+    def load(self) -> MeanColour:
+        return self
 
     def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
         rows = [image.reshape(4, -1, 3).mean(1).ravel() for image in images]
@@ -32,6 +36,7 @@ class SixNumbers:
     """An extractor that is only asked for its name: the features lie in the run folders."""
 
     name, width, size = "six numbers", 6, None
+    batch_size = 1
 
     def check(self) -> None:
         pass
@@ -39,7 +44,7 @@ class SixNumbers:
     def digest(self) -> str:
         return "six"
 
-    def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
+    def load(self) -> None:
         raise AssertionError("a comparison loads no network")
 
 

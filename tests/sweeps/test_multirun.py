@@ -138,7 +138,7 @@ def test_a_killed_sweep_is_tabulated_later_and_goes_on(cli: Cli) -> None:
     }  # no job lives on
     assert cli("-m", "decoder=sjd", "decoder.window=4,6,8", "limit=8", "baseline=null") == 0
     assert cli.out.count("all 8 images are there") == 1
-    assert cli.out.count(" of 8 images are there, going on") == 1
+    assert cli.out.count(" of 8 images are there, resuming") == 1
 
 
 @pytest.mark.usefixtures("plain")
