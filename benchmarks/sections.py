@@ -209,7 +209,7 @@ class Bench:
                 "uniform": lambda noise=noise, place=place: noise.uniform(place, Purpose.ACCEPT),
                 "draw": lambda p=p, u=u: draw(p, u),
                 "draw gumbel": lambda p=p, n=noise, place=place: draw_gumbel(p, n.gumbel(place, vocabulary)),
-                "chance": lambda p=p, q=q, token=token: Exact().chance(p, q, token),
+                "chance": lambda p=p, q=q, token=token: Exact().accept_prob(p, q, token),
                 "redraw": lambda p=p, q=q, token=token, u=u: draw(residual(p, q, token), u),
             }
             for name, call in parts.items():

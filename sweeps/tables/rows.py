@@ -34,7 +34,7 @@ class Row:
     latency_p95_s: float | None
     images_per_s: float | None
     timed: int
-    timings: int  # separate timings behind them: images of one batch are timed together
+    timings: int  # the number of separate timings: images of one batch are timed together
     speedup: float | None
     speedup_images: int
     speedup_missing: str  # why there is no speed-up; empty where there is one, or where the run is AR itself
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def scored(self) -> int:
-        """Number of images behind metrics.json, 0 before the run was scored."""
+        """Number of images in metrics.json, 0 before the run was scored."""
         return int(self.run.metrics.get("n_images", 0))
 
     @property

@@ -15,7 +15,7 @@ from sjd2.files import ROOT
 PACKAGES = ("sjd2", "baselines", "evaluation", "harness", "sweeps", "benchmarks")
 # names that still mean two things; this becomes empty
 FILES_TWICE: set[str] = set()
-CLASSES_TWICE = {"Images", "Memory", "Pairs", "Pixels", "Plan", "Sample", "Source"}
+CLASSES_TWICE = {"Images", "Memory", "Pairs", "Pixels", "Plan", "Recipe", "Sample", "Source"}
 
 
 def modules() -> Iterator[Path]:
