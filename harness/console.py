@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, plain lines elsewhere; errors in one sentence."""
+"""What a run prints while it works: a bar on a terminal, plain lines elsewhere; errors in one sentence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -52,7 +53,7 @@ class Progress:
         """Start at `done` of `total` images; rates count only what this launch makes. Of several ranks one is `shown`."""
         self.title, self.done, self.total, self.first = title, done, total, done
         self.tokens = self.forwards = 0
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
         self._bar = _bar() if shown and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
@@ -72,8 +73,8 @@ class Progress:
         self.done, self.tokens, self.forwards = self.done + images, self.tokens + tokens, self.forwards + forwards
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rates=self.rates())
-        elif time.monotonic() - self.told >= PLAIN_EVERY and self.done < self.total:
-            self.told = time.monotonic()
+        elif time.monotonic() - self.reported >= PLAIN_EVERY and self.done < self.total:
+            self.reported = time.monotonic()
             say(self.line())
 
     def rates(self) -> str:
@@ -107,13 +108,16 @@ def _bar() -> Any:
 
 
 def guarded(function: Callable[[], object]) -> int:
-    """Run the program and return its exit code; errors are said in one sentence, their stack too if SJD2_TRACE is set."""
+    """Run the program and return its exit code; errors are printed as one sentence, with their stack if SJD2_TRACE is set."""
     try:
         function()
         return 0
     except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on where this one ended.", 130
+        message, code = "stopped; the same command resumes where this one ended.", 130
         error: BaseException | None = None
+    except BrokenPipeError:  # whoever reads the output, e.g. head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as caught:  # the one place where every error becomes a sentence
         error, message, code = caught, sentence(caught), 1
     if error is not None and os.environ.get("SJD2_TRACE"):
@@ -124,7 +128,7 @@ def guarded(function: Callable[[], object]) -> int:
 
 
 def sentence(error: BaseException) -> str:
-    """Return one sentence with the mend for an error of the user, of Hydra, of the disk or of the device."""
+    """Return one sentence with the fix for an error of the user, of Hydra, of the disk or of the device."""
     if isinstance(error, UserError):
         return str(error)
     for base in type(error).__mro__:
@@ -134,9 +138,7 @@ def sentence(error: BaseException) -> str:
         return "a config group takes the name of a choice, not null; e.g. logger=none switches W&B off."
     if isinstance(error, OSError) and error.errno in _DISK:
         place = f" at '{error.filename}'" if error.filename else ""
-        return (
-            f"{_DISK[error.errno].format(place=place)}; finished images are kept, the same command goes on from there."
-        )
+        return f"{_DISK[error.errno].format(place=place)}; finished images are kept, and the same command resumes from there."
     if type(error).__name__ == "OutOfMemoryError":
         return "the device is out of memory; lower batch_size, decoder.window or dtype and start again."
     text = " ".join(str(error).split()) or "no message"
@@ -146,15 +148,15 @@ def sentence(error: BaseException) -> str:
 _DISK = {
     errno.ENOSPC: "the disk is full{place}; free some space",
     errno.EDQUOT: "your disk quota is used up{place}; free some space",
-    errno.EACCES: "no permission{place}; choose another runs_dir or mend the folder's rights",
-    errno.EPERM: "no permission{place}; choose another runs_dir or mend the folder's rights",
-    errno.EFBIG: "no file may grow further{place} (a limit of the shell or the file system); lift it",
+    errno.EACCES: "no permission{place}; choose another runs_dir or change the folder's permissions",
+    errno.EPERM: "no permission{place}; choose another runs_dir or change the folder's permissions",
+    errno.EFBIG: "files may not grow further{place} (a limit of the shell or the file system); raise it",
     errno.EROFS: "the file system is read-only{place}; choose another runs_dir",
 }
 
 
 def _composition(error: BaseException) -> str:
-    """Turn what Hydra says about a command line into one sentence."""
+    """Turn Hydra's error about a command line into one sentence."""
     text = str(error)
     if (found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text)) and found[1] in LAUNCHERS:
         return f"hydra/launcher={found[1]} is not installed; add it with: pip install -e '.[{LAUNCHERS[found[1]]}]'."

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation.identity import by_content, identity
 from evaluation.run_folder import RunFolder
 from harness.job import about
-from harness.plan import build_tracker, model_settings, resolve_device
+from harness.plan import build_tracker, model_settings
 from harness.settings import check_writable
 from harness.tracking import NoTracker
 from sjd2.config import choices, instantiate
+from sjd2.devices import resolve_device, resolve_dtype
 from sjd2.errors import UserError
 from sjd2.finetune import distributed
 from sjd2.finetune.recipe import Recipe
@@ -48,7 +49,7 @@ def _train(cfg: DictConfig, device: str) -> Path:
     folder = RunFolder(cfg.run_dir or Path(cfg.runs_dir) / f"finetune-{name}")
     check_writable(folder.path, "runs_dir")
     spec = _spec(cfg, recipe) if recipe.needs_model else None
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = resolve_dtype(cfg.dtype, device)
     settings = _identity(cfg, spec, dtype)
     failed = True
     try:

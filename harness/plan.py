@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +20,8 @@ from harness.tracking import Tracker
 from sjd2.config import instantiate
 from sjd2.decoding.decoder import Recipe
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.errors import UserError, unknown
+from sjd2.devices import resolve_device, resolve_dtype
+from sjd2.errors import UserError
 
 # the command line's law counts, the digest tells the revision, and where layers lie changes no token
 NO_IDENTITY = ("sampling", "revision", "device_map", "text_device")
@@ -51,11 +50,8 @@ def set_threads(cfg: DictConfig) -> None:
 
 def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     """Build and cross-check everything a run needs but the weights; raises UserError."""
-    device, dtype = ranks.device(resolve_device(cfg.device)), cfg.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if dtype == "float64" and device == "mps":
-        raise UserError("dtype=float64 does not exist on mps; use device=cpu or dtype=float32.")
+    device = ranks.device(resolve_device(cfg.device))
+    dtype = resolve_dtype(cfg.dtype, device)
     if cfg.runtime.graph and not device.startswith("cuda"):
         raise UserError(f"runtime.graph=true needs a GPU, device is {device}; use device=cuda or runtime.graph=false.")
     prompts = instantiate(cfg.prompts)
@@ -64,9 +60,8 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     spec = instantiate(cfg.model)
     sampling.check(spec.vocabulary)
     _ = prompts.texts
-    decoder.check(
-        spec
-    )  # before the next line, which may ask the hub: a decoder that lacks its fine-tuning is told at once
+    # before spec.check(), which may ask the hub: a decoder that lacks its fine-tuning is reported at once
+    decoder.check(spec)
     decoder.check_sampling(sampling)
     spec.check()
     settings = identity(
@@ -116,20 +111,3 @@ def scored_run(cfg: DictConfig) -> RunFolder:
     run = RunFolder.open(cfg.run_dir)
     check_writable(run.path, "run_dir")
     return run
-
-
-def resolve_device(name: str) -> str:
-    """Return the device that `device=` means; raises UserError if this machine has not got it."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps"))
-    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    kind, _, number = name.partition(":")
-    if kind in there and not there[kind]():
-        raise UserError(f"device={name} is not there (torch sees no {kind} device); use device=auto or device=cpu.")
-    if number and int(number) >= torch.cuda.device_count():
-        raise UserError(
-            f"device={name} is not there; the last of this machine is cuda:{torch.cuda.device_count() - 1}."
-        )
-    return name

@@ -14,8 +14,6 @@ from harness.console import GROUPS
 from sjd2.config import describe, fits
 from sjd2.errors import UserError, choose, unknown
 
-DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
-
 
 class Stage(NamedTuple):
     """function: dotted path, imported when the stage runs. does: one line of `--help`."""
@@ -69,7 +67,7 @@ def check_settings(cfg: DictConfig) -> None:
     _check_values(cfg, TYPES, groups=GROUPS)
     _check_values(cfg.runtime, RUNTIME, prefix="runtime.")
     choose("stage", cfg.stage, STAGES)
-    choose("dtype", cfg.dtype, DTYPES)
+    choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
     if cfg.against is not None and cfg.stage != "compare":

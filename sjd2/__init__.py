@@ -1,9 +1,9 @@
-"""sjd2: fast decoding of autoregressive text-to-image models, measured so that people believe it.
+"""sjd2: fast decoding of autoregressive text-to-image models, with measurements that can be trusted.
 
 import sjd2
 model = sjd2.load("tiny")
-result = sjd2.generate(model, ["a large red circle above a small blue square on a plain teal background"])
-result.images, result.tokens, result.accepted
+result = sjd2.generate(model, "a large red circle above a small blue square on a plain teal background")
+result.save("images")
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sjd2.api import Images, decoder, generate, load
+    from sjd2.api import Images, decoder, decoders, generate, load, models
 
 __version__ = "0.2.0"
-__all__ = ["Images", "decoder", "generate", "load"]
+__all__ = ["Images", "__version__", "decoder", "decoders", "generate", "load", "models"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,3 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'sjd2' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

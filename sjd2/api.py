@@ -1,97 +1,236 @@
-"""The Python face: a model, a decoder and images in a handful of lines, without the command line or W&B.
+"""The Python API: load a model, choose a decoder, generate images.
 
-# B samples, N image-phase tokens
+# B images, N image tokens each
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-import hydra
+import numpy as np
+import torch
 from omegaconf import DictConfig, open_dict
+from PIL import Image
 from torch import Tensor
 
-from sjd2.config import instantiate
-from sjd2.decoding.decoder import Decoder
-from sjd2.decoding.generate import StepInfo
+from sjd2.config import choices, compose, instantiate
+from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.generate import CHECK_EVERY, StepInfo
 from sjd2.decoding.generate import generate as run_decoder
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.errors import UserError, choose
-from sjd2.files import ROOT
+from sjd2.devices import resolve_device, resolve_dtype
+from sjd2.errors import UserError, choose, unknown
 from sjd2.models.base import ImageModel
 
+PARTS = ("drafter", "verifier", "refiner")  # of a decoder, each a config group of its own: conf/decoder/<part>/
 
-@dataclass
+
+@dataclass(kw_only=True, repr=False)
 class Images:
-    """images uint8 [B, 3, H, W]; tokens [B, N]; accepted: tokens committed at each pass, per image; seconds per part."""
+    """What `generate` returns: pixels, tokens, and what each image took.
+
+    images: uint8 [B, 3, H, W]. tokens: [B, N]. accepted: tokens committed by each forward pass, per image. seconds: of the
+    whole batch, {prefill, decode}.
+    """
 
     images: Tensor
     tokens: Tensor
     accepted: list[list[int]]
     seconds: dict[str, float]
+    prompts: list[str]
+    decoder: str
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        height, width = self.images.shape[-2:]
+        mean = sum(self.forwards) / len(self)
+        return (
+            f"Images({len(self)} of {width}x{height} pixels, {self.tokens.shape[1]} tokens each, {self.decoder}: "
+            f"{mean:.1f} forward passes an image, step compression {self.step_compression:.2f})"
+        )
 
     @property
     def forwards(self) -> list[int]:
-        """Return the passes each image took, the prefill included."""
+        """Return the forward passes each image took, the prefill included."""
         return [len(passes) for passes in self.accepted]
 
+    @property
+    def step_compression(self) -> float:
+        """Return tokens per forward pass, the mean over the images; AR has 1."""
+        return float(np.mean([self.tokens.shape[1] / count for count in self.forwards]))
 
-def _compose(group: str, name: str, settings: dict[str, Any]) -> DictConfig:
-    choose(group, name, sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        node = hydra.compose("config", [f"{group}={name}"])[group]
-    with open_dict(node):  # a wrong name is told by `instantiate`, with the valid ones
-        node.merge_with(settings)
-    return node
+    @property
+    def pil(self) -> list[Image.Image]:
+        """Return the images as PIL images."""
+        return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in self.images]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write 0000.png, 0001.png, ..., tokens.npy [B, N] and images.json into `folder`; returns the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(self.pil):
+            image.save(folder / f"{index:04}.png")
+        np.save(folder / "tokens.npy", self.tokens.cpu().numpy())
+        about = {"decoder": self.decoder, "seed": self.seed, "seconds": self.seconds, "prompts": self.prompts}
+        about |= {"forwards": self.forwards, "step_compression": self.step_compression, "accepted": self.accepted}
+        (folder / "images.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+        return folder
 
 
-def load(name: str = "tiny", *, device: str = "cpu", dtype: str = "float32", **settings: Any) -> ImageModel:
-    """Load a model of conf/model; `settings` are its yaml's keys, e.g. adapter=None, weights="folder".
+def models() -> list[str]:
+    """Return the names that `load` takes, those of plug-ins included."""
+    return choices("model")
 
-    Raises `UserError` for an unknown name, a wrong setting or missing weights.
+
+def decoders() -> list[str]:
+    """Return the names that `decoder` and `generate` take, those of plug-ins included."""
+    return choices("decoder")
+
+
+def load(
+    name: str = "tiny", *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", **settings: Any
+) -> ImageModel:
+    """Load a model of conf/model; `settings` are keys of its yaml, e.g. adapter=None, weights="FOLDER".
+
+    device: cpu, cuda, cuda:1, mps, or auto. dtype: a torch dtype, its name, or auto: bfloat16 on cuda, else float32.
+    Raises `UserError` for an unknown name, a wrong setting, a device that is not available, or missing weights.
     """
-    choose("dtype", dtype, ("float32", "bfloat16", "float16", "float64"))
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
     return instantiate(_compose("model", name, settings)).load(device, dtype)
 
 
-def decoder(name: str = "sjd2", **settings: Any) -> Decoder:
-    """Build a decoder of conf/decoder; `settings` are its yaml's keys, e.g. window=16."""
-    return instantiate(_compose("decoder", name, settings))
+def decoder(name: str = "sjd2", *, model: str | None = None, **settings: Any) -> Recipe:
+    """Build a decoder of conf/decoder; `settings` are keys of its yaml, e.g. window=16, or a part by name: refiner="coupled".
 
-
-build_decoder = decoder  # `generate` has a parameter of that name
+    model: start from this decoder's defaults on that model (conf/decoder_defaults), e.g. "lumina"; without it from
+    conf/decoder alone. Raises `UserError` for an unknown name or a wrong setting.
+    """
+    if model is not None:
+        choose("model", model, models())
+    return instantiate(_compose("decoder", name, settings, model=model))
 
 
 def generate(
     model: ImageModel,
-    prompts: list[str],
+    prompts: str | Sequence[str],
     *,
-    decoder: str | Decoder = "sjd2",
+    decoder: str | Recipe = "sjd2",
     seed: int = 0,
     on_step: Callable[[StepInfo], None] | None = None,
-    **law: Any,
+    progress: bool = True,
+    threads: int | None = 1,
+    **settings: Any,
 ) -> Images:
-    """Draw one image per prompt; `law` are keys of `SamplingParams` (guidance_scale=1.0, top_k=..., sampler="gumbel").
+    """Generate one image per prompt, all in one batch.
+
+    decoder: a name, with its defaults on this model, or what `sjd2.decoder` returned. settings: keys of `SamplingParams`
+    (guidance_scale=1.0, top_k=100, sampler="gumbel"; the model's own values by default), and keys of a decoder given by
+    name (window=16). on_step: called after every forward pass with a `StepInfo` (pass_index; committed [B] tokens so far;
+    accepted [B] in this pass; tokens, the live buffer), tensors on the model's device that nobody has waited for. progress:
+    a bar on stderr where that is a terminal. threads: of torch while a CPU generates; one is the fastest for small models,
+    None keeps torch's setting.
 
     Prompt i of a list always gets the same random numbers, so its image does not depend on the other prompts (in float64
     token for token). Raises `UserError` for settings that do not fit.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise UserError("generate needs at least one prompt.")
-    for key in law:
-        choose("setting", key, [f.name for f in fields(SamplingParams)])
-    chosen = build_decoder(decoder) if isinstance(decoder, str) else decoder
+    names = [field.name for field in fields(SamplingParams)]
+    chosen = {key: settings.pop(key) for key in names if key in settings}
     spec = getattr(model, "spec", None)
+    if isinstance(decoder, str):
+        decoder = _decoder_for(spec, decoder, settings, names)
+    elif settings:
+        raise unknown("setting", next(iter(settings)), names)
     if spec is not None:
-        chosen.check(spec)
-        law = dict(spec.sampling) | law
-    sampling = SamplingParams(**law)
-    chosen.check_sampling(sampling)
+        decoder.check(spec)
+        chosen = dict(spec.sampling) | chosen
+    sampling = SamplingParams(**chosen)
+    decoder.check_sampling(sampling)
     sampling.check(model.layout.vocabulary)
     seeds = [sample_seed(seed, index, 0) for index in range(len(prompts))]
-    result = run_decoder(model, chosen, model.encode(prompts), seeds, sampling=sampling, on_step=on_step)
-    accepted = [sample.accepted for sample in result.samples]
-    return Images(model.decode(result.tokens.to(model.device)), result.tokens, accepted, result.seconds)
+    with _threads(model, threads), _bar(model, len(prompts), on_step, shown=progress) as watch:
+        result = run_decoder(model, decoder, model.encode(prompts), seeds, sampling=sampling, on_step=watch)
+        pixels = model.decode(result.tokens.to(model.device))
+    return Images(
+        images=pixels,
+        tokens=result.tokens,
+        accepted=[sample.accepted for sample in result.samples],
+        seconds=result.seconds,
+        prompts=prompts,
+        decoder=decoder.name,
+        seed=seed,
+    )
+
+
+def _decoder_for(spec: Any, name: str, settings: dict[str, Any], sampling: Sequence[str]) -> Recipe:
+    """Build a decoder by name with its defaults on the model of `spec`; a wrong setting is answered with all valid ones."""
+    model = getattr(spec, "name", None)
+    node = _compose("decoder", name, {}, model=model if model in models() else None)
+    for key in settings:
+        if key not in node:
+            raise unknown("setting", key, [*sampling, *(str(key) for key in node if not str(key).startswith("_"))])
+    return instantiate(_compose("decoder", name, settings, model=model if model in models() else None))
+
+
+def _compose(group: str, name: str, settings: dict[str, Any], *, model: str | None = None) -> DictConfig:
+    choose(group, name, choices(group))
+    overrides = [f"{group}={name}", "~decoder_defaults" if model is None else f"model={model}"]
+    parts = {key: settings[key] for key in PARTS if group == "decoder" and isinstance(settings.get(key), str)}
+    for key, part in parts.items():
+        choose(f"decoder/{key}", part, choices(f"decoder/{key}"))
+        overrides.append(f"decoder/{key}={part}")
+    node = compose(overrides)[group]
+    with open_dict(node):  # a wrong name is reported by `instantiate`, with the valid ones
+        node.merge_with({key: value for key, value in settings.items() if key not in parts})
+    return node
+
+
+@contextlib.contextmanager
+def _threads(model: ImageModel, count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads for a while, if the model is on a CPU."""
+    before = torch.get_num_threads()
+    if count is not None and model.device.type == "cpu":
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _bar(
+    model: ImageModel, rows: int, on_step: Callable[[StepInfo], None] | None, *, shown: bool
+) -> Iterator[Callable[[StepInfo], None] | None]:
+    """Show committed tokens on a terminal; yields the callback for every pass."""
+    if not (shown and sys.stderr.isatty()):
+        yield on_step
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    every = 1 if model.device.type == "cpu" else CHECK_EVERY  # reading the count waits for the device
+    total = rows * model.layout.length
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("tokens", total=total)
+
+        def watch(info: StepInfo) -> None:
+            if info.pass_index % every == 0:
+                bar.update(task, completed=min(int(info.committed.clamp(max=total // rows).sum()), total))
+            if on_step is not None:
+                on_step(info)
+
+        yield watch

@@ -1,12 +1,22 @@
-"""The Python face on the embedded model: a handful of lines, and clear words for wrong ones."""
+"""The Python API on the embedded model: a handful of lines, and clear words for wrong ones."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import numpy as np
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 import sjd2
 from sjd2.errors import UserError
+from sjd2.files import ROOT
 
 PROMPTS = [
     "a large red circle above a small blue square on a plain teal background",
@@ -51,6 +61,12 @@ def test_gumbel_matching_on_the_real_backbone_in_float64() -> None:
         (lambda m: sjd2.load("tiny", wights="x"), "weights"),
         (lambda m: sjd2.decoder("sjd3"), "sjd2"),
         (lambda m: sjd2.decoder("sjd", widow=3), "window"),
+        (lambda m: sjd2.load("tiny", device="cuda:99"), "not available"),
+        (lambda m: sjd2.load("tiny", device="gpu"), "unknown device 'gpu'"),
+        (lambda m: sjd2.decoder("sjd", model="lumna"), "did you mean 'lumina'"),
+        (lambda m: sjd2.decoder("sjd", refiner="couple"), "did you mean 'coupled'"),
+        (lambda m: sjd2.generate(m, PROMPTS, decoder="sjd", widow=3), "did you mean 'window'"),
+        (lambda m: sjd2.generate(m, PROMPTS, decoder=sjd2.decoder("sjd"), window=3), "unknown setting 'window'"),
         (lambda m: sjd2.generate(m, []), "at least one prompt"),
         (lambda m: sjd2.generate(m, PROMPTS, guidance=2), "guidance_scale"),
         (lambda m: sjd2.generate(m, PROMPTS, top_k=1000), "vocabulary of 512"),
@@ -59,12 +75,115 @@ def test_gumbel_matching_on_the_real_backbone_in_float64() -> None:
         (lambda m: sjd2.generate(m, PROMPTS, decoder=sjd2.decoder("sjd2", levels="slot")), "clean"),
     ],
 )
-def test_wrong_calls_say_the_mend(model, call, words: str) -> None:
+def test_wrong_calls_name_the_fix(model, call, words: str) -> None:
     with pytest.raises(UserError, match=words):
         call(model)
 
 
-def test_sjd2_without_a_fine_tuning_names_the_ways_out() -> None:
+def test_sjd2_without_a_fine_tuning_names_the_fixes() -> None:
     model = sjd2.load("tiny", adapter=None)
     with pytest.raises(UserError, match=r"finetune=sjd2.*decoder=scd"):
         sjd2.generate(model, PROMPTS)
+
+
+# ---- what a user meets
+
+
+def test_the_package_lists_what_it_offers() -> None:
+    offered = dir(sjd2)
+    assert {"load", "generate", "decoder", "decoders", "models", "__version__"} <= set(offered)
+    assert all(hasattr(sjd2, name) for name in offered)
+    assert {"ar", "sjd2", "scd"} <= set(sjd2.decoders())
+    assert {"tiny", "lumina"} <= set(sjd2.models())
+
+
+def test_a_decoder_has_the_defaults_of_the_model_at_hand() -> None:
+    assert sjd2.decoder("sjd2", model="lumina").window == 96
+    assert sjd2.decoder("sjd2", model="lumina", window=8).window == 8
+    assert sjd2.decoder("sjd2-fc").window != sjd2.decoder("sjd2-fc", model="tiny").window
+
+
+def test_generate_takes_the_defaults_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sjd2.load("tiny")
+    asked = {}
+
+    def see(_model: object, decoder: object, *_: object, **__: object) -> None:
+        asked["window"] = decoder.window
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sjd2.api.run_decoder", see)
+    for name, window in (("tiny", sjd2.decoder("zipar", model="tiny").window), ("lumina", None), ("else", None)):
+        monkeypatch.setattr(type(model.spec), "name", name, raising=False)
+        object.__setattr__(model.spec, "name", name)
+        with pytest.raises(KeyboardInterrupt):
+            sjd2.generate(model, PROMPTS, decoder="sjd")
+        expected = sjd2.decoder("sjd", model=name if name != "else" else None).window
+        assert asked["window"] == expected, window
+
+
+def test_a_part_by_name() -> None:
+    assert type(sjd2.decoder("sjd", refiner="coupled").refiner).__name__ == "Coupled"
+
+
+def test_one_prompt_and_a_torch_dtype(tmp_path: Path) -> None:
+    model = sjd2.load("tiny", dtype=torch.float64, device="auto" if not torch.cuda.is_available() else "cpu")
+    assert model.dtype == torch.float64
+    result = sjd2.generate(model, PROMPTS[0], decoder="scd", window=16)
+    assert len(result) == 1
+    assert repr(result).startswith("Images(1 of 48x48 pixels, 144 tokens each, scd: ")
+    assert len(repr(result)) < 120
+    assert result.step_compression == pytest.approx(144 / result.forwards[0])
+    (image,) = result.pil
+    assert image.size == (48, 48)
+    folder = result.save(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in folder.iterdir()) == ["0000.png", "images.json", "tokens.npy"]
+    assert np.array_equal(np.load(folder / "tokens.npy"), result.tokens.numpy())
+    assert json.loads((folder / "images.json").read_text())["prompts"] == PROMPTS[:1]
+
+
+def test_threads_of_torch_are_as_before(model) -> None:
+    before, during = torch.get_num_threads(), []
+    sjd2.generate(model, PROMPTS[0], decoder="scd", on_step=lambda info: during.append(torch.get_num_threads()))
+    assert set(during) == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_a_terminal_gets_a_bar(model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    passes: list[int] = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    sjd2.generate(model, PROMPTS[0], decoder="scd", on_step=lambda info: passes.append(info.pass_index))
+    assert "tokens" in capsys.readouterr().err
+    assert passes == list(range(1, len(passes) + 1))
+    sjd2.generate(model, PROMPTS[0], decoder="scd", progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_inside_a_hydra_application(tmp_path: Path) -> None:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
+        outer, version = GlobalHydra.instance().hydra, hydra.version.getbase()
+        assert sjd2.decoder("scd", window=4).window == 4
+        assert GlobalHydra.instance().hydra is outer
+        assert hydra.version.getbase() == version
+
+
+# ---- the examples
+
+
+def test_the_python_example(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "python_api.py"), "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "times fewer forward passes than AR" in done.stdout
+    assert (tmp_path / "out" / "0001.png").is_file()
+
+
+def test_the_notebook_runs_from_top_to_bottom() -> None:
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # committed without results
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert sum(b - a for a, b in zip([0, *names["committed"]], names["committed"], strict=False)) == 144

@@ -120,7 +120,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
         (["runtime.threads=0"], r"runtime.threads must be 1 or more, got 0"),
         (["dtype=flaot16"], r"unknown dtype 'flaot16', did you mean 'float16'\?"),
         (["device=tpu"], r"unknown device 'tpu'"),
-        (["device=cuda:99"], r"device=cuda:99 is not there"),
+        (["device=cuda:99"], r"device=cuda:99 is not available"),
         (["baseline=sjd"], r"unknown baseline 'sjd'. Valid: ar, null"),
         (["stage=scor"], r"unknown stage 'scor', did you mean 'score'\?"),
         (["stage=tune"], r"stage=tune needs a search: tune=relaxed or tune=scd or tune=sjd2"),
@@ -211,13 +211,13 @@ def test_out_of_memory_and_bugs_have_a_sentence_too() -> None:
     assert "debug=trace" in sentence(ZeroDivisionError("division by zero"))
 
 
-def test_an_interrupted_run_says_that_nothing_is_lost(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_reports_that_nothing_is_lost(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sampling, "generate", interrupt)
     assert cli("decoder=ar") == 130
-    assert cli.err == "stopped; the same command goes on where this one ended.\n"
+    assert cli.err == "stopped; the same command resumes where this one ended.\n"
 
 
 # ---- progress

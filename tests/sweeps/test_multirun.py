@@ -161,7 +161,7 @@ def test_ctrl_c_says_how_to_get_the_table(cli: Cli) -> None:
     assert process.wait() == 130
     (sweep,) = sweeps(cli)
     assert f"stage=table run_dir={sweep}" in process.output
-    assert "stopped; the same command goes on where this one ended" in process.output
+    assert "stopped; the same command resumes where this one ended" in process.output
     assert status(sweep, 0)["status"] == "stopped"
     assert "Traceback" not in process.output
 
