@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sjd2.files import ROOT
+from sjd2.config import conf_folders
 from sweeps.runs import Run, flatten_settings, path_tail
 
 RUN_WIDE = (
@@ -23,7 +23,6 @@ RUN_WIDE = (
 )  # of a run, not of its decoder
 PARTS = ("drafter", "verifier", "refiner")
 UNNAMED = ("_target_", "name", "lossless", "breaks", *PARTS)
-CONF = ROOT / "conf" / "decoder"
 
 
 def set_labels(runs: Sequence[Run], named: Collection[str] = ()) -> None:
@@ -93,17 +92,19 @@ def _option(run: Run, part: str) -> str:
 def _options(part: str) -> dict[str, str]:
     """Return {class name: name of its yaml} for one kind of part."""
     return {
-        yaml.safe_load(file.read_text())["_target_"].rpartition(".")[2]: file.stem
-        for file in sorted((CONF / part).glob("*.yaml"))
+        str(yaml.safe_load(file.read_text()).get("_target_")).rpartition(".")[2]: file.stem
+        for folder in conf_folders()
+        for file in sorted((folder / "decoder" / part).glob("*.yaml"))
     }
 
 
 @cache
 def _usual(decoder: str) -> dict[str, str]:
     """Return the parts that a decoder's yaml chooses, including those of the decoder it builds on."""
-    file = CONF / f"{decoder}.yaml"
+    files = (folder / "decoder" / f"{decoder}.yaml" for folder in conf_folders())
+    file = next((file for file in files if file.is_file()), None)
     chosen: dict[str, str] = {}
-    for entry in yaml.safe_load(file.read_text()).get("defaults", []) if file.is_file() else []:
+    for entry in yaml.safe_load(file.read_text()).get("defaults", []) if file is not None else []:
         if isinstance(entry, str):
             chosen |= _usual(entry)
         else:
