@@ -79,7 +79,7 @@ def test_images_are_drawn_once_and_extended(tmp_path: Path, monkeypatch: pytest.
     assert len(list(tmp_path.glob("generated-*.npz"))) == 2
 
 
-def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_drawing_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, whole, cut = Toy(GRID), images(), images()
     whole.prepare(model, tmp_path / "whole")
     real, calls = generated.generate, []
@@ -270,7 +270,7 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
         (lambda: images(decoder=replace(Decoder(name="x", window=1, lossless=True), lossless=False)), "lossless"),
     ],
 )
-def test_wrong_settings_say_the_mend(build, words: str) -> None:
+def test_wrong_settings_name_the_fix(build, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build()
 

@@ -1,4 +1,4 @@
-"""Token-for-token equalities in float64, invariances, and the invariants of the loop."""
+"""Token-for-token equalities in float64, invariances, and the invariants of the engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sjd2.decoding.decoder import Decoder
-from sjd2.decoding.generate import stream
+from sjd2.decoding.generate import start_engine, stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
@@ -18,7 +18,8 @@ from sjd2.denoising.schedule import Schedule, alpha_sigma
 from sjd2.errors import UserError
 from sjd2.models.adapter import AdapterSettings
 from sjd2.models.kv_cache import RowCache
-from tests.helpers.decoders import AR, GRID, PROMPTS, SAMPLING, decode, sjd, sjd2
+from sjd2.models.layout import TokenGrid
+from tests.helpers.decoders import AR, GRID, GUIDED, PROMPTS, SAMPLING, decode, sjd, sjd2
 from tests.helpers.toy import Toy, adapted_toy
 
 
@@ -34,7 +35,7 @@ DECODERS = [
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_gumbel_matching_returns_the_very_tokens_of_ar(model: Toy, decoder: Decoder) -> None:
+def test_gumbel_matching_returns_exactly_the_tokens_of_ar(model: Toy, decoder: Decoder) -> None:
     law = replace(SAMPLING, sampler="gumbel")
     expected, got = decode(model, AR, law), decode(model, decoder, law)
     assert torch.equal(expected.tokens, got.tokens)
@@ -89,6 +90,21 @@ def test_invariants(model: Toy, decoder: Decoder) -> None:
         assert sample.tokens[forced < 0].max() < GRID.vocabulary
     if decoder is AR:
         assert all(sample.forwards == GRID.length for sample in decode(model, decoder).samples)
+
+
+def test_one_decoder_serves_two_models() -> None:
+    models = [adapted_toy(GRID), adapted_toy(TokenGrid(3, 5, 9))]
+    shared = sjd2(6, steps=1)
+    assert {shared: 1}[sjd2(6, steps=1)] == 1  # settings are hashable and equal where they say the same
+    engines = [start_engine(model, shared, 1, 4, GUIDED) for model in models]
+    for model, engine in zip(models, engines, strict=True):
+        engine.admit([0], model.encode(["two words"]), [7])
+    while not all(engine.finished() for engine in engines):  # in turns, pass by pass
+        for engine in engines:
+            engine.step()
+    for model, engine in zip(models, engines, strict=True):
+        alone = decode(model, sjd2(6, steps=1), GUIDED, ["two words"], [7]).samples[0]
+        assert (engine.collect(0).tokens == alone.tokens).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -218,6 +234,6 @@ def test_random_numbers_are_uniform_and_distinct() -> None:
         (lambda: AdapterSettings(kind="full"), "gated=false"),
     ],
 )
-def test_wrong_settings_say_the_mend(make, words: str) -> None:
+def test_wrong_settings_name_the_fix(make, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()

@@ -1,4 +1,4 @@
-"""Every decoder that claims to be lossless against the enumerated law of a toy model, and broken twins that must fail."""
+"""Every decoder that claims to be lossless against the enumerated law of a toy model, and negative controls that must fail."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_twins_are_caught(name: str) -> None:
+def test_negative_controls_are_caught(name: str) -> None:
     decoder, law = BROKEN[name]
     assert abs(z_score(decoder, law)) > 5
 

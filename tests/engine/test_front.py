@@ -83,7 +83,7 @@ def test_wrong_settings_are_told(settings: dict) -> None:
 
 
 def plain(model: Toy, prompt: str, tokens: Tensor) -> Tensor:
-    """Return the state behind the last of these tokens [n] in both branches, without a cache: [2, D]."""
+    """Return the state after the last of these tokens [n] in both branches, without a cache: [2, D]."""
     condition = model.encode([prompt])
     states = []
     for embeds, length in (

@@ -60,7 +60,7 @@ def decode(model: ImageModel, decoder: Decoder, sampling: SamplingParams, graphs
 
 
 def serves(decoder: Decoder, sampling: SamplingParams) -> bool:
-    """Say whether a decoder can sample with these parameters."""
+    """Return whether a decoder can sample with these parameters."""
     try:
         decoder.check_sampling(sampling)
     except UserError:
@@ -236,7 +236,7 @@ def test_memory_stays_flat_over_passes(wide: dict[str, ImageModel], name: str) -
         engine.finished()
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
-    # a pass leaves behind only its count of committed tokens; masks and laws are as wide as the span's bucket
+    # a pass leaves behind only its count of committed tokens; masks and distributions are as wide as the span's bucket
     assert max(held[10:]) - min(held[2:10]) < 2**21
 
 
@@ -276,7 +276,7 @@ def test_spans_are_buckets_close_to_the_longest_row(
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_replayed_passes_give_the_tokens_of_the_plain_loop(wide: dict[str, ImageModel], name: str) -> None:
+def test_replayed_passes_give_the_tokens_of_the_plain_engine(wide: dict[str, ImageModel], name: str) -> None:
     model, decoder, graphs = wide["cuda"], api.decoder(name), Graphs()
     plain = decode(model, decoder, CDF)
     first, second = (decode(model, decoder, CDF, graphs) for _ in range(2))

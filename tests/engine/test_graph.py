@@ -47,7 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_replayed_passes_give_the_tokens_of_the_plain_loop(model: Toy, name: str, nets: dict[str, str]) -> None:
+def test_replayed_passes_give_the_tokens_of_the_plain_engine(model: Toy, name: str, nets: dict[str, str]) -> None:
     decoder, graphs = DECODERS[name](nets), Graphs(tape.record)
     plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=SAMPLING)
     with as_on_a_gpu():

@@ -1,4 +1,4 @@
-"""Prompt lookup: the enumerated law, AR's very tokens, no dependence on the batch, and a twin broken on purpose."""
+"""Prompt lookup: the enumerated law, exactly AR's tokens, no dependence on the batch, and a negative control."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MANY = [lookup(2), lookup(6, context=1), lookup(40, context=3)]
 
 @pytest.mark.parametrize("decoder", MANY, ids=lambda decoder: str(decoder.window))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_gumbel_matching_returns_the_very_tokens_of_ar(model: Toy, decoder: Decoder, temperature: float) -> None:
+def test_gumbel_matching_returns_exactly_the_tokens_of_ar(model: Toy, decoder: Decoder, temperature: float) -> None:
     law = replace(SAMPLING, sampler="gumbel", temperature=temperature)
     expected, got = decode(model, AR, law), decode(model, decoder, law)
     assert torch.equal(expected.tokens, got.tokens)
@@ -112,7 +112,7 @@ def drafted(tokens: list[int], window: int, context: int = 2, grid: TokenGrid = 
         ([1, 2, 3, 4, 1, 2], 2, [3, 4, 1]),  # right above
         ([2, 3, 7, 3, 1, 3], 1, [7, 3, 1]),  # both 3 match: the one right above
         ([2, 3, 7, 1, 3, 2, 3], 2, [7, 1, 3]),  # the longer match, though not above
-        ([1, 2, 1, 2], 2, [1, 2, 1]),  # a copy that runs into itself goes on with its period
+        ([1, 2, 1, 2], 2, [1, 2, 1]),  # a copy that runs into itself continues with its period
         ([1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3], 2, [4, 0, 0]),  # beyond the image: forced
     ],
 )
@@ -120,12 +120,12 @@ def test_what_follows_the_best_match_is_copied(tokens: list[int], context: int, 
     assert drafted(tokens, 4, context) == expected
 
 
-def test_forced_tokens_are_no_guesses_at_free_places() -> None:
+def test_forced_tokens_are_no_draft_tokens_at_free_places() -> None:
     grid = TokenGrid(3, 2, 9, row_end=21)
     # 9 is the row end's local id; the last two tokens match across it, and what follows is shifted by one
     assert drafted([1, 2, 9, 2], 4, 1, grid) == [8, 9, 8]
 
 
-def test_wrong_settings_say_the_mend() -> None:
+def test_wrong_settings_name_the_fix() -> None:
     with pytest.raises(UserError, match="context must be 1 or more"):
         Lookup(context=0)

@@ -222,7 +222,7 @@ def test_members_too_far_or_too_unlikely_leave_the_group() -> None:
 def test_neighbours_are_sorted_by_distance(tmp_path, monkeypatch, normalise: bool) -> None:
     monkeypatch.setattr(baselines.lantern, "BLOCK", 4)
     codebook = torch.randn(11, 3, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 12)[:, None]
-    codebook[7] = codebook[2]  # twins: each is the other's neighbour, never its own
+    codebook[7] = codebook[2]  # equal codes: each is the other's neighbour, never its own
     table = neighbour_table(codebook, 6, normalise, tmp_path / "t.npy")
     codes = torch.nn.functional.normalize(codebook, dim=-1) if normalise else codebook
     for code in range(11):
@@ -312,10 +312,10 @@ def reused(p: Tensor, q: Tensor, threshold: float, rows: int = 40_000) -> tuple[
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 1.0])
-def test_reuse_records_the_law_of_its_guesses(threshold: float) -> None:
+def test_reuse_records_the_distribution_of_its_tokens(threshold: float) -> None:
     p, q = laws(6, seed=4, sharpness=1.0)
     counts, law = reused(p, q, threshold)
-    wanted = [0.0] * 6  # enumerated: each old guess stays or moves
+    wanted = [0.0] * 6  # enumerated: each old token stays or moves
     for x in range(6):
         for y in range(6):
             wanted[y] += float(q[x]) * (float(x == y) if p[x] > threshold else float(p[y]))

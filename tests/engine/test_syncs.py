@@ -228,5 +228,5 @@ def test_spans_follow_the_rows(model: Toy, name: str, nets: dict[str, str]) -> N
         spans.clear()
         while not engine.finished():
             engine.step()
-    deepest = decoder.window + (9 if name == "eagle" else 0)  # one pass, and nodes of the head that stand behind it
+    deepest = decoder.window + (9 if name == "eagle" else 0)  # one pass, and nodes of the head that stand after it
     assert max(span - need for span, need in spans) < deepest + 8

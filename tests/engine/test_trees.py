@@ -1,4 +1,4 @@
-"""Tree drafts: enumerated laws with siblings, corrected laws and EAGLE heads; broken twins; equalities with chains and AR."""
+"""Tree drafts: enumerated distributions with siblings, corrections and EAGLE heads; negative controls; equalities with AR."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LOSSLESS = {
     "corrected": (lambda n: front(4, n, corrected=1), GUIDED),
     "corrected twice": (lambda n: front(5, n, corrected=2), CUT),
     "corrected branches": (lambda n: front(13, n, siblings=(2, 1), copies=3, corrected=3), GUIDED),
-    "noise behind branches": (
+    "noise after branches": (
         lambda n: front(9, n, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2),
         GUIDED,
     ),
@@ -54,6 +54,11 @@ def test_trees_have_the_enumerated_law(name: str, nets: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", ["corrected branches", "eagle static", "eagle dynamic"])
 def test_forced_tokens_in_trees_do_not_change_the_law(name: str, nets: dict[str, str]) -> None:
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
+
+
+def test_appended_timestep_tokens_in_trees_do_not_change_the_law(nets: dict[str, str]) -> None:
+    decoder = front(9, nets, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2)
+    assert abs(z_score(decoder, GUIDED, code="appended")) < 5
 
 
 class StaleRecord(FrontDrafter):
@@ -154,7 +159,7 @@ MANY = [
 
 
 @pytest.mark.parametrize("make", MANY)
-def test_gumbel_matching_on_trees_returns_the_very_tokens_of_ar(model: Toy, make, nets: dict[str, str]) -> None:
+def test_gumbel_matching_on_trees_returns_exactly_the_tokens_of_ar(model: Toy, make, nets: dict[str, str]) -> None:
     law = replace(SAMPLING, sampler="gumbel")
     expected, got = decode(model, AR, law), decode(model, make(nets), law)
     assert torch.equal(expected.tokens, got.tokens)
@@ -247,6 +252,6 @@ def test_branches_are_counted_as_published() -> None:
         (lambda n: replace(front(9, n, siblings=(1,)), refiner=None), "decoder/refiner=coupled"),
     ],
 )
-def test_wrong_trees_say_the_mend(make, words: str, nets: dict[str, str]) -> None:
+def test_wrong_trees_name_the_fix(make, words: str, nets: dict[str, str]) -> None:
     with pytest.raises(UserError, match=words):
         make(nets)

@@ -143,7 +143,7 @@ class Book:
 
     @torch.inference_mode()
     def laws(self, many: list[Fed], prompt: str) -> torch.Tensor:
-        """Return the law behind everything fed, of pages that have fed equally many tokens: -> [pages, fed, V]."""
+        """Return the distribution after everything fed, of pages that have fed equally many tokens: -> [pages, fed, V]."""
         condition, logits, size = self.model.encode([prompt]), [], len(many[0])
         tokens = torch.tensor([[token for _, token, _ in fed] for fed in many], dtype=torch.long)
         places = torch.tensor([[place for place, _, _ in fed] for fed in many], dtype=torch.long)
@@ -284,9 +284,9 @@ def test_the_law_is_that_of_the_description_and_not_ar(name: str) -> None:
     assert float(expected.sum()) == pytest.approx(1, abs=1e-5)
     found = counts(model, zipar(window_size, adaptive), law)
     assert abs(chi_square_z(found, expected)) < 5
-    assert abs(chi_square_z(found, enumerate_law(model, PROMPT, law)[1])) > 5  # broken twin: AR's law
+    assert abs(chi_square_z(found, enumerate_law(model, PROMPT, law)[1])) > 5  # negative control: AR's law
     other = by_the_book(model, law, window_size, not adaptive)
-    assert abs(chi_square_z(found, other)) > 5  # broken twin: the other window
+    assert abs(chi_square_z(found, other)) > 5  # negative control: the other window
 
 
 def test_the_book_of_a_whole_row_is_ar() -> None:

@@ -1,4 +1,4 @@
-"""A causal toy model whose law can be enumerated: a random Chameleon of width 16 behind the same `ImageModel` and cache."""
+"""A causal toy model whose distribution can be enumerated: a random Chameleon of width 16 with the engine's own cache."""
 
 from __future__ import annotations
 
