@@ -86,7 +86,7 @@ class RelaxedVerifier(Verifier):
         self.table = table.to(model.device)  # [V, K-1] int32: the other codes, nearest first
 
     def accept_prob(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
-        """Return min(1, (p(x) + S(x)) / q(x)) of each draft token x; q None is one-hot: p, q [..., V], token [...] -> [...]."""
+        """Return min(1, (p(x) + S(x)) / q(x)) of each token x; q None is one-hot: p, q [..., V], token [...] -> [...]."""
         mass = self._lend(p, token)[2]
         if q is None:
             return mass.clamp(max=1)

@@ -44,7 +44,7 @@ class Eagle(Drafter):
     weights: folder or hub id of a head (stage=finetune finetune=eagle). shape: chain; static: `tree` lists its nodes as paths
     of child numbers, children drawn without replacement; dynamic: at each of `depth` depths the `top_k` best nodes by
     cumulative probability are expanded and the best window - 1 candidates are kept. Static draws and dynamic (deterministic)
-    candidates are both exact; sampled candidates chosen by their scores and verified as draws from the head's distribution would not be.
+    candidates are both exact; sampled candidates chosen by their scores and verified as draws would not be.
     """
 
     weights: str | None = None

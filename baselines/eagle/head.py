@@ -1,8 +1,8 @@
 """EAGLE's draft head: from a token and the state before it to the state at the token (arXiv 2401.15077, section 3.2).
 
 # B samples, R model rows (2B with guidance, else B), P prompt tokens, S slots of a call, T tree nodes of a pass, D width
-Pair t is (embedding of token t + 1, final state f_t); the head turns it into f_{t+1}, which gives the distribution of token t + 2. Pair t
-stands at the position of the token whose input gave f_t, and in entry t of the head's own cache.
+Pair t is (embedding of token t + 1, final state f_t); the head turns it into f_{t+1}, which gives the distribution of token
+t + 2. Pair t stands at the position of the token whose input gave f_t, and in entry t of the head's own cache.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Jacobi(Drafter):
         if self.init != "random":
             tokens, copied = self._copy(tokens, fresh, state, positions)
             if probs is not None:
-                # a forced token may be copied where the raster wraps; its slot is clamped to a code and stays a valid draft token
+                # a forced token may be copied where the raster wraps; clamped to a code it stays a valid draft token
                 tokens = torch.where(copied, tokens.clamp(max=vocabulary - 1), tokens)
                 code = tokens[:, 1:, None].clamp(max=vocabulary - 1)
                 probs = torch.where(copied[:, 1:, None], torch.zeros_like(probs).scatter_(-1, code, 1.0), probs)

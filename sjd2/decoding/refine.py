@@ -1,7 +1,7 @@
 """What happens to the draft tokens that were not committed: drawn afresh, coupled to their old value, or kept.
 
-A refiner sees all draft tokens of a pass, on trees too, and must record the distributions that its tokens were truly drawn from,
-else the decoder is biased (docs/exactness.md, 2).
+A refiner sees all draft tokens of a pass, on trees too, and must record the distributions that its tokens were truly drawn
+from, else the decoder is biased (docs/exactness.md, 2).
 # B samples, S slots of a pass, V image vocabulary
 """
 

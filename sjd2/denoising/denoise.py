@@ -70,8 +70,8 @@ class Denoise(Drafter):
                 )
             if self.levels == "slot" and self.clean == 0:
                 raise UserError(
-                    "decoder.levels=slot with decoder.clean=0 keeps the first draft token noisy, so no pass commits more than AR's; "
-                    f"set decoder.clean, e.g. to {window // 2}."
+                    "decoder.levels=slot with decoder.clean=0 keeps the first draft token noisy, so no pass commits more than "
+                    f"AR's; set decoder.clean, e.g. to {window // 2}."
                 )
         if self.levels == "slot" and self.clean >= window - 1:
             raise UserError(

@@ -84,8 +84,8 @@ class Corrector(nn.Module):
         """Return the corrected hidden state: four times [..., D] -> [..., D].
 
         stale: last hidden state (after the final norm) at the slot of the replaced left token, the state that gave the stale
-        distribution. source: the hidden state that predicted the left token. old, new: embeddings of the replaced and the new token.
-        Each guidance branch is corrected with its own states.
+        distribution. source: the hidden state that predicted the left token. old, new: embeddings of the replaced and the new
+        token. Each guidance branch is corrected with its own states.
         """
         x = _norm(torch.stack([stale, source, old, new], -2)).flatten(-2)
         x = self.merge(x.to(self.merge.weight.dtype))

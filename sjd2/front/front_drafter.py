@@ -1,4 +1,4 @@
-"""Drafting at the front: further draft tokens where passes stop, and distributions corrected for a left token that has changed.
+"""Drafting at the front: further draft tokens where passes stop, and distributions corrected for a changed left token.
 
 Half of all passes of a coupled Jacobi window stop at the first draft token, because its distribution was computed with a left
 token that has just been replaced. Two remedies, both exact (docs/sjd-fc.md): siblings, tested one after the other on what the

@@ -41,8 +41,8 @@ class FrontShape:
 def branches(siblings: tuple[int, ...], copies: int, full: bool) -> tuple[list[int], list[int]]:
     """Return parent and depth of each branch slot, numbered from -1 downwards; a main slot is its depth.
 
-    siblings: further draft tokens at depths 1, 2, ... of the main chain, or of every node where `full`. copies: the depth to which
-    each branch copies the main chain's tokens.
+    siblings: further draft tokens at depths 1, 2, ... of the main chain, or of every node where `full`. copies: the depth to
+    which each branch copies the main chain's tokens.
     """
     parents: list[int] = []
     depths: list[int] = []

@@ -1,7 +1,8 @@
 """SJD2 fine-tunings: LoRA (through PEFT) or full weights, with the code that tells the model how noisy an input is.
 
 A gated LoRA acts on noisy slots only. Clean slots never attend to noisy ones, so every token that can be committed is one of
-the untouched weights, bit for bit: drafts come from the tuned model, the output distribution is the original's (docs/exactness.md).
+the untouched weights, bit for bit: drafts come from the tuned model, the output distribution is the original's
+(docs/exactness.md).
 # R model rows, S slots of a pass
 """
 
