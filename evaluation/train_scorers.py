@@ -203,11 +203,8 @@ class TrainClip(JudgeRecipe):
 
         from evaluation.metrics.clip import Clip, Source
 
-        vq, final = load_vq(self.vq_weights, device), out / "final"
-        final.mkdir(parents=True, exist_ok=True)
-        config = self.architecture()
-        (final / CLIP_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        write_tokenizer(final, config["model_cfg"]["text_cfg"]["context_length"])
+        vq, final, config = load_vq(self.vq_weights, device), out / "final", self.architecture()
+        write_settings(final, config)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{final}")
         pool = Pool.make(self.pictures, seed, vq)
         pixels, words = enlarge(pool.images, self.image_size), tokenizer(pool.captions)
@@ -255,6 +252,13 @@ class TrainClip(JudgeRecipe):
         """Write the weights in half precision."""
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "open_clip_model.safetensors")
+
+
+def write_settings(folder: Path, config: dict[str, Any]) -> None:
+    """Write what open_clip reads beside the weights: the architecture and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CLIP_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    write_tokenizer(folder, config["model_cfg"]["text_cfg"]["context_length"])
 
 
 def write_tokenizer(folder: Path, context: int) -> None:

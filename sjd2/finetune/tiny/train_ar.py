@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from sjd2.files import find
 from sjd2.finetune.recipe import Training, TrainRecipe
 from sjd2.finetune.tiny.train_vq import to_float
-from sjd2.finetune.trainer import Metrics, Piece, step_rng
+from sjd2.finetune.trainer import Metrics, step_rng
 from sjd2.models.tiny import scenes
 from sjd2.models.tiny.tokenizer import FIRST_CODE, build_tokenizer, prompt_ids, vocabulary
 from sjd2.models.vqgan import VQGAN
@@ -154,15 +155,6 @@ class TrainAR(TrainRecipe):
         captions, target = [scenes.caption(scene) for scene in shown], encode(vqgan, shown, seed)
         exported = time.monotonic()
 
-        def loss(step: int) -> Piece:
-            rng = step_rng(seed, step)
-            texts, codes_now = token_batch(vqgan, self.batch_size, int(rng.integers(2**62)))
-            dropped = rng.random(len(texts)) < self.unconditional
-            prompts = prompt_ids(tokenizer, [None if drop else text for drop, text in zip(dropped, texts, strict=True)])
-            ids, places = pack(prompts, codes_now, pad_id(tokenizer))
-            logits = image_logits(network, ids, places, codes).float()
-            return F.cross_entropy(logits.flatten(0, 1), codes_now.flatten()), {}
-
         def after_step(done: int) -> None:
             nonlocal exported
             average.update_parameters(network)
@@ -180,11 +172,22 @@ class TrainAR(TrainRecipe):
         return Training(
             module=nn.ModuleDict({"model": network, "average": average}),
             optimizers=optimizers(network, self.muon_lr, self.adam_lr),
-            loss=loss,
+            loss=lambda step: (self.loss(network, tokenizer, vqgan, step_rng(seed, step)), {}),
             validate=measure,
             finish=finish,
             after_step=after_step,
         )
+
+    def loss(
+        self, model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, vqgan: VQGAN, rng: np.random.Generator
+    ) -> Tensor:
+        """Return the cross-entropy of one batch of new scenes, a share of them without their caption."""
+        texts, codes = token_batch(vqgan, self.batch_size, int(rng.integers(2**62)))
+        dropped = rng.random(len(texts)) < self.unconditional
+        prompts = prompt_ids(tokenizer, [None if drop else text for drop, text in zip(dropped, texts, strict=True)])
+        ids, places = pack(prompts, codes, pad_id(tokenizer))
+        logits = image_logits(model, ids, places, len(vqgan.codebook)).float()
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
 def optimizers(model: ChameleonForConditionalGeneration, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
