@@ -22,6 +22,7 @@ from sjd2.front.front_shape import branches, front_shape
 from sjd2.models.kv_cache import RowCache
 from tests.helpers.decoders import AR, CUT, FORCED, GRID, GUIDED, PATHS, PROMPTS, SAMPLING, decode, eagle, front
 from tests.helpers.enumeration import z_score
+from tests.helpers.tiers import by_default
 from tests.helpers.toy import Toy
 
 LOSSLESS = {
@@ -45,13 +46,16 @@ LOSSLESS = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+DEFAULT = ("siblings", "corrected branches", "eagle chain", "eagle static", "eagle dynamic")
+
+
+@pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT))
 def test_trees_have_the_enumerated_law(name: str, nets: dict[str, str]) -> None:
     make, law = LOSSLESS[name]
     assert abs(z_score(make(nets), law)) < 5
 
 
-@pytest.mark.parametrize("name", ["corrected branches", "eagle static", "eagle dynamic"])
+@pytest.mark.parametrize("name", by_default(["corrected branches", "eagle static", "eagle dynamic"], ["eagle dynamic"]))
 def test_forced_tokens_in_trees_do_not_change_the_law(name: str, nets: dict[str, str]) -> None:
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
 
@@ -167,7 +171,7 @@ def test_gumbel_matching_on_trees_returns_exactly_the_tokens_of_ar(model: Toy, m
 
 
 @pytest.mark.parametrize("make", MANY)
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", by_default([1, 2], [2]))
 def test_trees_do_not_depend_on_batch_or_refilling(model: Toy, make, rows: int, nets: dict[str, str]) -> None:
     decoder = make(nets)
     expected = decode(model, decoder).samples

@@ -14,6 +14,7 @@ from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
+from tests.helpers.tiers import by_default
 from tests.helpers.toy import Toy, chi_square_z, enumerate_law
 
 SAMPLES = 12_000
@@ -276,7 +277,7 @@ def by_the_book(model: Toy, sampling: SamplingParams, window_size: int, adaptive
     return torch.tensor([book.get(code, 0.0) for code in codes], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_default(CASES, ["fixed", "adaptive", "row ends, adaptive"]))
 def test_the_law_is_that_of_the_description_and_not_ar(name: str) -> None:
     grid, window_size, adaptive, law = CASES[name]
     model = Toy(grid)

@@ -18,6 +18,7 @@ from sjd2.finetune.distributed import Machine
 from sjd2.models.adapter import Adapter
 from tests.helpers import checkpoints_chameleon, checkpoints_emu3, checkpoints_janus, checkpoints_llamagen
 from tests.helpers.small_training import VARIANTS, Words, recipe, tokens
+from tests.helpers.tiers import by_default
 
 FAMILIES = ("lumina", "emu3", "janus", "llamagen")
 
@@ -41,7 +42,7 @@ def family(name: str, folder: Path, dtype: str) -> object:
     return api.load(name, dtype=dtype, **given)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_default(FAMILIES, ["lumina"]))
 def test_every_family_is_tokenised_and_tuned(name: str, place: Path, tmp_path: Path) -> None:
     """A LoRA over bfloat16 weights and all weights in float32, both in micro-batches and with recomputed layers."""
     for kind, dtype in (("gated", "bfloat16"), ("full", "float32")):

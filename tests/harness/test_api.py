@@ -44,6 +44,7 @@ def test_decoders_by_name_and_setting(model) -> None:
     assert max(result.accepted[0]) <= 4
 
 
+@pytest.mark.full
 def test_gumbel_matching_on_the_real_backbone_in_float64() -> None:
     model = sjd2.load("tiny", dtype="float64")
     expected = sjd2.generate(model, PROMPTS, decoder="ar", sampler="gumbel", seed=3)

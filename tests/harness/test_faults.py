@@ -67,7 +67,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
 # ---- kills
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.full), pytest.param(30, marks=pytest.mark.slow)])
 def test_a_sweep_killed_at_random_moments(cli: Cli, undisturbed: Callable, kills: int) -> None:
     limit = 4 * kills  # enough that most kills meet an unfinished sweep
     sweep = ("-m", "decoder=sjd", "decoder.window=4,6", f"limit={limit}", "baseline=null")
@@ -94,7 +94,7 @@ def test_a_sweep_killed_at_random_moments(cli: Cli, undisturbed: Callable, kills
     assert table.count("\n| sjd") == 2
 
 
-@pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [pytest.param(20, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_run_killed_at_every_write(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable, call: str, step: int
@@ -155,6 +155,7 @@ def test_a_disk_that_runs_full(cli: Cli, small_disk: Path, undisturbed: Callable
     assert content(cli.runs_dir) == expected
 
 
+@pytest.mark.full
 def test_a_sweep_on_a_full_disk_ends_with_rows(cli: Cli, small_disk: Path) -> None:
     cli.runs_dir = small_disk / "runs"
     sweep = ("-m", "decoder=ar,sjd", "limit=40", "baseline=null")
@@ -273,6 +274,7 @@ def test_damaged_provenance_lends_no_launch_to_another(tmp_path: Path, damage: s
 # ---- several processes
 
 
+@pytest.mark.full
 def test_many_processes_started_on_one_run_at_once(cli: Cli, undisturbed: Callable) -> None:
     expected = undisturbed(cli, *JOB)
     started = [Forked(cli, *JOB, TOY_SECONDS_PER_BATCH="0.3") for _ in range(3)]

@@ -1,4 +1,4 @@
-"""What the first release made stays true: its commands give the same tokens, and its run folders are found, resumed and tabulated.
+"""What the first release made stays true: its commands give the same tokens, its folders are found, resumed and tabulated.
 
 `tests/fixtures/first_release` was written by commit 5584353: tokens.json holds what commands made (limit=2 dtype=float64
 baseline=null), finished/ the two run folders of `python run.py limit=3`, table.csv the table of them.

@@ -72,6 +72,7 @@ def test_kill_and_start_again(cli: Cli) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_sigterm_ends_after_the_batch_in_hand(cli: Cli) -> None:
     process = cli.start("decoder=ar", "limit=40", **SLOW)
     run = wait_for_records(cli, process, 4)

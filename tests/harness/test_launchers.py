@@ -29,6 +29,7 @@ from sjd2.errors import UserError
 from sweeps.multirun import jobs
 from tests.helpers.cli import ROOT, Cli
 from tests.helpers.forked import Forked, plain
+from tests.helpers.tiers import by_default
 
 PLUGINS = {"slurm": "hydra_submitit_launcher", "processes": "hydra_joblib_launcher", "ray_tasks": "hydra_ray_launcher"}
 __all__ = ["plain"]
@@ -135,6 +136,7 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(cli: Cli) -> None:
     assert tokens(cli.run("ar")) == tokens(base)
 
 
+@pytest.mark.full
 def test_a_rank_that_dies_loses_its_batch_only_and_the_folder_stays_locked(cli: Cli) -> None:
     command = ("decoder=sjd", "limit=24", "baseline=null")
     first, second = ranks(cli, 2, *command, **SLOW)
@@ -255,7 +257,7 @@ def test_a_batch_is_finished_if_it_fits_the_grace(monkeypatch: pytest.MonkeyPatc
     assert after(grace_s=0, signalled_at=101, batch=5) == "dropped at 101"
 
 
-@pytest.mark.parametrize("refill", ["false", "true"])
+@pytest.mark.parametrize("refill", by_default(["false", "true"], ["false"]))
 def test_sigterm_drops_a_batch_that_does_not_fit(cli: Cli, refill: str) -> None:
     process = Forked(cli, "decoder=ar", "limit=40", f"refill={refill}", "runtime.grace_s=0", "baseline=null", **SLOW)
     process.until(
@@ -271,6 +273,7 @@ def test_sigterm_drops_a_batch_that_does_not_fit(cli: Cli, refill: str) -> None:
     assert "ended" in run.provenance()[0]
 
 
+@pytest.mark.full
 def test_sigusr2_leaves_the_last_word_to_submitit(cli: Cli) -> None:
     process = Forked(cli, "decoder=ar", "limit=40", "baseline=null", **SLOW)
     process.until(lambda: bool(run_folders(cli.runs_dir)))

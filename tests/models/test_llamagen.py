@@ -28,6 +28,7 @@ from sjd2.models.llamagen_text import clean
 from sjd2.models.vq16 import USAGE, public
 from tests.helpers import checkpoints_llamagen as small
 from tests.helpers.plain_llamagen import Reference, book, draw, read
+from tests.helpers.tiers import by_default
 
 PROMPTS = ["a red cat", "The blue dog on a green circle!", "x", "circles of the cats"]
 LAW = SamplingParams(guidance_scale=7.5, top_k=20)
@@ -155,7 +156,7 @@ def tuned(folder: Path) -> LlamaGen:
     return model
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("name", by_default(LOSSLESS, ["sjd-pac", "sjd2"]))
 def test_lossless_decoders_return_the_tokens_of_ar(tuned: LlamaGen, name: str) -> None:
     decoder, law = api.decoder(name, **LOSSLESS[name]), replace(LAW, sampler="gumbel")
     decoder.check(tuned.spec)

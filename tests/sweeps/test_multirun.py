@@ -118,6 +118,7 @@ def cut(cli: Cli, number: int) -> tuple[Path, int]:
     return sweep, code
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("plain")
 def test_a_killed_sweep_is_tabulated_later_and_goes_on(cli: Cli) -> None:
     sweep, code = cut(cli, signal.SIGKILL)
@@ -141,6 +142,7 @@ def test_a_killed_sweep_is_tabulated_later_and_goes_on(cli: Cli) -> None:
     assert cli.out.count(" of 8 images are there, resuming") == 1
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("plain")
 def test_sigterm_ends_the_job_in_hand_and_the_sweep(cli: Cli) -> None:
     sweep, code = cut(cli, signal.SIGTERM)

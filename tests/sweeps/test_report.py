@@ -348,6 +348,7 @@ def test_axes_hold_their_values() -> None:
 # ---- from the command line: traces as the decoders write them
 
 
+@pytest.mark.full
 def test_traces_of_real_decoders(cli: Cli) -> None:
     job = ("limit=2", "batch_size=2", "baseline=null")
     made = ("-m", "decoder=ar,scd", *job), ("decoder=zipar", "decoder.window_size=1", *job)

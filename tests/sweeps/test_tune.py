@@ -210,6 +210,7 @@ def test_a_trial_that_keeps_ending_the_process_is_left(tmp_path: Path) -> None:
     assert not [trial for trial in study.trials if trial.state.name == "WAITING"]
 
 
+@pytest.mark.full
 def test_the_captions_of_search_and_judgement_are_disjoint(cli: Cli) -> None:
     assert cli(*SMALL, "tune.trials=4") == 0
     found: dict[int, set[str]] = {}
@@ -221,6 +222,7 @@ def test_the_captions_of_search_and_judgement_are_disjoint(cli: Cli) -> None:
     assert len(set().union(*found.values())) == 12
 
 
+@pytest.mark.full
 def test_settings_that_do_not_fit_are_left_and_nothing_within_the_bound_is_said(cli: Cli) -> None:
     lossy = ("tune.trust_lossless=false", "tune.bound=-100")
     assert cli(*SMALL, *lossy, "tune.trials=2") == 1
