@@ -9,7 +9,7 @@ token after it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class Part:
     def check(self, spec: ModelSpec, window: int) -> None:
         """Raise `UserError` if this part cannot serve the model that `spec` describes; loads no weights."""
 
-    def bind(self, model: ImageModel, window: int) -> Self:
+    def bind(self, model: ImageModel, window: int) -> Any:
         """Return this part with what it needs of the model: tables, draft networks. By default that is nothing."""
         return self
 
