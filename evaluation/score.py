@@ -8,7 +8,7 @@ A metric subclasses `Metric`. In full, in `evaluation/metrics/brightness.py` or 
 
         def start(self, run: Snapshot) -> Sequence[Record] | None:
             self.values: dict[Id, float] = {}
-            return run.records  # whose images `update` is to get
+            return run.records or None  # whose images `update` is to get; None: does not apply to this run
 
         def update(self, images: Sequence[np.ndarray], records: Sequence[Record]) -> None:
             for image, record in zip(images, records, strict=True):

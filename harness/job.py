@@ -66,7 +66,26 @@ def make_run(
     """
     settings = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     settings.identity = plan.identity
-    job = Job(
+    with _inside(plan.run, ranks, wait=wait):
+        if ranks.main:
+            plan.run.claim(settings, plan.identity)
+            plan.prompts.keep(plan.run)
+            tracker.start(about(plan.run, "sample"))
+        made = sample(_job(cfg, plan, models), tracker, ranks)
+        if not ranks.main:
+            return {}
+        run = Snapshot(plan.run)
+        if made or not (run.path / "acceptance.png").is_file():
+            image_grid(run, GRID)
+            acceptance_map(run, plan.spec.layout, plan.decoder.lookahead + 1)
+        numbers = measure(run, metrics, settings.evaluation)
+    mirror(run, numbers, tracker)
+    return numbers
+
+
+def _job(cfg: DictConfig, plan: Plan, models: Models) -> Job:
+    """Return what is to be sampled."""
+    return Job(
         run=plan.run,
         load=lambda: models.load(plan),
         decoder=plan.decoder,
@@ -83,21 +102,6 @@ def make_run(
         graphs=Graphs() if cfg.runtime.graph else None,
         launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
     )
-    with _inside(plan.run, ranks, wait=wait):
-        if ranks.main:
-            plan.run.claim(settings, plan.identity)
-            plan.prompts.keep(plan.run)
-            tracker.start(about(plan.run, "sample"))
-        made = sample(job, tracker, ranks)
-        if not ranks.main:
-            return {}
-        run = Snapshot(plan.run)
-        if made or not (run.path / "acceptance.png").is_file():
-            image_grid(run, GRID)
-            acceptance_map(run, plan.spec.layout, plan.decoder.lookahead + 1)
-        numbers = measure(run, metrics, settings.evaluation)
-    mirror(run, numbers, tracker)
-    return numbers
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def test_the_layout_is_geneval_s(tmp_path: Path) -> None:
     assert geneval.write_layout(Snapshot(run), dict(enumerate(LINES))) == folder  # a second time over the first
 
 
-def test_pictures_are_copied_where_the_disk_knows_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_copied_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -139,7 +139,7 @@ def test_scores_are_the_tool_s_verdicts_summarised(tmp_path: Path, tool: dict[st
     assert call[3:] == ["--model-path", tool["detector"]]
 
 
-def test_judged_pictures_are_not_judged_again_and_others_never_inherit(tmp_path: Path, tool: dict[str, str]) -> None:
+def test_judged_images_are_not_judged_again_and_others_never_inherit(tmp_path: Path, tool: dict[str, str]) -> None:
     run = a_geneval_run(tmp_path / "run", RIGHT[:12])
     metric = geneval.GenEval(**tool)
     first = metric.score(run)
@@ -165,7 +165,7 @@ def test_a_tool_that_fails_says_its_command(
     assert geneval.GenEval(**tool).score(run)
 
 
-def test_without_a_tool_it_says_what_was_written_and_what_to_run(
+def test_without_a_tool_it_reports_what_was_written_and_what_to_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = a_geneval_run(tmp_path / "run", RIGHT)
@@ -193,7 +193,7 @@ def test_other_prompts_have_no_geneval(tmp_path: Path) -> None:
     assert not (run.path / "geneval").exists()
 
 
-def test_a_part_of_the_tasks_is_told(tmp_path: Path, tool: dict[str, str]) -> None:
+def test_a_part_of_the_tasks_is_reported(tmp_path: Path, tool: dict[str, str]) -> None:
     out = geneval.GenEval(**tool).score(a_geneval_run(tmp_path / "run", RIGHT[:3]))
     assert out["geneval_overall"] == pytest.approx(expected(RIGHT[:3])["geneval_overall"])
     assert "geneval_counting" not in out
@@ -242,7 +242,7 @@ def test_wrong_verdicts_are_refused(tmp_path: Path, content: str, says: str) -> 
         geneval.GenEval(results=str(tmp_path / "results.jsonl")).score(run)
 
 
-def test_missing_files_are_told_before_any_picture_is_made(tmp_path: Path, tool: dict[str, str]) -> None:
+def test_missing_files_are_reported_before_any_image_is_made(tmp_path: Path, tool: dict[str, str]) -> None:
     for changes, says in (
         ({"tool": "nowhere"}, "nowhere does not exist; give the folder of a clone"),
         ({"tool": str(tmp_path)}, r"evaluate_images.py does not exist"),

@@ -1,4 +1,4 @@
-"""The networks that judge pictures: CLIP, the caption verifier, their recipes, and the settings of evaluation=."""
+"""The networks that judge images: CLIP, the caption verifier, their recipes, and the settings of evaluation=."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_only_named_attributes_count() -> None:
     assert alignment.shares(predicted, target)[0].tolist() == [1, 1]
 
 
-def test_shipped_verifier_is_small_and_reads_pictures(tmp_path: Path, rendered: list[np.ndarray]) -> None:
+def test_shipped_verifier_is_small_and_reads_images(tmp_path: Path, rendered: list[np.ndarray]) -> None:
     network = alignment.AttributeNet()
     assert sum(p.numel() for p in network.parameters()) <= 300_000
     assert (alignment.SHIPPED / alignment.WEIGHTS).stat().st_size <= 1_000_000
@@ -259,10 +259,10 @@ def test_shipped_networks_pass_the_bars(small_clip: clip.Clip, rendered: list[np
     )
     assert found["alignment_real"] > 0.97
     assert found["alignment_ceiling"] > 0.95
-    told = train_scorers.measure_clip(small_clip, coded, CAPTIONS, 0)
-    assert told["found"] > 0.9
-    assert told["told_apart"] > 0.75
-    assert told["score"] > told["score_other"] + 30
+    clip_found = train_scorers.measure_clip(small_clip, coded, CAPTIONS, 0)
+    assert clip_found["found"] > 0.9
+    assert clip_found["told_apart"] > 0.75
+    assert clip_found["score"] > clip_found["score_other"] + 30
 
 
 def test_pools_hold_reconstructions_of_training_scenes_only() -> None:

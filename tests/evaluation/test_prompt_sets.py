@@ -261,7 +261,7 @@ def test_wrong_files_end_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_a_wrong_file_is_told_before_weights_load(cli: Cli) -> None:
+def test_a_wrong_file_is_reported_before_weights_load(cli: Cli) -> None:
     Path("instances_val2017.json").write_text(FILES["instances.json"])
     assert cli("decoder=ar", "prompts=coco2017", "prompts.path=instances_val2017.json") == 1
     assert cli.err.startswith("error: 'instances_val2017.json' holds annotations without a caption")

@@ -174,7 +174,7 @@ def coco_run(folder: Path, images: list[np.ndarray], wanted: list[str]) -> RunFo
     return run
 
 
-def test_only_the_pictures_that_the_prompts_describe(tmp_path: Path) -> None:
+def test_only_the_images_that_the_prompts_describe(tmp_path: Path) -> None:
     names = [f"{i:012d}.png" for i in range(40)]
     real, made = pictures([(8, 8)] * 40), pictures([(8, 8)] * 12)
     folder = save_folder(tmp_path / "val2017", real, names)
@@ -195,7 +195,7 @@ def test_only_the_pictures_that_the_prompts_describe(tmp_path: Path) -> None:
     assert statistics.paired_distance(run, other, metric, "kid").mean == pytest.approx(gap, rel=1e-6)
 
 
-def test_pictures_that_are_not_there_are_told(tmp_path: Path) -> None:
+def test_missing_reference_images_are_reported(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "val2017", pictures([(8, 8)] * 4))
     settings = {"extractor": MeanColour(), "only_prompts": True}
     metric = fid.FeatureDistance(reference=str(folder), **settings)
@@ -307,7 +307,7 @@ def test_sjd_s_clip_score_is_torchmetrics(tmp_path: Path, hub_clip: Path) -> Non
         ("transformers:EMPTY", "has no config.json"),
     ],
 )
-def test_missing_hub_clips_are_told(tmp_path: Path, model: str, says: str) -> None:
+def test_missing_hub_clips_are_reported(tmp_path: Path, model: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         clip.ClipScore(model=model.replace("EMPTY", str(tmp_path))).check()
 
@@ -429,7 +429,7 @@ def test_image_reward_runs_in_another_interpreter(
         rewards.ImageReward(device="cpu", weights=str(tmp_path / "ImageReward.pt")).score(run)
 
 
-def test_rewards_without_their_files_are_told(tmp_path: Path) -> None:
+def test_rewards_without_their_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"environment of its own, pip install image-reward==1.5 .*python=ENVIRONMENT"):
         rewards.ImageReward().check()
     with pytest.raises(UserError, match="nowhere/python is no interpreter"):
@@ -455,7 +455,7 @@ def test_rewards_without_their_files_are_told(tmp_path: Path) -> None:
         ("image_reward", "has no package image-reward"),
     ],
 )
-def test_protocols_say_what_they_lack_at_once(name: str, says: str) -> None:
+def test_protocols_report_what_they_lack_at_once(name: str, says: str) -> None:
     text = (ROOT / "conf" / "evaluation" / f"{name}.yaml").read_text()
     assert f"evaluation={name}" in text.split("metrics:")[0]
     cfg = OmegaConf.create({"device": "cpu", "runs_dir": "runs", "evaluation": OmegaConf.create(text)})

@@ -105,7 +105,7 @@ class Brightness(Metric):
 
     def start(self, run: Snapshot) -> Sequence[Record] | None:
         self.values: dict[Id, float] = {}
-        return run.records
+        return run.records or None
 
     def update(self, images: Sequence[np.ndarray], records: Sequence[Record]) -> None:
         for image, record in zip(images, records, strict=True):
