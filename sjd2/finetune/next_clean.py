@@ -195,7 +195,7 @@ class FinetuneSJD2(ParallelRecipe):
         """
         draws = Draws(seeds, len(codes))
         tokens = model.layout.tokens(codes.to(model.device))
-        rows, n = tokens.shape
+        n = tokens.shape[1]
         free = model.layout.free.to(tokens.device)
         if steps is None:
             steps = self.levels[draws.index(len(self.levels))]
@@ -203,27 +203,38 @@ class FinetuneSJD2(ParallelRecipe):
         first = segments.first.to(tokens.device)
         level = segments.level.to(tokens.device) * free  # forced tokens carry no noise
         prompt, lengths = one_branch(model, prompts, draws.rand() < self.unconditional)
-        width = prompt.shape[1]
-        past, drafts = None, tokens
+        past: Any = None
+        drafts = tokens
         if self.context == "windows" or self.corrupt:
-            past, hidden = self._clean_pass(model, tokens, prompt, lengths)
+            clean, hidden = self._clean_pass(model, tokens, prompt, lengths)
+            past = clean if self.context == "windows" else None
             drafts = torch.where(free, self._corrupt(model, tokens, hidden, first, draws), tokens)
         space = self._space(model)
         x = self._noisy(model, space, drafts, level, steps, draws)
         place = model.image_start(lengths)[:, None] + torch.arange(n, device=tokens.device)
-        act = level > 0
-        if self.context == "windows":
-            positions, visible = place, window_mask(lengths, width, first)
-        else:
-            past = None
-            start = torch.arange(width, device=tokens.device).expand(rows, -1)
-            x, positions = torch.cat([prompt, x], 1), torch.cat([start, place], 1)
-            visible = causal_mask(lengths, width, n)
-            act = torch.cat([torch.zeros_like(start, dtype=torch.bool), act], 1)
+        x, positions, visible, noisy = self._sequence(x, place, level > 0, first, prompt, lengths)
         timesteps = self._timesteps(model, space, level, lengths, steps, x)
-        hidden = model.forward(x, positions, past, visible, act if gate else None, timesteps)[:, -n:-1]
+        hidden = model.forward(x, positions, past, visible, noisy if gate else None, timesteps)[:, -n:-1]
         wanted = self._wanted(level, free)
         return _cross_entropy(model, hidden[wanted], tokens[:, 1:][wanted], count)
+
+    def _sequence(
+        self, x: Tensor, place: Tensor, noisy: Tensor, first: Tensor, prompt: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Lay out a pass: windows that follow the clean image, or the prompt and the noisy image as one sequence.
+
+        x [B, N, D], place, noisy, first [B, N], prompt [B, P, D] -> inputs, positions, attention mask, noisy slots.
+        """
+        rows, width = prompt.shape[:2]
+        if self.context == "windows":
+            return x, place, window_mask(lengths, width, first), noisy
+        start = torch.arange(width, device=x.device).expand(rows, -1)
+        return (
+            torch.cat([prompt, x], 1),
+            torch.cat([start, place], 1),
+            causal_mask(lengths, width, x.shape[1]),
+            torch.cat([torch.zeros_like(start, dtype=torch.bool), noisy], 1),
+        )
 
     def _segments(self, draws: Draws, n: int, steps: int) -> Segments:
         """Cut the images of all samples into windows."""
