@@ -17,12 +17,10 @@ from torch import nn
 
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.chameleon import Chameleon
-from sjd2.models.emu3 import Emu3
-from sjd2.models.emu3 import Pixels as Emu3Pixels
-from sjd2.models.janus import Janus
-from sjd2.models.janus import Pixels as JanusPixels
+from sjd2.models.emu3 import Emu3, Emu3Pixels
+from sjd2.models.janus import Janus, JanusPixels
 from sjd2.models.layout import TokenGrid
-from sjd2.models.llamagen import PLACES, GridRotary, LlamaGen
+from sjd2.models.llamagen import CAPTION_POSITIONS, GridRotary, LlamaGen
 
 FIRST_CODE = {"chameleon": 4, "emu3": 151854}  # the model's id of code 0
 
@@ -117,8 +115,8 @@ class RandomChameleon(Chameleon):
         ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.lm_head
         self.vq = VQGAN(ChameleonVQVAEConfig(num_embeddings=plan.layout.vocabulary, **plan.pixels))
-        self.first = FIRST_CODE[plan.family]
-        self.ids = _ids(plan.layout, self.first)
+        self.first_code = FIRST_CODE[plan.family]
+        self.ids = _ids(plan.layout, self.first_code)
 
 
 class RandomEmu3(Emu3):
@@ -136,8 +134,8 @@ class RandomEmu3(Emu3):
         ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.lm_head
         self.vq = Emu3Pixels(Emu3VQVAE(config.vq_config).float())
-        self.first = FIRST_CODE[plan.family]
-        self.ids = _ids(plan.layout, self.first)
+        self.first_code = FIRST_CODE[plan.family]
+        self.ids = _ids(plan.layout, self.first_code)
 
 
 class RandomJanus(Janus):
@@ -259,7 +257,7 @@ ARCHITECTURES = {
             name="llamagen", title="LlamaGen-XL, 512 px", family="llamagen", layout=TokenGrid(32, 32, 16384),
             sizes={"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 36, "vocab_size": 16384}
             | {"num_attention_heads": 20, "num_key_value_heads": 20, "rms_norm_eps": 1e-5},
-            pixels={}, prompt=PLACES, nothing=PLACES, window=64, guidance=7.5, top_k=1000,
+            pixels={}, prompt=CAPTION_POSITIONS, nothing=CAPTION_POSITIONS, window=64, guidance=7.5, top_k=1000,
         ),
     )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Measure full-size architectures with random weights on one GPU, unattended: python -m benchmarks.gpu
+"""Measure full-size architectures with random weights on one GPU, unattended: python -m benchmarks.gpu.
 
     python -m benchmarks.gpu                                # all architectures, at most 8 minutes
     python -m benchmarks.gpu --models lumina,janus-1b --seconds 120
@@ -118,9 +118,9 @@ def main(arguments: list[str] | None = None) -> Path:
     result |= {"peaks": asdict(peak), "models": []}
     out = options.out or result_file(result["hardware"], "gpu", options.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for index, plan in enumerate(plans):
+    for index, full_size in enumerate(plans):
         budget.divide(len(plans) - index)
-        plan = plan.small() if options.small else plan
+        plan = full_size.small() if options.small else full_size
         try:
             if budget.left <= (0 if options.small else LEAST):
                 row = _skipped(plan, "the time was spent")

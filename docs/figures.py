@@ -1,4 +1,4 @@
-"""Draw the figures of the documentation.
+r"""Draw the figures of the documentation.
 
 python docs/figures.py            # sjd2.png and sjd-fc.png, drawings of a pass
 python docs/figures.py RUNS_DIR   # grid.png: the same seeds under AR, lossless and lossy decoders, from the run folders of
@@ -31,6 +31,7 @@ ACCEPTED = 3
 
 
 def box(axes: plt.Axes, x: float, y: float, colour: str, level: int, text: str, rng: np.random.Generator) -> None:
+    """Draw one token, the noisier the higher its level."""
     axes.add_patch(Rectangle((x, y), 0.86, 0.86, facecolor=colour, edgecolor="black", linewidth=0.8, alpha=0.95))
     if level:
         grain = rng.standard_normal((14, 14)) * (0.25 * level)
@@ -69,6 +70,7 @@ def sjd2() -> None:
 
 
 def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], colour: str = "#555555") -> None:
+    """Draw an arrow."""
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=0.9))
 
 

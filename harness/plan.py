@@ -84,7 +84,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
 
 def model_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the model's resolved settings as an identity holds them: no sampling defaults, no paths."""
-    settings = OmegaConf.to_container(cfg.model, resolve=True)
+    settings: Any = OmegaConf.to_container(cfg.model, resolve=True)
     return by_content({key: value for key, value in settings.items() if key not in NO_IDENTITY}, covered=True)
 
 

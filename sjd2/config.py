@@ -124,7 +124,7 @@ OmegaConf.register_new_resolver("plugins", lambda: [f"file://{folder}" for folde
 # ---- objects
 
 
-def instantiate(node: DictConfig, **extra: Any) -> Any:
+def instantiate(node: DictConfig | ListConfig, **extra: Any) -> Any:
     """Build the object that `node` describes; `extra` are arguments that no yaml can hold.
 
     Raises UserError in one sentence for a wrong type, an unknown or missing key, or a value that the target refuses.
@@ -195,7 +195,7 @@ def _check_target(node: DictConfig, extra: Collection[str]) -> None:
     parameters = inspect.signature(target).parameters
     hints = _hints(target)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    values = OmegaConf.to_container(node, resolve=True)
+    values: Any = OmegaConf.to_container(node, resolve=True)
     for key, value in values.items():
         if str(key).startswith("_"):
             continue
@@ -234,7 +234,7 @@ def _where(node: DictConfig, key: str | None = None) -> str:
     return node._get_full_key(key) or str(node.get("_target_"))
 
 
-def _refusal(error: InstantiationException, node: DictConfig) -> Exception:
+def _refusal(error: InstantiationException, node: DictConfig | ListConfig) -> Exception:
     """Return the error to show: ours as it is, a target's ValueError or TypeError as a sentence, else the cause."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):

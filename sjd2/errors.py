@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one sentence with the way out."""
+"""Errors that are the user's to fix: one sentence that says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A wrong setting, a missing file or an impossible combination; the message is one sentence with the mend."""
+    """A wrong setting, a missing file or an impossible combination; the message is one sentence with the fix."""
 
 
 def unknown(kind: str, value: object, valid: Iterable[str]) -> UserError:
-    """Return the error for a choice that does not exist, with the nearest valid one first."""
+    """Return the error for a choice that does not exist, with the most similar valid one as a hint."""
     valid = sorted(valid)
     near = difflib.get_close_matches(str(value), valid, n=1)
     hint = f", did you mean '{near[0]}'?" if near else "."
@@ -24,7 +24,7 @@ def first_line(error: BaseException) -> str:
 
 
 def choose(kind: str, value: str, valid: Iterable[str]) -> str:
-    """Return `value` if it is one of `valid`, else raise `UserError` that lists them."""
+    """Return `value` if it is one of `valid`, else raise a `UserError` that lists them."""
     valid = list(valid)
     if value not in valid:
         raise unknown(kind, value, valid)

@@ -1,5 +1,6 @@
-"""Find, digest, read and write files: relative paths are looked up from the working folder first, then from the project's
-root; writes are atomic and on the disk when they return.
+"""Finding, hashing, reading and writing files.
+
+Relative paths start at the working folder, else at the project's root; writes are atomic and on the disk when they return.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import IO, Any
 from sjd2.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-_WHOLE = 256 * 2**20  # bytes; larger files are told apart by size, head and tail
+_HASHED_WHOLE = 256 * 2**20  # bytes; larger files are identified by size, head and tail
 
 
 def find(path: str | Path) -> Path:
-    """Return the existing file or folder that `path` names, or `path` itself where there is none."""
+    """Return the existing file or folder that `path` names, or `path` itself if there is none."""
     path = Path(path).expanduser()
     if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
         return ROOT / path
@@ -41,7 +42,7 @@ def digest(*paths: Path | None, suffixes: tuple[str, ...] = (".safetensors", ".j
 def _content(file: Path) -> bytes:
     size = file.stat().st_size
     with file.open("rb") as handle:
-        if size <= _WHOLE:
+        if size <= _HASHED_WHOLE:
             return hashlib.file_digest(handle, "blake2b").digest()
         head = handle.read(2**20)
         handle.seek(-(2**20), 2)
@@ -49,7 +50,7 @@ def _content(file: Path) -> bytes:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """Return the content of a JSON file, `default` where there is none; raises UserError where it is damaged."""
+    """Return the content of a JSON file, `default` if there is none; raises `UserError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,29 +63,29 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the objects of a .jsonl file and the number of lines that are not one (a kill cuts the last line)."""
     if not path.is_file():
         return [], 0
-    found, damaged = [], 0
-    *lines, rest = path.read_bytes().split(b"\n")  # what follows the last newline was cut, even if it reads well
+    objects, damaged = [], 0
+    *lines, rest = path.read_bytes().split(b"\n")  # what follows the last newline was cut, even if it parses
     for line in filter(None, lines):
         try:
-            found.append(dict(json.loads(line)))
+            objects.append(dict(json.loads(line)))
         except (ValueError, TypeError):  # no JSON, no UTF-8, or no object
             damaged += 1
-    return found, damaged + bool(rest)
+    return objects, damaged + bool(rest)
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append objects to a .jsonl file in one write and wait for the disk; a cut last line is cleared first."""
+    """Append objects to a .jsonl file in one write and wait for the disk; an incomplete last line is removed first."""
     data = "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records).encode()
     if not data:
         return
     with path.open("ab") as file:
-        _cut_partial_line(path, file.tell())
+        _remove_partial_line(path, file.tell())
         file.write(data)
         sync(file)
 
 
-def _cut_partial_line(path: Path, size: int) -> None:
-    """Cut off what follows the last newline of a file of `size` bytes, so that the next line starts on its own."""
+def _remove_partial_line(path: Path, size: int) -> None:
+    """Remove what follows the last newline of a file of `size` bytes, so that the next record starts a line."""
     with path.open("rb+") as file:
         end = size
         while end > 0:
@@ -100,7 +101,7 @@ def _cut_partial_line(path: Path, size: int) -> None:
 
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Replace a file at once: a reader, or a kill, meets the old content or the new, never half of it.
+    """Replace a file at once: a reader sees the old content or the new, also after a kill.
 
     content: bytes, or a function that writes them to an open file.
     """

@@ -21,25 +21,25 @@ except ImportError:  # Windows has no fcntl: there the lock falls back on the pr
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = False, shared: bool = False, what: str = "run folder") -> Iterator[None]:
-    """Hold the lock file `path`; raises UserError naming the process that has it, or queues behind it with `wait`.
+    """Hold the lock file `path`; raises `UserError` naming the process that holds it, or waits for it with `wait`.
 
-    shared: others may `join` it, and it is held until the last of them has left. what: the folder's name in messages.
+    shared: others may `join` it, and it is held until the last of them leaves. what: the folder's name in messages.
     The operating system drops an flock with its process, so a killed run leaves no stale lock. Where the file system
-    knows no flock, the process id in the file decides: a lock of this machine whose process is gone is taken over.
+    has no flock, the process id in the file decides: a lock of this machine whose process is gone is taken over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        told = False
-        while not _take(file):
+        reported = False
+        while not _acquire(file):
             holder = _holder(path)
             if not wait:
                 raise UserError(
                     f"{what} {path.parent} is in use by {holder}; wait for it or stop it "
                     f"(if that process is gone, delete {path})."
                 )
-            if not told:
-                print(f"waiting for {path.parent.name}, which {holder} is making", flush=True)
-                told = True
+            if not reported:
+                print(f"waiting for {path.parent.name}, which {holder} is writing", flush=True)
+                reported = True
             time.sleep(0.5)
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
@@ -55,15 +55,17 @@ def lock(path: Path, *, wait: bool = False, shared: bool = False, what: str = "r
 
 @contextlib.contextmanager
 def join(path: Path) -> Iterator[None]:
-    """Hold a lock that another process has taken as `shared`; raises UserError if a third one has taken it since."""
+    """Hold a lock that another process has taken as `shared`; raises `UserError` if a third one has taken it since."""
     with path.open("a+") as file:
         if _flock(file, exclusive=False) is False:
-            raise UserError(f"run folder {path.parent} is in use by {_holder(path)}, which is no rank of this launch.")
+            raise UserError(
+                f"run folder {path.parent} is in use by {_holder(path)}, which is not of this launch; wait for it or stop it."
+            )
         yield
 
 
 def _flock(file: Any, *, exclusive: bool) -> bool | None:
-    """Say whether the flock was free; None where the file system has none."""
+    """Try to take the flock and return whether it was free; None where the file system has none."""
     if fcntl is None:
         return None
     try:
@@ -75,7 +77,8 @@ def _flock(file: Any, *, exclusive: bool) -> bool | None:
         return None
 
 
-def _take(file: Any) -> bool:
+def _acquire(file: Any) -> bool:
+    """Try to take the lock and return whether it was free; without flock, by the process id in the file."""
     if (free := _flock(file, exclusive=True)) is not None:
         return free
     file.seek(0)
@@ -87,7 +90,7 @@ def _take(file: Any) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Say whether a process of this machine runs."""
+    """Return whether a process of this machine is running."""
     if os.name == "nt":  # os.kill would end the process there
         return True
     try:
@@ -100,6 +103,7 @@ def alive(pid: int) -> bool:
 
 
 def _holder(path: Path) -> str:
+    """Describe the process that holds the lock, for messages."""
     try:
         owner = json.loads(path.read_text())
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"

@@ -35,7 +35,7 @@ class EagleSettings:
 
 def read_settings(folder: Path) -> EagleSettings:
     """Read a head's settings. Raises `UserError` if the folder does not hold one."""
-    return read_part(folder, EagleSettings, SETTINGS, WEIGHTS, "EAGLE head", "eagle")
+    return read_part(folder, EagleSettings, settings=SETTINGS, weights=WEIGHTS, what="EAGLE head", recipe="eagle")
 
 
 class PairCache(RowCache):
@@ -186,7 +186,7 @@ class EagleHead(nn.Module):
         own = head.state_dict()
         wrong = set(own) ^ set(stored) or {name for name in own if own[name].shape != stored[name].shape}
         if wrong:
-            raise UserError(f"the EAGLE head {folder} does not fit this model (e.g. {sorted(wrong)[0]}).")
+            raise UserError(f"the EAGLE head {folder} does not fit this model (e.g. {min(wrong)}).")
         head.load_state_dict({name: tensor.to(model.dtype) for name, tensor in stored.items()})
         return head.eval().requires_grad_(False)
 

@@ -169,9 +169,9 @@ class FinetuneEagle(ParallelRecipe):
         rng = step_rng(seed, step)
         prompts, codes, scales = self.data.scaled(self.batch_size, int(rng.integers(2**62)))
         seeds = rng.integers(2**62, size=self.batch_size if self.machine.cuts else 1).tolist()
-        for rows, weight in shares(self.batch_size, self.machine.micro_batch):
+        for rows, share in shares(self.batch_size, self.machine.micro_batch):
             value, metrics = self.loss(model, head, prompts[rows], codes[rows], scales[rows], seeds[rows])
-            weight *= len(codes[rows]) / self.batch_size
+            weight = share * len(codes[rows]) / self.batch_size
             yield value * weight, {name: part * weight for name, part in metrics.items()}
 
     def loss(

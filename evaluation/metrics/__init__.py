@@ -1,0 +1,1 @@
+"""Scores of images: each module has one metric, or the features and references that several share."""

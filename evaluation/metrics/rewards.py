@@ -115,7 +115,7 @@ class ImageReward(Metric):
         if shutil.which(self.python) is None:
             raise UserError(f"{key}.python={self.python} is no interpreter; give the python of an environment.")
         code = "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in ('ImageReward', 'clip')))"
-        if subprocess.run([self.python, "-c", code], capture_output=True).returncode:
+        if subprocess.run([self.python, "-c", code], capture_output=True, check=False).returncode:
             raise UserError(
                 f"{self.python} has no package image-reward with clip: make an environment of its own, pip install "
                 f"{PACKAGES}, and give its interpreter: {key}.python=ENVIRONMENT/bin/python."
@@ -145,7 +145,7 @@ class ImageReward(Metric):
 def run_tool(command: list[str], name: str) -> None:
     """Run a program to its end, its output passed through; raises UserError if it cannot start or fails."""
     try:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     except OSError as error:
         raise UserError(f"{name} does not start ({error.strerror}: {command[0]}).") from error
     if code:

@@ -1,0 +1,1 @@
+"""The fine-tunings that make decoders faster or images better; each is one module with one recipe."""

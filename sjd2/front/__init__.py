@@ -1,0 +1,1 @@
+"""SJD-FC: the drafter with a front of candidates and a trained corrector."""

@@ -45,7 +45,7 @@ class FrontSettings:
 
 def read_settings(folder: Path) -> FrontSettings:
     """Read a corrector's settings. Raises `UserError` if the folder does not hold one."""
-    return read_part(folder, FrontSettings, SETTINGS, WEIGHTS, "front corrector", "front")
+    return read_part(folder, FrontSettings, settings=SETTINGS, weights=WEIGHTS, what="front corrector", recipe="front")
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Corrector(nn.Module):
         own = corrector.state_dict()
         wrong = set(own) ^ set(stored) or {k for k in own if own[k].shape != stored[k].shape}
         if wrong:
-            raise UserError(f"the front corrector {folder} does not fit this model (e.g. {sorted(wrong)[0]}).")
+            raise UserError(f"the front corrector {folder} does not fit this model (e.g. {min(wrong)}).")
         corrector.load_state_dict(stored)
         return corrector.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
 

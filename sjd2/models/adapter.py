@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,7 +54,9 @@ class AdapterSettings:
 
 def read_settings(folder: Path) -> AdapterSettings:
     """Read a fine-tuning's settings. Raises `UserError` if the folder does not hold one."""
-    return read_part(folder, AdapterSettings, SETTINGS, WEIGHTS, "SJD2 fine-tuning", "sjd2")
+    return read_part(
+        folder, AdapterSettings, settings=SETTINGS, weights=WEIGHTS, what="SJD2 fine-tuning", recipe="sjd2"
+    )
 
 
 class Adapter(nn.Module):
@@ -68,7 +71,7 @@ class Adapter(nn.Module):
         self._on = True
         width = model.transformer.get_input_embeddings().weight.shape[1]
         self.code = AdditiveCode(width) if settings.code == "additive" else None
-        self.layers: list[nn.Module] = []
+        self.layers: list[Any] = []  # PEFT's LoRA layers
         if settings.kind == "lora":
             self._inject(model.transformer)
         if self.code is not None:
@@ -83,17 +86,19 @@ class Adapter(nn.Module):
         )
         # each LoRA lands on its layer's device, in its dtype: layers may lie on several GPUs, or be quantised
         inject_adapter_in_model(config, transformer, adapter_name="sjd2")
-        for name, module in transformer.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                self.layers.append(module)
-                # registered under this module too, so that state_dict() and parameters() are the adapter's
-                self.add_module(name.replace(".", "__"), nn.ModuleList([module.lora_A["sjd2"], module.lora_B["sjd2"]]))
-                if self.settings.gated:
-                    module.lora_B["sjd2"].register_forward_hook(self._mask)
+        found = {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
+        self.layers.extend(found.values())
+        for name, layer in zip(found, self.layers, strict=True):
+            lora_a, lora_b = layer.lora_A["sjd2"], layer.lora_B["sjd2"]
+            # registered under this module too, so that state_dict() and parameters() are the adapter's
+            self.add_module(name.replace(".", "__"), nn.ModuleList([lora_a, lora_b]))
+            if self.settings.gated:
+                lora_b.register_forward_hook(self._mask)
         if not self.layers:
             raise UserError(f"the model has no layers named {', '.join(self.settings.targets)} to adapt.")
 
     def _mask(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        assert self._gate is not None  # without one the layers are off
         return output * self._gate[..., None].to(output)
 
     def set_gate(self, gate: Tensor | None) -> None:

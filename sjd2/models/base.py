@@ -45,6 +45,9 @@ class ImageModel:
     logits.
     """
 
+    # Any: transformers' own classes; as nn.Module every attribute of theirs would be a Tensor or a Module to a type checker
+    transformer: Any
+    full: Any  # the class around it, with head and text embeddings
     codebook: Tensor
     spec: ModelSpec | None = None  # what it was loaded from; None for a model that was built in place
     vq: Any = None  # its image tokeniser; None where there is none that encodes

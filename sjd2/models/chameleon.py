@@ -1,4 +1,4 @@
-"""Chameleon models that draw: the embedded `tiny`, and by the same path Anole and Lumina-mGPT.
+"""Chameleon models that generate images: the embedded `tiny` and, through the same code, Anole and Lumina-mGPT.
 
 # B samples, R model rows, S slots of a pass, P prompt tokens, V image vocabulary, D width, N image-phase tokens
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from sjd2.errors import UserError
 from sjd2.files import find
@@ -20,6 +20,7 @@ from sjd2.models.base import Condition, ImageModel
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained
+from sjd2.models.shared import image_logits, pad_right
 from sjd2.models.spec import ModelSpec
 from sjd2.models.tensors import stored_shape
 
@@ -29,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ChameleonSpec(ModelSpec):
-    """A Chameleon checkpoint in transformers' layout that draws rows x columns codes.
+    """A Chameleon checkpoint in transformers' layout that generates rows x columns codes.
 
-    vq_weights: VQGAN folder or file. text_weights: tokenizer.json or its folder, where it does not lie with the weights.
-    instruction: text put before the prompt. text_end, image_start: tokens behind the text and before the image.
+    vq_weights: VQGAN folder or file. text_weights: tokenizer.json or its folder, unless it is with the weights.
+    instruction: text before the prompt. text_end, image_start: tokens after the text and before the image.
     uncond: tokens of the unconditional prompt; () is legal where the first image token is forced (null: [bos, image_start]).
-    forced_names: what the vocabulary must call the forced ids, checked at loading.
+    forced_names: what the vocabulary must call the forced ids, checked on loading.
     """
 
     vq_weights: str
@@ -62,8 +63,10 @@ class ChameleonSpec(ModelSpec):
         return TokenGrid(self.rows, self.columns, self.vocabulary, tuple(self.prefix), self.row_end, tuple(self.suffix))
 
     def sources(self) -> list[WeightSource]:
-        words = () if self.text_weights else ("tokenizer.json",)
-        model = WeightSource(self.weights, "model.weights", required=("config.json", *words), revision=self.revision)
+        text_files = () if self.text_weights else ("tokenizer.json",)
+        model = WeightSource(
+            self.weights, "model.weights", required=("config.json", *text_files), revision=self.revision
+        )
         vq = WeightSource(
             self.vq_weights, "model.vq_weights", patterns=("*.json", "*.safetensors", "*.ckpt"), may_be_file=True
         )
@@ -82,41 +85,49 @@ class ChameleonSpec(ModelSpec):
 class Chameleon(ImageModel):
     """A loaded Chameleon text-to-image model (contract: `ImageModel`)."""
 
+    spec: ChameleonSpec
+
     def __init__(self, spec: ChameleonSpec, device: torch.device, dtype: torch.dtype) -> None:
-        from sjd2.models.chameleon_lm import ChameleonLM, drawing_config
+        from sjd2.models.chameleon_lm import ChameleonLM, lm_config
         from sjd2.models.vqgan import VQGAN
 
-        folder, vq, *words = map(locate, spec.sources())
+        folder, vq, *text = map(locate, spec.sources())
         self.spec = spec
-        self.words = read_words(words[0] if words else folder / "tokenizer.json")
+        self.tokenizer = read_tokenizer(text[0] if text else folder / "tokenizer.json")
         settings = json.loads((folder / "config.json").read_text())
-        names = settings.get("vocabulary_map") or self.words.get_vocab()
-        ids = self._token_ids(names)
-        config = drawing_config(settings, names, _norm_rows(folder, spec))
+        names = settings.get("vocabulary_map") or self.tokenizer.get_vocab()
+        ids = self._model_ids(names)
+        config = lm_config(settings, names, _norm_rows(folder, spec))
         self.full = load_pretrained(ChameleonLM, folder, spec.load_options(device, dtype), config)
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.lm_head
         self.vq = VQGAN.load(vq, spec.vocabulary).to(self.device)  # float32 in every dtype
         self.ids = ids.to(self.device)  # [V + F] the model's id of each local id
-        self.first = int(ids[0])
-        self.told = False
+        self.first_code = int(ids[0])
+        self.warned = False
 
-    def _token_ids(self, names: dict[str, int]) -> Tensor:
-        """Map local ids to the model's by the names in its vocabulary (IMGIMG + digits as letters + Z): -> [V + F].
+    def _model_ids(self, names: dict[str, int]) -> Tensor:
+        """Return the model's id of each local id, by the names in its vocabulary (IMGIMG + digits as letters + Z): [V + F].
 
-        Raises `UserError` where codes or forced tokens are not what the settings say.
+        Raises `UserError` if codes or forced tokens are not what the settings say.
         """
         spec, letters = self.spec, str.maketrans("ABCDEFGHIJ", "0123456789")
         codes = {int(name[6:-1].translate(letters)): i for name, i in names.items() if name.startswith("IMGIMG")}
         if sorted(codes) != list(range(spec.vocabulary)):
-            raise UserError(f"the checkpoint names {len(codes)} image codes, model.vocabulary says {spec.vocabulary}.")
+            raise UserError(
+                f"{spec.weights} has {len(codes)} image codes, but model.vocabulary is "
+                f"{spec.vocabulary}; set model.vocabulary={len(codes)}."
+            )
         ids = [codes[code] for code in range(len(codes))]
         if ids != list(range(ids[0], ids[0] + len(ids))):
-            raise UserError(f"the image codes of {spec.weights} are not one range of ids, which this loader expects.")
-        for name, wanted in spec.forced_names.items():
-            if names.get(name) != wanted:
+            raise UserError(
+                f"the image codes of {spec.weights} are not one range of ids; only checkpoints where they are can be loaded."
+            )
+        for name, expected in spec.forced_names.items():
+            if names.get(name) != expected:
                 raise UserError(
-                    f"the vocabulary of {spec.weights} has id {names.get(name)} for {name}, where {wanted} is expected."
+                    f"the vocabulary of {spec.weights} has id {names.get(name)} for {name} instead of {expected}; use "
+                    f"weights of model={spec.name}."
                 )
         return torch.tensor(ids + list(self.spec.layout.forced_ids))
 
@@ -125,33 +136,35 @@ class Chameleon(ImageModel):
         """The VQ code vectors [V, C]."""
         return self.vq.codebook
 
-    def special(self, names: tuple[str, ...]) -> list[int]:
+    def token_ids(self, names: tuple[str, ...]) -> list[int]:
         """Look up tokens by name. Raises `UserError` if the tokenizer lacks one."""
-        ids = [self.words.token_to_id(name) for name in names]
-        if None in ids:
-            raise UserError(f"the tokenizer of {self.spec.name} has no token {names[ids.index(None)]}.")
-        return ids
+        ids = {name: self.tokenizer.token_to_id(name) for name in names}
+        known = [token for token in ids.values() if token is not None]
+        if len(known) < len(ids):
+            lacking = next(name for name, token in ids.items() if token is None)
+            raise UserError(f"the tokenizer of {self.spec.name} has no token {lacking}; use one of its family.")
+        return known
 
     def prompt_ids(self, prompts: list[str]) -> tuple[list[list[int]], list[int]]:
         """Return the token ids of the conditional prompts and of the unconditional one, which may be empty."""
         spec = self.spec
-        start = self.special(tuple(spec.image_start))
-        behind, begin = [*self.special(tuple(spec.text_end)), *start], self.special((BOS,))
-        encoded = self.words.encode_batch([spec.instruction + prompt for prompt in prompts], add_special_tokens=False)
-        nothing = [*begin, *start] if spec.uncond is None else self.special(tuple(spec.uncond))
-        return [[*begin, *text.ids, *behind] for text in encoded], nothing
+        start = self.token_ids(tuple(spec.image_start))
+        after, begin = [*self.token_ids(tuple(spec.text_end)), *start], self.token_ids((BOS,))
+        encoded = self.tokenizer.encode_batch(
+            [spec.instruction + prompt for prompt in prompts], add_special_tokens=False
+        )
+        nothing = [*begin, *start] if spec.uncond is None else self.token_ids(tuple(spec.uncond))
+        return [[*begin, *text.ids, *after] for text in encoded], nothing
 
     def encode(self, prompts: list[str]) -> Condition:
         """Tokenise and embed both guidance branches; the unconditional one is the same for all prompts."""
         ids, nothing = self.prompt_ids(prompts)
-        strange = self.words.token_to_id("<unk>")
-        unknown = [prompt for prompt, row in zip(prompts, ids, strict=True) if strange in row]
-        if unknown and not self.told:
-            self.told = True
-            logger.warning("prompts have words that %s does not know, e.g. '%s'.", self.spec.name, unknown[0])
-        lengths = torch.tensor([len(row) for row in ids], device=self.device)
-        longest = int(lengths.max())
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.device)
+        unk = self.tokenizer.token_to_id("<unk>")
+        unknown = [prompt for prompt, row in zip(prompts, ids, strict=True) if unk in row]
+        if unknown and not self.warned:
+            self.warned = True
+            logger.warning("%s does not know some words of the prompts, e.g. of '%s'.", self.spec.name, unknown[0])
+        padded, lengths = pad_right(ids, self.device)
         table = self.full.get_input_embeddings()
         empty = torch.tensor([nothing or [0]], device=self.device)  # one row of padding where there is no prompt
         return Condition(table(padded), lengths, table(empty), torch.tensor([len(nothing)], device=self.device))
@@ -161,46 +174,32 @@ class Chameleon(ImageModel):
         return self.full.get_input_embeddings()(self.ids[tokens])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
-        out = image_rows(self.full.lm_head, hidden, self.first, self.layout.vocabulary)
-        return out if out.dtype == torch.float64 else out.float()
+        """Apply the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
+        return image_logits(self.full.lm_head, hidden, self.first_code, self.layout.vocabulary)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Draw complete token sequences: [B, N] -> uint8 [B, 3, H, W]."""
+        """Decode whole token sequences to images: [B, N] -> uint8 [B, 3, H, W]."""
         return self.vq.decode(self.layout.codes(tokens.to(self.device)))
 
 
-def image_rows(head: nn.Module, hidden: Tensor, first: int, count: int) -> Tensor:
-    """Apply rows first..first + count - 1 of an output head: [..., D] -> [..., count] on the device of `hidden`.
-
-    A slice of the weight is a view, 8 times cheaper than the whole head of 65536 rows. A head that is quantised or lies
-    elsewhere than its module says (device_map) is called as a whole.
-    """
-    weight = getattr(head, "weight", None)
-    if type(head) is not nn.Linear or weight.device.type == "meta":
-        return head(hidden)[..., first : first + count].to(hidden.device)
-    rows = weight[first : first + count]
-    return nn.functional.linear(hidden.to(rows.device), rows).to(hidden.device)
-
-
-def read_words(file: Path) -> Tokenizer:
-    """Read a tokenizer.json (or Meta's text_tokenizer.json), as it is: no class may cut text otherwise or add tokens."""
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read a tokenizer.json (or Meta's text_tokenizer.json) as it is: no class may cut text differently or add tokens."""
     try:
-        words = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{file} cannot be read as a tokenizer.json: {error}.") from error
-    words.no_padding()
-    words.no_truncation()
-    return words
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
-def default_words(weights: str, elsewhere: str) -> str | None:
+def default_tokenizer(weights: str, elsewhere: str) -> str | None:
     """Return where the tokenizer of `weights` is: None if in their own folder, else `elsewhere`."""
     return None if (find(weights) / "tokenizer.json").is_file() else elsewhere
 
 
 def _norm_rows(folder: Path, spec: ChameleonSpec) -> int | None:
-    """Return the rows of the query norms in the files, None for one per head; raises `UserError` for what cannot load."""
+    """Return the rows of the query norms in the files, None for one per head; raises `UserError` for any other."""
     shape = stored_shape(folder, "model.layers.0.self_attn.q_norm.weight")
     heads = json.loads((folder / "config.json").read_text()).get("num_attention_heads", 32)
     if shape is None or shape[0] == heads:

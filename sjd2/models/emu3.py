@@ -23,35 +23,36 @@ from sjd2.models.base import Condition, ImageModel
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
+from sjd2.models.shared import image_logits, pad_right
 from sjd2.models.spec import ModelSpec
 from sjd2.models.tensors import load_exactly
 
 if TYPE_CHECKING:
-    from transformers import Emu3VQVAE, Emu3VQVAEConfig, PreTrainedTokenizerBase
+    from transformers import Emu3VQVAE, Emu3VQVAEConfig, PreTrainedTokenizerFast
 
 DOWN = 8  # pixels per code, each way
 POSITIONS = 9216  # what the position table was trained on: prompt and image
 BOS, START, IMAGE = "<|extra_203|>", "<|image start|>", "<|image token|>"  # BOS text START h*w IMAGE codes
 ROW_END, FRAME_END, END, EOS = "<|extra_200|>", "<|extra_201|>", "<|image end|>", "<|extra_204|>"
-# image_generation.py in baaivision/Emu3: put behind every prompt, and the text of the unconditional branch
+# image_generation.py in baaivision/Emu3: appended to every prompt, and the text of the unconditional branch
 POSITIVE = " masterpiece, film grained, best quality."
 NEGATIVE = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
-# tokenization_emu3.py in baaivision/Emu3: what byte pairs are merged within. transformers' conversion has GPT-2's instead,
-# which cuts off the mark in front of a word: "old", "-", "fashioned" for "old", "-fashioned"
-WORDS = (
+# tokenization_emu3.py in baaivision/Emu3: the pieces within which byte pairs are merged. transformers' conversion has GPT-2's
+# instead, which splits the mark from the word after it: "old", "-", "fashioned" for "old", "-fashioned"
+PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emu3Spec(ModelSpec):
-    """An Emu3-Gen checkpoint in transformers' layout, and the size it draws.
+    """An Emu3-Gen checkpoint in transformers' layout, and the size of its images.
 
-    size: side in pixels or WIDTHxHEIGHT. positive: put behind each prompt; negative: text of the unconditional branch.
-    words: how text is cut before it becomes tokens, `original` or `converted`. row_end, suffix: ids of the forced tokens.
+    size: side in pixels or WIDTHxHEIGHT. positive: appended to each prompt; negative: text of the unconditional branch.
+    words: how text is split before it becomes tokens, `original` or `converted`. row_end, suffix: ids of the forced tokens.
     """
 
     size: int | str = 720
@@ -76,7 +77,7 @@ class Emu3Spec(ModelSpec):
 
 
 def grid(size: int | str) -> tuple[int, int]:
-    """Return the codes (rows, columns) of an image. Raises `UserError` for sizes that the model cannot draw."""
+    """Return the codes (rows, columns) of an image. Raises `UserError` for sizes that the model cannot generate."""
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", str(size))
     width, height = (int(sides[1]), int(sides[2] or sides[1])) if sides else (0, 0)
     if min(width, height) < DOWN or width % DOWN or height % DOWN:
@@ -87,59 +88,66 @@ def grid(size: int | str) -> tuple[int, int]:
     length = rows * (columns + 1) + 3
     if length > POSITIONS:
         raise UserError(
-            f"model.size={size} takes {length} tokens, more than the {POSITIONS} positions of Emu3; take a smaller size, "
+            f"model.size={size} takes {length} tokens, more than the {POSITIONS} positions of Emu3; use a smaller size, "
             "760 at most for a square."
         )
     return rows, columns
 
 
-def cut_as_published(words: PreTrainedTokenizerBase) -> None:
-    """Make a tokenizer cut text as Emu3's own one does, with which the model was trained."""
+def split_as_published(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make a tokenizer split text as Emu3's own does, which the model was trained with."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    pieces = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words.backend_tokenizer.normalizer = normalizers.NFC()
-    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
 
 
 class Emu3(ImageModel):
     """A loaded Emu3-Gen (contract: `ImageModel`)."""
 
+    spec: Emu3Spec
+
     def __init__(self, spec: Emu3Spec, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import Emu3ForConditionalGeneration
+        from transformers import Emu3ForConditionalGeneration, PreTrainedTokenizerFast
 
         (folder,) = map(locate, spec.sources())
         read_config(folder, "model.weights", "emu3", "BAAI/Emu3-Gen-hf")
         self.spec = spec
         self.tokenizer = load_tokenizer(folder, "model.weights")
         if spec.words == "original":
-            cut_as_published(self.tokenizer)
-        ids = self._token_ids()
+            assert isinstance(self.tokenizer, PreTrainedTokenizerFast)  # read from tokenizer.json
+            split_as_published(self.tokenizer)
+        ids = self._model_ids()
         self.full = load_pretrained(Emu3ForConditionalGeneration, folder, spec.load_options(device, dtype))
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.lm_head
-        self.first = ids[0]
+        self.first_code = ids[0]
         self.ids = torch.tensor(ids, device=self.device)  # [V + F] the model's id of each local id
-        self.vq = Pixels.load(folder, self.full.config.vq_config).to(self.device)
-        self.full.model.vqmodel = None  # in float32 instead, as the reference draws, and never quantised
+        self.vq = Emu3Pixels.load(folder, self.full.config.vq_config).to(self.device)
+        self.full.model.vqmodel = None  # float32 in every dtype, as in the reference, and never quantised
         if len(self.codebook) != spec.vocabulary:
             raise UserError(
-                f"{spec.weights} has {len(self.codebook)} image codes, model.vocabulary says {spec.vocabulary}."
+                f"{spec.weights} has {len(self.codebook)} image codes, but model.vocabulary is "
+                f"{spec.vocabulary}; set model.vocabulary={len(self.codebook)}."
             )
 
-    def _token_ids(self) -> list[int]:
-        """Look up the ids of all codes and forced tokens by name; raises `UserError` where they are not as expected."""
-        spec, find = self.spec, self.tokenizer.convert_tokens_to_ids
-        codes = find([f"<|visual token {code:06d}|>" for code in range(spec.vocabulary)])
-        if codes[0] is None or codes != list(range(codes[0], codes[0] + len(codes))):
+    def _model_ids(self) -> list[int]:
+        """Look up the model's ids of all codes and forced tokens by name; raises `UserError` if they are not as expected."""
+        spec, ids = self.spec, self.tokenizer.get_vocab()
+        codes = [ids.get(f"<|visual token {code:06d}|>", -1) for code in range(spec.vocabulary)]
+        if codes[0] < 0 or codes != list(range(codes[0], codes[0] + len(codes))):
             raise UserError(
-                f"the tokenizer of {spec.weights} lacks one range of {spec.vocabulary} visual tokens (model.vocabulary)."
+                f"the tokenizer of {spec.weights} does not have {spec.vocabulary} visual tokens in one range; check "
+                "model.vocabulary."
             )
         forced, names = [spec.row_end, *spec.suffix], [ROW_END, FRAME_END, END, EOS]
-        if forced != find(names):
+        found = [ids.get(name) for name in names]
+        if forced != found:
             raise UserError(
-                f"model.row_end and model.suffix are {forced}, but {spec.weights} has {find(names)} for {' '.join(names)}."
+                f"model.row_end and model.suffix are {forced}, but {spec.weights} has {found} for {' '.join(names)}; set them "
+                "to those."
             )
         return [*codes, *spec.layout.forced_ids]
 
@@ -153,30 +161,26 @@ class Emu3(ImageModel):
         frame = f"{START}{self.layout.rows}*{self.layout.columns}{IMAGE}"
         texts = [*(prompt + self.spec.positive for prompt in prompts), self.spec.negative]
         ids = self.tokenizer([BOS + text + frame for text in texts], add_special_tokens=False)["input_ids"]
-        lengths = torch.tensor([len(row) for row in ids], device=self.device)
-        longest = int(lengths[:-1].max())
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids[:-1]], device=self.device)
+        padded, lengths = pad_right(ids[:-1], self.device)
+        negative, negative_length = pad_right(ids[-1:], self.device)
         table = self.full.get_input_embeddings()
-        return Condition(table(padded), lengths[:-1], table(torch.tensor([ids[-1]], device=self.device)), lengths[-1:])
+        return Condition(table(padded), lengths, table(negative), negative_length)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up model inputs: local ids [B, S] -> [B, S, D]."""
         return self.full.get_input_embeddings()(self.ids[tokens])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
-        # the slice is a view: a sixth of a head of 184622 tokens
-        weight = self.full.lm_head.weight[self.first : self.first + self.layout.vocabulary]
-        out = F.linear(hidden.to(weight.device), weight).to(hidden.device)
-        return out if out.dtype == torch.float64 else out.float()
+        """Apply the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
+        return image_logits(self.full.lm_head, hidden, self.first_code, self.layout.vocabulary)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Draw complete token sequences, one image at a time: [B, N] -> uint8 [B, 3, H, W]."""
+        """Decode whole token sequences to images, one at a time: [B, N] -> uint8 [B, 3, H, W]."""
         codes = self.layout.codes(tokens.to(self.device))
         return torch.cat([self.vq.decode(image) for image in codes.split(1)])
 
 
-class Pixels(nn.Module):
+class Emu3Pixels(nn.Module):
     """Emu3's image tokeniser: `encode` [B, 3, H, W] -> codes [B, h, w], `decode` back to uint8."""
 
     def __init__(self, vae: Emu3VQVAE) -> None:
@@ -184,18 +188,18 @@ class Pixels(nn.Module):
         self.vae = vae
 
     @classmethod
-    def load(cls, folder: Path, config: Emu3VQVAEConfig) -> Pixels:
-        """Read the tokeniser's weights out of a checkpoint's shards. Raises `UserError` if they do not fit."""
+    def load(cls, folder: Path, config: Emu3VQVAEConfig) -> Emu3Pixels:
+        """Read the tokeniser's weights from a checkpoint's shards. Raises `UserError` if they do not fit."""
         from safetensors import safe_open
         from transformers import Emu3VQVAE
 
-        with torch.device("meta"):  # 271M random numbers that the file replaces
+        with torch.device("meta"):  # saves 271M random numbers that the file replaces
             vae = Emu3VQVAE(config)
         vae.to_empty(device="cpu")
         tensors = {}
         for shard in sorted(folder.glob("*.safetensors")):
             with safe_open(shard, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - the handle is no dictionary
+                for name in file.keys():  # noqa: SIM118 - the handle is not a dictionary
                     # transformers 4 wrote "vqmodel.", 5 writes "model.vqmodel."
                     if part := re.fullmatch(r"(?:model\.)?vqmodel\.(.+)", name):
                         tensor = file.get_tensor(name)
@@ -218,7 +222,7 @@ class Pixels(nn.Module):
     def latents(self, images: Tensor) -> Tensor:
         """Encode without quantising: [B, 3, H, W] -> [B, C, h, w].
 
-        The encoder takes an image as four equal frames and joins them in its last layers: up to there one frame will do.
+        The encoder takes an image as four equal frames and joins them in its last layers: until then one frame is enough.
         """
         encoder = self.vae.encoder
         x = encoder.norm_out(encoder.middle_block(encoder.down_block(encoder.conv_in(images))))
@@ -232,7 +236,7 @@ class Pixels(nn.Module):
 
     @torch.no_grad()
     def pixels(self, codes: Tensor) -> Tensor:
-        """Draw codes [B, h, w] -> [B, 3, H, W], in [-1, 1] before clipping.
+        """Decode codes [B, h, w] -> [B, 3, H, W], in [-1, 1] before clipping.
 
         The decoder makes four frames of an image, of which the first is kept. Only its first layers join frames, so the rest
         runs on that frame alone: a quarter of the time and memory, the same pixels.
@@ -249,5 +253,5 @@ class Pixels(nn.Module):
         return decoder.conv_out(F.silu(decoder.norm_out(x, vectors)))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Draw codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
+        """Decode codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
         return ((self.pixels(codes) + 1) * 127.5).clamp(0, 255).to(torch.uint8)

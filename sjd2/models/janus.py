@@ -1,7 +1,8 @@
 """Janus-Pro: a Llama with a table, a head and a tokeniser of its own for images; no forced tokens.
 
-The prompt and its unconditional twin are those of generation_inference.py in deepseek-ai/Janus; the classes are transformers'
-own. An image token enters through the aligner, an MLP over 8 numbers per code: its outputs are computed once for all codes.
+Both prompts, conditional and not, are those of generation_inference.py in deepseek-ai/Janus; the classes are
+transformers' own. An image token enters through the aligner, an MLP over 8 numbers per code: its outputs are computed once for
+all codes.
 
 # B samples, S slots of a pass, P prompt tokens, V image vocabulary, C width of a code, D width, N image-phase tokens
 # H x W pixels, h x w codes
@@ -23,15 +24,16 @@ from sjd2.models.base import Condition, ImageModel
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
+from sjd2.models.shared import float32_at_least, pad_right
 from sjd2.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
 
 DOWN = 16  # pixels per code, each way
-PUBLIC = 384  # the one size that the public models draw
+PUBLIC = 384  # pixels: the only size of the public models
 START = "<begin_of_image>"
-CHUNK = 16  # images drawn at once
+CHUNK = 16  # images decoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +53,16 @@ class JanusSpec(ModelSpec):
         """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
         if self.size < DOWN or self.size % DOWN:
             raise UserError(
-                f"model.size must be a multiple of {DOWN} pixels, got {self.size}; Janus-Pro draws {PUBLIC}."
+                f"model.size must be a multiple of {DOWN} pixels, got {self.size}; Janus-Pro's images have {PUBLIC}."
             )
         super().check()
-        config, drawn = find(self.weights) / "config.json", PUBLIC
+        config, size = find(self.weights) / "config.json", PUBLIC
         if config.is_file():
-            drawn = json.loads(config.read_text()).get("vision_config", {}).get("image_size", PUBLIC)
-        if self.size != drawn:
-            raise UserError(f"model.size={self.size}, but {self.weights} draws {drawn} x {drawn} pixels only.")
+            size = json.loads(config.read_text()).get("vision_config", {}).get("image_size", PUBLIC)
+        if self.size != size:
+            raise UserError(
+                f"model.size={self.size}, but {self.weights} generates {size} pixels; set model.size={size}."
+            )
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Janus:
         return Janus(self, device, dtype)
@@ -67,6 +71,8 @@ class JanusSpec(ModelSpec):
 class Janus(ImageModel):
     """A loaded Janus-Pro (contract: `ImageModel`)."""
 
+    spec: JanusSpec
+
     def __init__(self, spec: JanusSpec, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import JanusForConditionalGeneration
 
@@ -74,21 +80,25 @@ class Janus(ImageModel):
         read_config(folder, "model.weights", "janus", "deepseek-community/Janus-Pro-1B")
         self.spec = spec
         self.tokenizer = load_tokenizer(folder, "model.weights")
-        self.start = self.tokenizer.convert_tokens_to_ids(START)
-        if self.start is None or None in (self.tokenizer.bos_token_id, self.tokenizer.pad_token_id):
+        ids, names = self.tokenizer.get_vocab(), (START, self.tokenizer.bos_token, self.tokenizer.pad_token)
+        special = [ids[name] for name in names if name in ids]
+        if len(special) < len(names):
             raise UserError(
-                f"the tokenizer of {spec.weights} lacks {START}, a bos or a pad token, so it is not Janus's."
+                f"the tokenizer of {spec.weights} lacks {START}, a bos or a pad token, so it is not Janus's; use e.g. "
+                "deepseek-community/Janus-Pro-1B."
             )
+        self.start, self.bos, self.pad = special
         options = spec.load_options(device, dtype)
         self.full = load_pretrained(JanusForConditionalGeneration, folder, options, optional=None)
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.model.generation_head
-        self.vq = Pixels(self.full.model.vqmodel)
-        self.full.model.vqmodel = None  # drawn in float32
+        self.vq = JanusPixels(self.full.model.vqmodel)
+        self.full.model.vqmodel = None  # kept in float32 instead
         self.vq.float().to(self.device)
         if len(self.codebook) != spec.vocabulary:
             raise UserError(
-                f"{spec.weights} has {len(self.codebook)} image codes, model.vocabulary says {spec.vocabulary}."
+                f"{spec.weights} has {len(self.codebook)} image codes, but model.vocabulary is "
+                f"{spec.vocabulary}; set model.vocabulary={len(self.codebook)}."
             )
         with torch.no_grad():
             codes = torch.arange(spec.vocabulary, device=self.device)
@@ -105,14 +115,11 @@ class Janus(ImageModel):
         The unconditional prompt is as long as the other, with padding for all ids but the first and the last; the model
         attends to that padding, so it depends on the length and each prompt has its own.
         """
-        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
         texts = [f"<|User|>: {prompt.strip()}\n\n<|Assistant|>:{START}" for prompt in prompts]
-        ids = [[bos, *row] for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        lengths = torch.tensor([len(row) for row in ids], device=self.device)
-        longest = int(lengths.max())
-        padded = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=self.device)
-        nothing = torch.full_like(padded, pad)
-        nothing[:, 0] = bos
+        ids = [[self.bos, *row] for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        padded, lengths = pad_right(ids, self.device, self.pad)
+        nothing = torch.full_like(padded, self.pad)
+        nothing[:, 0] = self.bos
         nothing[torch.arange(len(ids), device=self.device), lengths - 1] = self.start
         table = self.full.get_input_embeddings()
         return Condition(table(padded), lengths, table(nothing), lengths)
@@ -123,16 +130,15 @@ class Janus(ImageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the image head, in float32 at least: [..., D] -> [..., V]."""
-        out = self.full.model.generation_head(hidden).to(hidden.device)
-        return out if out.dtype == torch.float64 else out.float()
+        return float32_at_least(self.full.model.generation_head(hidden).to(hidden.device))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Draw complete token sequences: [B, N] -> uint8 [B, 3, H, W]."""
+        """Decode whole token sequences to images: [B, N] -> uint8 [B, 3, H, W]."""
         codes = self.layout.codes(tokens.to(self.device))
         return torch.cat([self.vq.decode(images) for images in codes.split(CHUNK)])
 
 
-class Pixels(nn.Module):
+class JanusPixels(nn.Module):
     """Janus's image tokeniser: `encode` [B, 3, H, W] -> codes [B, h, w], `decode` back to uint8."""
 
     def __init__(self, vae: JanusVQVAE) -> None:
@@ -149,14 +155,14 @@ class Pixels(nn.Module):
         """Tokenise images [B, 3, H, W] in [-1, 1] -> codes [B, h, w].
 
         The nearest code is that of the nearest direction, as in vq_model.py of deepseek-ai/Janus; transformers' own
-        `JanusVQVAE.encode` compares vectors of any length and finds other codes.
+        `JanusVQVAE.encode` compares unnormalised vectors and finds other codes.
         """
         latent = self.vae.quant_conv(self.vae.encoder(images.to(self.codebook)))  # [B, C, h, w]
         return torch.einsum("bchw,vc->bhwv", latent, self.codebook).argmax(-1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Draw codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
+        """Decode codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
         vectors = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
         image = self.vae.decoder(self.vae.post_quant_conv(vectors))
         return ((image + 1) * 127.5).clamp(0, 255).to(torch.uint8)

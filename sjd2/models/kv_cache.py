@@ -17,6 +17,11 @@ SPAN_BUCKET = 64  # kernels want multiples of 64, and each span is a shape of it
 class _RowLayer(CacheLayerMixin):
     """One layer's static keys and values [R, heads, capacity, head width], written at `owner.slots`."""
 
+    # None to transformers until the first update; every use here comes after it
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
     def __init__(self, owner: RowCache) -> None:
         super().__init__()
         # weak: in a cycle the keys and values, gigabytes of them, would stay until Python looks for cycles
@@ -24,7 +29,9 @@ class _RowLayer(CacheLayerMixin):
 
     @property
     def owner(self) -> RowCache:
-        return self._owner()
+        owner = self._owner()
+        assert owner is not None  # the cache holds its layers, so it outlives them
+        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, width = key_states.shape
@@ -32,7 +39,9 @@ class _RowLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, heads, self.owner.capacity, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         index = self.owner.slots[:, None, :, None].to(key_states.device)  # layers may lie on several GPUs
@@ -59,6 +68,8 @@ class RowCache(Cache):
     exact value; on a GPU the decoder keeps the bound, so that no pass waits for the device, and spans are rounded up to keep
     the number of shapes small.
     """
+
+    layers: list[_RowLayer]
 
     def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
         super().__init__(layers=[_RowLayer(self) for _ in range(layers)])

@@ -1,9 +1,9 @@
 """LlamaGen-XL text to image, stage 1 (256 px) and stage 2 (512 px): the published files in a transformers `LlamaModel`.
 
 # B samples, R model rows, S slots of a pass, P caption tokens, F text features, V image vocabulary, D width, N image tokens
-A caption fills 120 places, padded on the left; the padding is masked for everything behind it, so that only caption tokens
-are fed here. All caption places have a rotary table of zeros: their keys and queries vanish, and it does not matter at which
-of the 120 a token stands. Image input i stands at place 120 + i, whatever the caption's length (`starts`).
+A caption takes 120 positions, padded on the left; the padding is masked for everything after it, so that only caption tokens
+are fed here. The rotary table is zero at all caption positions: their keys and queries vanish, and it does not matter which
+of the 120 a token has. Image input i has position 120 + i, whatever the caption's length (`image_start`).
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from sjd2.models.base import Condition, ImageModel
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_assembled
+from sjd2.models.shared import float32_at_least
 from sjd2.models.spec import ModelSpec
 from sjd2.models.tensors import load_exactly, read_tensors
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-PLACES = 120  # of a caption (cls_token_num in LlamaGen's sample_t2i.py)
+CAPTION_POSITIONS = 120  # (cls_token_num in LlamaGen's sample_t2i.py)
 PIXELS = 16  # of a code, in each direction
 BASE, EPS = 10000.0, 1e-5  # of the rotary embedding and the norms (ModelArgs in LlamaGen's gpt.py)
 FILES = {256: "t2i_XL_stage1_256.pt", 512: "t2i_XL_stage2_512.pt"}
 VQ_FILE = "vq_ds16_t2i.pt"
-CHUNK = 8  # images drawn at once: one of 512 px takes 0.13 GB per layer at full size
+CHUNK = 8  # images decoded at once: one of 512 px takes 0.13 GB per layer at full size
 
 # public name -> name in transformers' LlamaForCausalLM; `attention.wqkv` becomes three (convert)
 TOP = {
@@ -56,7 +57,7 @@ CAPTION = {
     "cls_embedding.cap_proj.fc1.weight": "fc1.weight",
     "cls_embedding.cap_proj.fc2.weight": "fc2.weight",
 }
-TABLE = "freqs_cis"  # older checkpoints carry the rotary table along
+TABLE = "freqs_cis"  # older checkpoints contain the rotary table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class LlamaGenSpec(ModelSpec):
 
     size: pixels of the image's side, a multiple of 16; 256 and 512 choose the published file in `weights`, for others
     `weights` is a file. vq_weights: the image tokeniser, folder, file or hub id. text_weights: flan-T5, folder or hub id.
-    heads: attention heads, which the file does not tell. text_device: where the text encoder works (null: with the model).
+    heads: attention heads, which the file does not say. text_device: of the text encoder (null: the model's).
     """
 
     size: int
@@ -76,14 +77,16 @@ class LlamaGenSpec(ModelSpec):
 
     def __post_init__(self) -> None:
         if self.size < PIXELS or self.size % PIXELS:
-            raise UserError(f"model.size must be a multiple of {PIXELS}, got {self.size}; published are 256 and 512.")
+            raise UserError(
+                f"model.size must be a multiple of {PIXELS}, got {self.size}; the published checkpoints have 256 and 512."
+            )
         if self.size not in FILES and not find(self.weights).is_file():
             raise UserError(
                 f"model.size={self.size} has no published checkpoint; use 256 or 512, or give model.weights=FILE of one."
             )
         trained = next((size for size, file in FILES.items() if Path(self.weights).name == file), self.size)
-        if self.size in FILES and self.size != trained:  # the tensors of either stage fit, so nothing else would tell
-            raise UserError(f"model.weights={self.weights} draws {trained} pixels; set model.size={trained}.")
+        if self.size in FILES and self.size != trained:  # the tensors of either stage fit, so nothing else would notice
+            raise UserError(f"model.weights={self.weights} generates {trained} pixels; set model.size={trained}.")
 
     @property
     def layout(self) -> TokenGrid:
@@ -110,6 +113,8 @@ class LlamaGenSpec(ModelSpec):
 class LlamaGen(ImageModel):
     """A loaded LlamaGen text-to-image model (contract: `ImageModel`)."""
 
+    spec: LlamaGenSpec
+
     def __init__(self, spec: LlamaGenSpec, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import LlamaForCausalLM
 
@@ -120,25 +125,26 @@ class LlamaGen(ImageModel):
         config, tensors, caption = convert(read_tensors(weights, "model.weights"), spec.heads, weights)
         if config.vocab_size != spec.vocabulary:
             raise UserError(
-                f"the checkpoint has {config.vocab_size} image codes, model.vocabulary says {spec.vocabulary}."
+                f"{weights} has {config.vocab_size} image codes, but model.vocabulary is "
+                f"{spec.vocabulary}; set model.vocabulary={config.vocab_size}."
             )
         self.full = load_assembled(LlamaForCausalLM, config, tensors, spec.load_options(device, dtype))
         decoder, layout = self.full.get_decoder(), spec.layout
-        decoder.rotary_emb = GridRotary(layout, config.head_dim).to(decoder.device)
+        decoder.rotary_emb = GridRotary(layout, config.hidden_size // config.num_attention_heads).to(decoder.device)
         super().__init__(decoder, layout)
         self.head_module = self.full.lm_head
         self.vq = VQ16.load(vq).to(device)
         if len(self.vq.codebook) != spec.vocabulary:
             raise UserError(
-                f"model.vq_weights={spec.vq_weights} has {len(self.vq.codebook)} codes, the language model "
-                f"{spec.vocabulary}."
+                f"model.vq_weights={spec.vq_weights} has {len(self.vq.codebook)} codes and the language model "
+                f"{spec.vocabulary}; use {VQ_FILE}."
             )
-        self.text = TextEncoder(text, PLACES, torch.device(spec.text_device or device), dtype)
+        self.text = TextEncoder(text, CAPTION_POSITIONS, torch.device(spec.text_device or device), dtype)
         self.caption = CaptionEmbedder(caption).to(device=device, dtype=dtype)
         if self.text.width != self.caption.fc1.in_features:
             raise UserError(
-                f"model.text_weights={spec.text_weights} has {self.text.width} features, the checkpoint was trained on "
-                f"{self.caption.fc1.in_features} (google/flan-t5-xl)."
+                f"model.text_weights={spec.text_weights} has {self.text.width} features, but the checkpoint was trained on "
+                f"{self.caption.fc1.in_features}; use google/flan-t5-xl."
             )
         self.spec = spec
 
@@ -149,18 +155,18 @@ class LlamaGen(ImageModel):
 
     def image_start(self, lengths: Tensor) -> Tensor:
         """Return the place of the image's first token: behind all caption places, however many are in use."""
-        return torch.full_like(lengths, PLACES)
+        return torch.full_like(lengths, CAPTION_POSITIONS)
 
     def encode(self, prompts: list[str]) -> Condition:
-        """Embed captions; the unconditional branch has the learned vectors of the same places, so it varies in length.
+        """Embed captions; the unconditional branch has the learned vectors of the same positions and length.
 
-        The reference masks it like the caption (generate.py), which is padded on the left: it uses the last places.
+        The reference masks it like the caption (generate.py), which is padded on the left: it uses the last positions.
         """
         features, lengths = self.text(prompts)
         lengths = lengths.to(self.device)
         embeds = self.caption(features.to(device=self.device, dtype=self.dtype))
-        place = PLACES - lengths[:, None] + torch.arange(embeds.shape[1], device=self.device)
-        nothing = self.caption(self.caption.uncond_embedding)[place.clamp(max=PLACES - 1)]
+        position = CAPTION_POSITIONS - lengths[:, None] + torch.arange(embeds.shape[1], device=self.device)
+        nothing = self.caption(self.caption.uncond_embedding)[position.clamp(max=CAPTION_POSITIONS - 1)]
         return Condition(embeds, lengths, nothing, lengths)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -168,25 +174,24 @@ class LlamaGen(ImageModel):
         return self.full.get_input_embeddings()(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the head's outputs, which are image codes alone, in float32 at least: [..., D] -> [..., V]."""
-        out = self.full.lm_head(hidden).to(hidden.device)
-        return out if out.dtype == torch.float64 else out.float()
+        """Apply the head, all of whose rows are image codes, in float32 at least: [..., D] -> [..., V]."""
+        return float32_at_least(self.full.lm_head(hidden).to(hidden.device))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Draw complete token sequences: [B, N] -> uint8 [B, 3, H, W]."""
+        """Decode whole token sequences to images: [B, N] -> uint8 [B, 3, H, W]."""
         codes = self.layout.codes(tokens.to(self.device))
         return torch.cat([self.vq.decode(images) for images in codes.split(CHUNK)])
 
 
 class CaptionEmbedder(nn.Module):
-    """Text features to model inputs, and what stands for no caption: [120, F]."""
+    """Text features to model inputs, and the learned features of an absent caption [120, F]."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         width, features = tensors["fc1.weight"].shape
         self.fc1 = nn.Linear(features, width, bias=False)
         self.fc2 = nn.Linear(width, width, bias=False)
-        self.uncond_embedding = nn.Buffer(torch.zeros(PLACES, features))
+        self.uncond_embedding = nn.Buffer(torch.zeros(CAPTION_POSITIONS, features))
         load_exactly(self, tensors, "model.weights")
         self.eval().requires_grad_(False)
 
@@ -196,9 +201,9 @@ class CaptionEmbedder(nn.Module):
 
 
 class GridRotary(nn.Module):
-    """Rotary embedding by table: zeros for the caption's places, then rows in the first half of a head, columns in the second.
+    """Rotary embedding by table: zero for the caption, then rows in the first half of a head, columns in the second.
 
-    In place of `LlamaModel.rotary_emb`. The table is that of precompute_freqs_cis_2d in LlamaGen's gpt.py.
+    Replaces `LlamaModel.rotary_emb`. The table is that of precompute_freqs_cis_2d in LlamaGen's gpt.py.
     """
 
     def __init__(self, layout: TokenGrid, width: int, base: float = BASE) -> None:
@@ -209,14 +214,14 @@ class GridRotary(nn.Module):
         columns = torch.arange(layout.columns)[None, :, None] * rates
         angles = torch.cat(torch.broadcast_tensors(rows, columns), -1).flatten(0, 1)  # [N, width / 2]
         angles = torch.cat([angles, angles], -1)
-        self.cos = nn.Buffer(F.pad(angles.cos(), (0, 0, PLACES, 0)), persistent=False)
-        self.sin = nn.Buffer(F.pad(angles.sin(), (0, 0, PLACES, 0)), persistent=False)
+        self.cos = nn.Buffer(F.pad(angles.cos(), (0, 0, CAPTION_POSITIONS, 0)), persistent=False)
+        self.sin = nn.Buffer(F.pad(angles.sin(), (0, 0, CAPTION_POSITIONS, 0)), persistent=False)
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of positions [R, S] -> [R, S, head width]; windows may reach beyond the image's end."""
-        place = position_ids.clamp(max=len(self.cos) - 1)
-        return self.cos[place].to(x.dtype), self.sin[place].to(x.dtype)
+        """Return cosines and sines of positions [R, S] -> [R, S, head width]; windows may extend beyond the image's end."""
+        position = position_ids.clamp(max=len(self.cos) - 1)
+        return self.cos[position].to(x.dtype), self.sin[position].to(x.dtype)
 
 
 def convert(
@@ -232,9 +237,9 @@ def convert(
     wanted = public_names(layers)
     missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted - {TABLE})
     if missing or unknown:
-        what = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
+        problem = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
         raise UserError(
-            f"model.weights={path} is no LlamaGen text-to-image checkpoint: it {what} ({len(missing)} missing, "
+            f"model.weights={path} is not a LlamaGen text-to-image checkpoint: it {problem} ({len(missing)} missing, "
             f"{len(unknown)} unknown names)."
         )
     codes, width = tensors["tok_embeddings.weight"].shape
@@ -260,7 +265,7 @@ def convert(
         here = f"layers.{layer}."
         out |= {f"model.{here}{name}": tensors[here + source] for source, name in LAYER.items()}
         query, key, value = tensors[here + WQKV].chunk(3)
-        for name, tensor in (("q", halves(query, heads)), ("k", halves(key, heads)), ("v", value)):
+        for name, tensor in (("q", split_pairs(query, heads)), ("k", split_pairs(key, heads)), ("v", value)):
             out[f"model.{here}self_attn.{name}_proj.weight"] = tensor
     return config, out, {name: tensors[source] for source, name in CAPTION.items()}
 
@@ -271,6 +276,6 @@ def public_names(layers: int) -> set[str]:
     return {*TOP, *CAPTION, *(f"layers.{layer}.{name}" for layer in range(layers) for name in inner)}
 
 
-def halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head: LlamaGen turns neighbours (2i, 2i + 1) together, transformers i and i + width / 2."""
+def split_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of each head: LlamaGen rotates the pairs (2i, 2i + 1), transformers (i, i + width / 2)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""LlamaGen's reading of captions: the clean-up its training used, then the encoder of flan-T5.
+"""LlamaGen's text encoder: the caption clean-up of its training, then the encoder of flan-T5.
 
 # B prompts, P text tokens, F text features
 """
@@ -10,14 +10,14 @@ import re
 from html.entities import html5
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import unquote_plus
 
 import ftfy
 import torch
 from torch import Tensor
 
-from sjd2.errors import UserError
+from sjd2.errors import UserError, first_line
 from sjd2.models.loading import free_bytes, load_tokenizer
 from sjd2.models.tensors import stored_bytes
 
@@ -42,9 +42,9 @@ ADDRESSES = _rules(
     (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
     (rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
 )
-SIGNS = _rules(
+CHARACTERS = _rules(
     (r"@\w+\b", ""),
-    (r"[\u31c0-\u9fff]+", ""),  # Chinese and Japanese signs
+    (r"[\u31c0-\u9fff]+", ""),  # Chinese and Japanese characters
     (_DASHES, "-"),
     ("[`´«»“”¨]", '"'),
     ("[‘’]", "'"),
@@ -84,7 +84,7 @@ WORDS = _rules(
 
 
 def clean(caption: str) -> str:
-    """Clean a caption as the training data was cleaned: lower case, no addresses, mark-up, shop talk or odd signs."""
+    """Clean a caption as the training data was cleaned: lower case, no addresses, markup, shop talk or odd characters."""
     for _ in range(2):  # the reference cleans twice
         caption = _once(caption)
     return caption
@@ -92,8 +92,8 @@ def clean(caption: str) -> str:
 
 def _once(caption: str) -> str:
     caption = _apply(ADDRESSES, unquote_plus(caption).strip().lower())
-    caption = _apply(SIGNS, _text(caption))
-    if len(re.findall("[-_]", caption)) > 3:  # words joined like a file's name
+    caption = _apply(CHARACTERS, _text(caption))
+    if len(re.findall("[-_]", caption)) > 3:  # words joined as in a file name
         caption = re.sub("[-_]", " ", caption)
     caption = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
     return _apply(WORDS, caption).strip()
@@ -106,7 +106,7 @@ def _apply(rules: tuple[Rule, ...], text: str) -> str:
 
 
 class _Page(HTMLParser):
-    """Collects the text of mark-up as Beautiful Soup's `.text` over html.parser does."""
+    """Collect the text of markup as Beautiful Soup's `.text` over html.parser does."""
 
     HIDDEN: ClassVar[set[str]] = {"script", "style", "template", "rt", "rp"}
 
@@ -151,24 +151,25 @@ def _text(markup: str) -> str:
 
 
 class TextEncoder:
-    """The encoder of flan-T5 and its tokenizer; every caption becomes at most `places` vectors."""
+    """The encoder of flan-T5 and its tokenizer; every caption becomes at most `max_tokens` vectors."""
 
-    def __init__(self, folder: Path, places: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import T5EncoderModel
 
-        need, free = stored_bytes(folder, dtype, ("encoder.", "shared.")), free_bytes(device)
-        if need > free:
+        needed, free = stored_bytes(folder, dtype, ("encoder.", "shared.")), free_bytes(device)
+        if needed > free:
             raise UserError(
-                f"{KEY}={folder} needs {need / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; use "
+                f"{KEY}={folder} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; use "
                 "model.text_device=cpu or a smaller dtype."
             )
         try:
-            self.model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            # Any: the stubs give transformers' own `to` no usable signature
+            self.model: Any = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{KEY}={folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"{KEY}={folder} cannot be loaded: {first_line(error)}") from error
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(folder, KEY)
-        self.places = places
+        self.max_tokens = max_tokens
 
     @property
     def width(self) -> int:
@@ -180,7 +181,7 @@ class TextEncoder:
         """Encode prompts -> features [B, P, F], right-padded, and their lengths [B] (the end token counts)."""
         batch = self.tokenizer(
             [clean(prompt) for prompt in prompts],
-            max_length=self.places,
+            max_length=self.max_tokens,
             truncation=True,
             padding=True,
             padding_side="right",

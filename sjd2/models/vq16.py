@@ -1,7 +1,7 @@
 """LlamaGen's VQ-16 image tokeniser on transformers' own modules: images to codes and back.
 
 Encoder, decoder and convolutions are those of `JanusVQVAE`; only the names of the keys differ. Code vectors are compared
-and looked up with length 1 (`codebook_l2_norm` in LlamaGen's vq_model.py), which Janus does in the look-up alone.
+and looked up with length 1 (`codebook_l2_norm` in LlamaGen's vq_model.py), which Janus only does in the look-up.
 
 B images, H x W pixels, h x w codes, V codes of C channels.
 """
@@ -20,7 +20,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from sjd2.errors import UserError
 from sjd2.models.tensors import load_exactly, read_tensors
 
-USAGE = "quantize.codebook_used"  # a counter of training, published with the weights and not needed
+USAGE = "quantize.codebook_used"  # a counter of the training, published with the weights and unused
 MIDDLE = ("block_1", "attn_1", "block_2")
 
 
@@ -42,7 +42,7 @@ class VQ16(nn.Module):
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Find the code of largest cosine similarity at each place: [B, C, h, w] -> [B, h, w]."""
-        flat = latents.permute(0, 2, 3, 1)  # its length does not change the order
+        flat = latents.permute(0, 2, 3, 1)  # their length does not change the order
         return (flat @ self.codebook.T).argmax(-1)
 
     def pixels(self, quantised: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class VQ16(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Draw codes [B, h, w] -> uint8 [B, 3, H, W]."""
+        """Decode codes [B, h, w] -> uint8 [B, 3, H, W]."""
         quantised = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
         image = self.pixels(quantised).float()
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -68,11 +68,11 @@ class VQ16(nn.Module):
         tensors = read_tensors(path, key)
         tensors.pop(USAGE, None)
         model = cls(_config(tensors, path))
-        load_exactly(model.vae, tensors, f"{key}={path}", public)
+        load_exactly(model.vae, tensors, f"{key}={path}", published_name)
         return model.eval().requires_grad_(False)
 
 
-def public(name: str) -> str:
+def published_name(name: str) -> str:
     """Rename a key of JanusVQVAE to the name in LlamaGen's checkpoints."""
     name = re.sub(r"^encoder\.down\.|^decoder\.up\.", lambda m: m[0].split(".")[0] + ".conv_blocks.", name)
     name = re.sub(r"(conv_blocks\.\d+)\.block\.", r"\1.res.", name)
@@ -90,8 +90,7 @@ def _config(tensors: dict[str, Tensor], path: Path) -> JanusVQVAEConfig:
         widths = [len(tensors[f"encoder.conv_blocks.{level}.res.0.conv1.weight"]) for level in range(levels)]
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"model.vq_weights={path} is no LlamaGen image tokeniser; the published file is vq_ds16_t2i.pt of "
-            "peizesun/llamagen_t2i."
+            f"model.vq_weights={path} is not a LlamaGen image tokeniser; use vq_ds16_t2i.pt of peizesun/llamagen_t2i."
         ) from error
     return JanusVQVAEConfig(
         base_channels=base,

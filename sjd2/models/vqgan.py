@@ -1,9 +1,9 @@
 """The VQGAN of the Chameleon family (Lumina-mGPT, Anole, tiny): images to codes and back, on transformers' own modules.
 
 Encoder, quantiser and both 1x1 convolutions are `ChameleonVQVAE`; the pixel decoder, which transformers does not ship
-for Chameleon, is Janus' decoder class with the attention removed that Chameleon's has not. Files keep the key names of
-the taming-transformers checkpoints, so that Meta's `vqgan.ckpt` loads as it is; so do the conversions of Anole that hold the
-decoder, alone or within the whole model.
+for Chameleon, is Janus' decoder class without the attention that Chameleon's does not have. Files keep the key names of
+taming-transformers, so that Meta's `vqgan.ckpt` loads as it is, and so do conversions of Anole that contain the decoder,
+alone or within the whole model.
 
 B images, H x W pixels, h x w codes, V codes of C channels.
 """
@@ -11,6 +11,7 @@ B images, H x W pixels, h x w codes, V codes of C channels.
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,10 +26,10 @@ from sjd2.errors import UserError
 from sjd2.models.tensors import load_exactly, read_header, read_tensors
 
 WEIGHTS = "vqgan.safetensors"
-WITHIN = ("model.vqmodel.", "vqmodel.")  # where a whole model's files hold the tokeniser
+INSIDE_MODEL = ("model.vqmodel.", "vqmodel.")  # prefixes of the tokeniser in a whole model's files
 PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 KEY = "model.vq_weights"
-BUDGET = 2**19  # pixels drawn at once: at full size 2 images of 512 px; one of 1024 px takes about 3 GB
+BUDGET = 2**19  # pixels decoded at once: at full size 2 images of 512 px; one of 1024 px takes about 3 GB
 
 
 class VQGAN(nn.Module):
@@ -50,8 +51,10 @@ class VQGAN(nn.Module):
         )
         self.decoder.up[0].attn = nn.ModuleList()  # Janus attends at the lowest level, Chameleon does not
         for norm in self.modules():
-            if isinstance(norm, nn.GroupNorm):  # 32 groups from 128 channels on, as published; narrower nets get
-                norm.num_groups = min(32, norm.num_channels // 4)  # groups of 4: a norm of 1 channel erases flat colour
+            if isinstance(norm, nn.GroupNorm):
+                # 32 groups from 128 channels on, as published; narrower networks get groups of 4: a norm over 1 channel
+                # erases flat colour
+                norm.num_groups = min(32, norm.num_channels // 4)
 
     @property
     def codebook(self) -> Tensor:
@@ -81,12 +84,12 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Draw codes [B, h, w] -> uint8 [B, 3, H, W], a few images at a time."""
+        """Decode codes [B, h, w] -> uint8 [B, 3, H, W], a few images at a time."""
         scale = 2 ** (len(self.config.channel_multiplier) - 1)
         at_once = max(1, BUDGET // (codes[0].numel() * scale**2))
-        return torch.cat([self._draw(part) for part in codes.split(at_once)])
+        return torch.cat([self._decode(part) for part in codes.split(at_once)])
 
-    def _draw(self, codes: Tensor) -> Tensor:
+    def _decode(self, codes: Tensor) -> Tensor:
         quantised = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
         image = self.pixels(quantised).float()
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -103,18 +106,17 @@ class VQGAN(nn.Module):
     def load(cls, path: Path | str, codes: int | None = None) -> "VQGAN":
         """Read a folder that `save` wrote, a taming `.ckpt`, or safetensors of a conversion, alone or within its model.
 
-        codes: V, if it must be a certain one. Raises UserError when something is missing or does not fit.
+        codes: the expected V, None for any. Raises `UserError` if something is missing or does not fit.
         """
         path = Path(path)
         if not path.exists():
-            raise UserError(f"VQGAN weights {path} do not exist; give a folder or a taming checkpoint.")
+            raise UserError(f"{KEY}={path} does not exist; give a folder or a taming checkpoint.")
         own = path.is_dir() and (path / WEIGHTS).is_file()
         if own and not (path / "config.json").is_file():
-            raise UserError(f"VQGAN folder {path} has no config.json.")
+            raise UserError(f"{KEY}={path} has no config.json; copy the folder again.")
         tensors = _read(path / WEIGHTS if own else path)
-        config = (
-            ChameleonVQVAEConfig(**json.loads((path / "config.json").read_text())) if own else _shape(tensors, path)
-        )
+        settings = json.loads((path / "config.json").read_text()) if own else _sizes(tensors, path)
+        config = ChameleonVQVAEConfig(**settings)
         if not any(name.startswith("decoder.") for name in tensors):
             raise UserError(
                 f"{KEY}={path} has no pixel decoder (conversions of Chameleon leave it out); use Meta's vqgan.ckpt instead."
@@ -122,7 +124,7 @@ class VQGAN(nn.Module):
         model = cls(config)
         load_exactly(model, tensors, f"{KEY}={path}", lambda name: _taming(name, len(model.decoder.up)))
         if codes is not None and len(model.codebook) != codes:
-            raise UserError(f"VQGAN weights {path} have {len(model.codebook)} codes, model.vocabulary says {codes}.")
+            raise UserError(f"{KEY}={path} has {len(model.codebook)} codes, but model.vocabulary={codes}.")
         return model.eval().requires_grad_(False)
 
 
@@ -135,9 +137,9 @@ def _taming(key: str, levels: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Read the tokeniser's tensors by taming's names; losses, and a language model around it, are left out."""
+    """Read the tokeniser's tensors by taming's names; losses and a surrounding language model are left out."""
     found = _read_folder(path) if path.is_dir() else read_tensors(path, KEY)
-    prefix = next((prefix for prefix in WITHIN if any(name.startswith(prefix) for name in found)), "")
+    prefix = next((prefix for prefix in INSIDE_MODEL if any(name.startswith(prefix) for name in found)), "")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(PARTS)}
     levels = {int(name.split(".")[2]) for name in tensors if name.startswith("decoder.up.")}
@@ -147,26 +149,28 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Read of a folder's safetensors what can be the tokeniser's: a model of 14 GB around it stays on the disk."""
+    """Read what can be the tokeniser's from a folder's safetensors: a model of 14 GB around it stays on the disk."""
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
-        names = [name for name in read_header(file, KEY) if name.startswith((*WITHIN, *PARTS))]
+        names = [name for name in read_header(file, KEY) if name.startswith((*INSIDE_MODEL, *PARTS))]
         with safe_open(file, "pt") as stored:
             tensors |= {name: stored.get_tensor(name) for name in names}
     if not tensors:
         raise UserError(
-            f"VQGAN folder {folder} has no {WEIGHTS} and no other weights of an image tokeniser; give {KEY}= a folder or file "
-            "of one, e.g. Meta's vqgan.ckpt."
+            f"{KEY}={folder} has no {WEIGHTS} and no other weights of an image tokeniser; give a folder or file of one, "
+            "e.g. Meta's vqgan.ckpt."
         )
     return tensors
 
 
-def _shape(tensors: dict[str, Tensor], path: Path) -> ChameleonVQVAEConfig:
-    """Read widths, levels and codes off the tensors: the published files come without a config of ours."""
+def _sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """Read widths, levels and codes off the tensors: the published files have no config."""
     needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight")
     lacking = [name for name in needed if name not in tensors]
     if lacking:
-        raise UserError(f"VQGAN weights {path} lack {lacking[0]!r}, so they are no Chameleon image tokeniser.")
+        raise UserError(
+            f"{KEY}={path} lacks {lacking[0]!r}, so it is not a Chameleon image tokeniser; use Meta's vqgan.ckpt."
+        )
     blocks = [
         match for match in (re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight", n) for n in tensors) if match
     ]
@@ -174,12 +178,12 @@ def _shape(tensors: dict[str, Tensor], path: Path) -> ChameleonVQVAEConfig:
     base = tensors["encoder.conv_in.weight"].shape[0]
     widths = {int(match[1]): tensors[match[0]].shape[0] for match in blocks}
     codes, width = tensors["quantize.embedding.weight"].shape
-    return ChameleonVQVAEConfig(
-        embed_dim=width,
-        num_embeddings=codes,
-        latent_channels=tensors["encoder.conv_out.weight"].shape[0],
-        in_channels=tensors["encoder.conv_in.weight"].shape[1],
-        base_channels=base,
-        channel_multiplier=[widths.get(level, base) // base for level in range(levels)],
-        num_res_blocks=1 + max((int(match[2]) for match in blocks), default=-1),
-    )
+    return {
+        "embed_dim": width,
+        "num_embeddings": codes,
+        "latent_channels": tensors["encoder.conv_out.weight"].shape[0],
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "base_channels": base,
+        "channel_multiplier": [widths.get(level, base) // base for level in range(levels)],
+        "num_res_blocks": 1 + max((int(match[2]) for match in blocks), default=-1),
+    }

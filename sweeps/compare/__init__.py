@@ -1,0 +1,1 @@
+"""Are two runs, or a group of runs, equal in distribution, quality and speed?"""

@@ -128,8 +128,10 @@ def group_tables(found: GroupComparison) -> list[Table]:
     if found.pairs:
         header = ["difference (95 %)", "N", "passes per image", "p", "step compression", "p"]
         notes = [
-            "First minus second, on the common prompts; not corrected for the number of pairs. Passes of a separate "
-            "draft model are not counted."
+            (
+                "First minus second, on the common prompts; not corrected for the number of pairs. Passes of a separate "
+                "draft model are not counted."
+            )
         ]
         made.append(
             Table("Decoders compared with each other", header, [_pair_cells(pair) for pair in found.pairs], notes)
@@ -155,9 +157,9 @@ def _ar_table(found: GroupComparison) -> Table:
             first, *rest = _tested(row.kid, 5)
             line += [first + own, *rest]
         cells.append(line)
-    notes = [_verdict(rows), f"Nats per token; p-values and {level} intervals are corrected for {len(rows)} decoders, "
+    notes = [_verdict(rows), (f"Nats per token; p-values and {level} intervals are corrected for {len(rows)} decoders, "
              f"so the probability of even one false positive is {100 * ALPHA:g} % for each measure. No difference found "
-             "does not prove equality: the interval says how far apart they may be."]  # fmt: skip
+             "does not prove equality: the interval says how far apart they may be.")]  # fmt: skip
     notes += [f"KID on features of {', '.join(names)}."] if names else []
     missing = {row.kid_missing: [r.run.label for r in rows if r.kid_missing == row.kid_missing] for row in rows}
     reasons = [f"No KID for {', '.join(labels)}: {reason}." for reason, labels in missing.items() if reason]

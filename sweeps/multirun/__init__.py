@@ -1,0 +1,1 @@
+"""Running many settings: Hydra's multirun in processes, on Slurm or Ray, resumed after kills."""

@@ -225,7 +225,7 @@ def _maps(section: Section) -> None:
     maps, layout = found
     place = {row.run.label: index for index, row in enumerate(section.rows)}
     free = np.asarray(layout.free)
-    section.maps_top = max(max(float(values[free].max()) for values in maps.values()), 0.01)
+    section.maps_top = max(0.01, *(float(values[free].max()) for values in maps.values()))
     for label, values in maps.items():
         shape = values[free].reshape(layout.rows, layout.columns)
         colours = matplotlib.colormaps["viridis"](shape / section.maps_top, bytes=True)

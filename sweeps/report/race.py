@@ -170,12 +170,18 @@ def _notes(lanes: Sequence[Lane], ids: Sequence[Id], runs: int) -> list[str]:
     dtypes = sorted({str(lane.run.setting("dtype")) for lane in lanes})
     rows = "one image at a time" if sizes == [1] else f"{' or '.join(map(str, sizes))} images decoded together"
     found = [
-        f"Measured on {' and on '.join(machines)}, {rows}, {', '.join(dtypes)}. The decoders ran one after "
-        "another, not at once; the replay starts their clocks together. The clock covers prefill and decoding.",
-        "Each pass of a traced image waits for the device, so these times are longer than those of the table, which "
-        "excludes traced images.",
-        "A patch of the finished image appears when its token is committed. In reality tokens become pixels only once, at "
-        "the end, which the clock excludes.",
+        (
+            f"Measured on {' and on '.join(machines)}, {rows}, {', '.join(dtypes)}. The decoders ran one after "
+            "another, not at once; the replay starts their clocks together. The clock covers prefill and decoding."
+        ),
+        (
+            "Each pass of a traced image waits for the device, so these times are longer than those of the table, which "
+            "excludes traced images."
+        ),
+        (
+            "A patch of the finished image appears when its token is committed. In reality tokens become pixels only once, at "
+            "the end, which the clock excludes."
+        ),
     ]
     seeds = {key: {lane.run.images[key].seed for lane in lanes if key in lane.heats} for key in ids}
     warnings = []

@@ -1,0 +1,1 @@
+"""Tables and plots of runs, also beside the numbers of papers."""

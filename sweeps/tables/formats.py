@@ -91,7 +91,7 @@ def _fold(character: str) -> str:
 
 
 def latex(table: Table) -> str:
-    """Return a table as a LaTeX `table*` with booktabs rules; needs \\usepackage{booktabs}."""
+    r"""Return a table as a LaTeX `table*` with booktabs rules; needs \\usepackage{booktabs}."""
     width = len(table.header)
     lines = [r"\begin{table*}[t]", r"\centering\small", rf"\caption{{{escape(table.title)}}}" if table.title else ""]
     lines += [rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]

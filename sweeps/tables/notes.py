@@ -111,9 +111,11 @@ def _doubts_about_n(rows: Sequence[Row]) -> list[str]:
         return found
     return [
         *found,
-        f"runs have different N ({_listed(rows, lambda row: row.n)}): differences and speed-ups use only the images "
-        "that both runs have; passes, latency and scores are of each run's own images, and FIDs at different N are not "
-        "comparable.",
+        (
+            f"runs have different N ({_listed(rows, lambda row: row.n)}): differences and speed-ups use only the images "
+            "that both runs have; passes, latency and scores are of each run's own images, and FIDs at different N are not "
+            "comparable."
+        ),
     ]
 
 

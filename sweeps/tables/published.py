@@ -96,13 +96,12 @@ def select(model: str, decoders: Iterable[str], rows: Iterable[Published] | None
     """Return the rows of this model (`lumina`, `emu3` ...) and these decoders, without those of a single image."""
     names = {_squash(name) for name in decoders}
     key = _squash(model).split(" ")[0]
-    kept = []
-    for row in read() if rows is None else rows:
-        if (
-            key
-            and _squash(row.model).startswith(key)
-            and _method(row.method) in names
-            and row.dataset != "single prompt"
-        ):
-            kept.append(row)
+    kept = [
+        row
+        for row in (read() if rows is None else rows)
+        if key
+        and _squash(row.model).startswith(key)
+        and _method(row.method) in names
+        and row.dataset != "single prompt"
+    ]
     return sorted(kept, key=lambda row: (row.dataset, row.arxiv, row.table))

@@ -1,0 +1,1 @@
+"""Searching a decoder's settings: the space, the study, trials and finals."""

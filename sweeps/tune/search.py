@@ -284,8 +284,10 @@ class Search:
         else:
             proof = f"No significant difference ({test})"
         return [
-            f"judged on {images} other images: {ours:.4g} {unit} against {theirs:.4g} with the decoder's own settings "
-            f"({theirs / ours:.3f}x). {proof}.",
+            (
+                f"judged on {images} other images: {ours:.4g} {unit} against {theirs:.4g} with the decoder's own settings "
+                f"({theirs / ours:.3f}x). {proof}."
+            ),
             quality,
         ]
 

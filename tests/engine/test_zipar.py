@@ -265,10 +265,9 @@ def counts(model: Toy, decoder: ZipAR, sampling: SamplingParams) -> torch.Tensor
     for part in range(0, SAMPLES, 4000):
         seeds = list(range(part, part + 4000))
         tokens.append(generate(model, decoder, model.encode([PROMPT] * 4000), seeds, sampling=sampling).tokens)
-    found = torch.bincount(
+    return torch.bincount(
         (torch.cat(tokens)[:, free] * digits).sum(1), minlength=model.layout.vocabulary ** len(digits)
     )
-    return found
 
 
 def by_the_book(model: Toy, sampling: SamplingParams, window_size: int, adaptive: bool) -> torch.Tensor:

@@ -96,7 +96,7 @@ def write_tokenizer(folder: Path, codes: int) -> dict[str, int]:
     """Write a byte-level BPE tokenizer whose special tokens follow the text in the public order; return its vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     # merges come from Emu3's own way of cutting text, the file then names GPT-2's, as the conversion does
-    pieces = pre_tokenizers.Split(Regex(emu3.WORDS), "isolated")
+    pieces = pre_tokenizers.Split(Regex(emu3.PIECES), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -29,9 +29,9 @@ class Plain:
         config = json.loads((folder / "config.json").read_text())
         tensors = {name: t.double() for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
         heads = config["num_attention_heads"]
-        for name in tensors:
-            if "_norm." in name and tensors[name].ndim == 2:
-                tensors[name] = tensors[name].repeat_interleave(heads // len(tensors[name]), 0)
+        for name, tensor in list(tensors.items()):
+            if "_norm." in name and tensor.ndim == 2:
+                tensors[name] = tensor.repeat_interleave(heads // len(tensor), 0)
         self.model = (
             ChameleonForConditionalGeneration(ChameleonConfig(**(config | {"vq_config": SMALL_VQ}))).double().eval()
         )

@@ -155,13 +155,13 @@ def _drop(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     ("change", "words"),
     [
         (_drop("decoder."), "has no pixel decoder"),
-        (_drop("quantize."), "no Chameleon image tokeniser"),
+        (_drop("quantize."), "not a Chameleon image tokeniser"),
         (_drop("post_quant_conv.bias"), "lacks 'post_quant_conv.bias'"),
         (
             lambda tensors: tensors | {"decoder.up.0.attn.0.q.bias": torch.zeros(1)},
             "unknown 'decoder.up.0.attn.0.q.bias'",
         ),
-        (lambda tensors: tensors | {"quantize.embedding.weight": torch.zeros(16, 8)}, "have 16 codes"),
+        (lambda tensors: tensors | {"quantize.embedding.weight": torch.zeros(16, 8)}, "has 16 codes"),
     ],
 )
 def test_tokenisers_that_do_not_fit_are_told_in_one_sentence(

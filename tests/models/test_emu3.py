@@ -19,7 +19,7 @@ from sjd2.config import instantiate
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.files import ROOT
-from sjd2.models.emu3 import NEGATIVE, POSITIVE, WORDS, Emu3, Emu3Spec, grid
+from sjd2.models.emu3 import NEGATIVE, PIECES, POSITIVE, Emu3, Emu3Spec, grid
 from sjd2.models.loading import load_tokenizer
 from tests.helpers import checkpoints_emu3, family_checks
 
@@ -122,7 +122,7 @@ def test_text_is_cut_as_by_the_original_tokenizer(model: Emu3, folder: Path) -> 
         return [names[part] for part in parts]
 
     text = "an old-fashioned  (red) fox’s bridge, 90/16 of cafe\u0301\n\nbest quality! "
-    pieces = regex.findall(WORDS, unicodedata.normalize("NFC", text))
+    pieces = regex.findall(PIECES, unicodedata.normalize("NFC", text))
     assert {"-fashioned", "’s", " café", "9"} <= set(pieces)
     ids = [i for piece in pieces for i in merge(piece)]
     assert model.tokenizer(text, add_special_tokens=False)["input_ids"] == ids
@@ -243,7 +243,7 @@ def test_without_weights_the_command_that_fetches_them_is_told() -> None:
 def test_what_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     settings = checkpoints_emu3.settings(folder)
     for changes, words in (
-        ({"vocabulary": 65}, "lacks one range of 65"),
+        ({"vocabulary": 65}, "does not have 65 visual tokens"),
         ({"row_end": 1}, r"model.row_end and model.suffix are \[1"),
         ({"weights": str(tmp_path)}, "no config.json"),
     ):

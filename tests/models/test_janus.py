@@ -183,8 +183,8 @@ def test_what_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_path: Pat
     settings = checkpoints_janus.settings(folder)
     for changes, words in (
         ({"size": 70}, "multiple of 16"),
-        ({"size": 512}, "draws 64 x 64 pixels only"),
-        ({"vocabulary": 65}, "has 64 image codes, model.vocabulary says 65"),
+        ({"size": 512}, "generates 64 pixels; set model.size=64"),
+        ({"vocabulary": 65}, "has 64 image codes, but model.vocabulary is 65"),
         ({"weights": str(tmp_path)}, "no config.json"),
         ({"weights": "deepseek-community/Janus-Pro-7B", "size": 384}, "hf download deepseek-community/Janus-Pro-7B"),
     ):

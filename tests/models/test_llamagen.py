@@ -25,7 +25,7 @@ from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.layout import TokenGrid
 from sjd2.models.llamagen import GridRotary, LlamaGen, convert, public_names
 from sjd2.models.llamagen_text import clean
-from sjd2.models.vq16 import USAGE, public
+from sjd2.models.vq16 import USAGE, published_name
 from tests.helpers import checkpoints_llamagen as small
 from tests.helpers.plain_llamagen import Reference, book, draw, read
 from tests.helpers.tiers import by_default
@@ -319,12 +319,12 @@ def test_bfloat16_and_a_text_encoder_elsewhere(folder: Path) -> None:
     ("settings", "words"),
     [
         ({"size": 100}, "multiple of 16, got 100"),
-        ({"weights": "{folder}/t2i_XL_stage1_256.pt", "size": 512}, "draws 256 pixels; set model.size=256"),
+        ({"weights": "{folder}/t2i_XL_stage1_256.pt", "size": 512}, "generates 256 pixels; set model.size=256"),
         ({"size": 384}, "model.size=384 has no published checkpoint; use 256 or 512"),
         ({"heads": 3}, "model.heads=3 does not divide the width 32"),
-        ({"vocabulary": 16384}, "has 48 image codes, model.vocabulary says 16384"),
-        ({"weights": "{folder}/vq_ds16_t2i.pt", "size": 64}, "no LlamaGen text-to-image checkpoint: it lacks"),
-        ({"vq_weights": "{folder}/t2i_XL_stage1_256.pt"}, "no LlamaGen image tokeniser"),
+        ({"vocabulary": 16384}, "has 48 image codes, but model.vocabulary is 16384"),
+        ({"weights": "{folder}/vq_ds16_t2i.pt", "size": 64}, "not a LlamaGen text-to-image checkpoint: it lacks"),
+        ({"vq_weights": "{folder}/t2i_XL_stage1_256.pt"}, "not a LlamaGen image tokeniser"),
         ({"weights": "{folder}/flan-t5-xl", "size": 256}, "has no t2i_XL_stage1_256.pt"),
         ({"text_weights": "{folder}"}, "has no config.json"),
         ({"text_weights": "{folder}/nowhere"}, "does not exist"),
@@ -385,7 +385,7 @@ def test_derived_names_of_the_image_tokeniser_are_all_accounted_for() -> None:
     assert sum(torch.Size(shape).numel() for shape in names.values()) * 4 == pytest.approx(288e6, rel=0.002)
     with torch.device("meta"):
         own = JanusVQVAE(_config({n: torch.empty(s) for n, s in names.items()}, Path("meta"))).state_dict()
-    assert {public(name): tuple(tensor.shape) for name, tensor in own.items()} == {
+    assert {published_name(name): tuple(tensor.shape) for name, tensor in own.items()} == {
         name: shape for name, shape in names.items() if name != USAGE
     }
 

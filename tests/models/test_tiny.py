@@ -214,8 +214,13 @@ def fit(out: Path, *, kill_at: int | None = None, seed: int = 5) -> torch.nn.Mod
     schedule = warmup_decay(30, 5, 0.5)
     train(
         *(net, loss, optimizers),
-        **{"steps": 30, "out": out, "seed": seed, "schedule": schedule, "after": after},
-        **{"log_every": 3, "checkpoint_s": 0.0},
+        steps=30,
+        out=out,
+        seed=seed,
+        schedule=schedule,
+        after=after,
+        log_every=3,
+        checkpoint_s=0.0,
     )
     return net
 

@@ -187,7 +187,7 @@ def test_windows_and_steps_become_an_ablation(tmp_path: Path) -> None:
     ]
     found, _ = report(tmp_path, *paths)
     assert "Window and steps" in found.text
-    grid = re.search(r'<table class="heat-table">.*?</table>', found.text, re.S)[0]
+    grid = re.search(r'<table class="heat-table">.*?</table>', found.text, re.DOTALL)[0]
     assert [float(x) for x in re.findall(r"<td>([\d.]+)</td>", grid)] == [4.0, 4.0, 2.67, 2.67]
     without, _ = report(tmp_path, paths[0], ar(runs))
     assert "Window and steps" not in without.text

@@ -1,10 +1,10 @@
-"""Draw captioned pictures from a closed grammar whose every attribute can be read back from the caption.
+"""Render captioned images from a closed grammar whose every attribute can be read back from the caption.
 
     a large red circle left of a small blue square on a grainy striped teal background lit from the left
     three small yellow rings on a dotted brown background
 
 Shapes are large and colours saturated, so that a 3M-parameter model learns them in an hour on one core; the free
-choices that no caption names (place, texture phase, strength of the light, grain) keep the token entropy at 2-3 nats,
+choices that no caption names (position, texture phase, strength of the light, grain) keep the token entropy at 2-3 nats,
 without which every decoder would look fast.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from sjd2.errors import UserError
 
-SIDE = 48  # pixels; 12 x 12 tokens behind a 4x VQ
+SIDE = 48  # pixels; 12 x 12 tokens of a 4x VQ
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses", "ring": "rings"}
 COLOURS = {
@@ -36,7 +36,7 @@ BACKGROUNDS = {
     "brown": (115, 70, 35),
     "pink": (235, 150, 185),
 }
-RADIUS = {"large": 10.0, "small": 7.0}  # pixels: 5 and 3.5 tokens across; below that a cross ends as a diamond
+RADIUS = {"large": 10.0, "small": 7.0}  # pixels: 5 and 3.5 tokens across; below that a cross becomes a diamond
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 COUNTS = ("one", "two", "three", "four")
 
@@ -65,7 +65,7 @@ COUNT_SHARE = 0.3  # share of count scenes; the others are two objects with a re
 
 @dataclass(frozen=True)
 class Scene:
-    """The attributes of one picture, each a value of `ATTRIBUTES`."""
+    """The attributes of one image, each a value of `ATTRIBUTES`."""
 
     shape: str
     colour: str
@@ -82,7 +82,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: every attribute uniform, the two objects of a relation in different colours."""
+    """Sample a scene: every attribute uniform, the two objects of a relation in different colours."""
     u = iter(rng.random(13))
 
     def pick(values: Sequence[str]) -> str:
@@ -100,7 +100,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """Say the scene in the grammar; at most 20 words, all of them in `WORDS`."""
+    """Describe the scene in the grammar; at most 20 words, all of them in `WORDS`."""
     if scene.count == "none":
         first = f"a {scene.size} {scene.colour} {scene.shape}"
         subject = f"{first} {RELATIONS[scene.relation]} a {scene.size2} {scene.colour2} {scene.shape2}"
@@ -137,7 +137,7 @@ _CAPTION = _pattern()
 def attributes(text: str) -> dict[str, str]:
     """Read a caption back: `attributes(caption(scene)) == asdict(scene)`.
 
-    Raises UserError (a ValueError) when the text is no sentence of the grammar.
+    Raises `UserError` if the text is not a sentence of the grammar.
     """
     match = _CAPTION.fullmatch(text)
     found = {name: value or "none" for name, value in match.groupdict().items()} if match else {}
@@ -146,7 +146,7 @@ def attributes(text: str) -> dict[str, str]:
         singular = {plural: shape for shape, plural in PLURALS.items()}
         found |= {"shape": singular.get(noun, noun), "size": found["size_"], "colour": found["colour_"]}
     read = {name: found.get(name, "none") for name in ATTRIBUTES}
-    # Saying the scene again catches what the pattern lets through ("three circle", "above of").
+    # describing the scene again catches what the pattern lets through ("three circle", "above of").
     if not match or caption(Scene(**read)) != text:
         unknown = [word for word in text.split() if word not in WORDS]
         hint = f"it does not know {unknown[0]!r}" if unknown else "its words are known but not in this order"
@@ -155,7 +155,7 @@ def attributes(text: str) -> dict[str, str]:
 
 
 def is_held_out(text: str) -> bool:
-    """Tell whether training must not see this caption; a stable hash, so it holds on every machine."""
+    """Return whether training must not see this caption: by a stable hash, the same on every machine."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()[0] % HELD_OUT_SHARE == 0
 
 
@@ -170,13 +170,13 @@ def _distinct(rng: np.random.Generator, keep: Callable[[str], bool]) -> Iterator
 
 
 def held_out(n: int, seed: int) -> list[Scene]:
-    """Draw n scenes with distinct held-out captions."""
+    """Sample n scenes with distinct held-out captions."""
     scenes = _distinct(np.random.default_rng([seed, 1]), is_held_out)
     return [next(scenes) for _ in range(n)]
 
 
 def training(n: int, seed: int) -> list[Scene]:
-    """Draw n scenes that are not held out; captions may repeat."""
+    """Sample n scenes that are not held out; captions may repeat."""
     rng = np.random.default_rng([seed, 0])
     scenes: list[Scene] = []
     while len(scenes) < n:
@@ -191,43 +191,42 @@ def write_captions(path: Path, n: int = 2000, seed: int = 0) -> None:
     path.write_text("".join(caption(scene) + "\n" for scene in held_out(n, seed)))
 
 
-# ------------------------------------------------------------------------------------------------------------ drawing
 def render(scenes: Sequence[Scene], seed: int) -> np.ndarray:
-    """Draw the scenes: n scenes -> uint8 [n, 48, 48, 3]. A picture depends on its caption and the seed alone."""
+    """Render scenes -> uint8 [n, 48, 48, 3]; an image depends on its caption and the seed alone."""
     chunks = [_render(scenes[i : i + 64], seed) for i in range(0, len(scenes), 64)]  # 64: arrays stay in the cache
     return np.concatenate(chunks) if chunks else np.zeros((0, SIDE, SIDE, 3), np.uint8)
 
 
 def _render(scenes: Sequence[Scene], seed: int) -> np.ndarray:
     n = len(scenes)
-    chance = np.empty((n, 24), np.float32)  # uniforms of the free choices, a fixed column for each
+    uniforms = np.empty((n, 24), np.float32)  # of the free choices, a fixed column for each
     grain = np.empty((n, SIDE // 2, SIDE // 2), np.float32)
     for i, scene in enumerate(scenes):
         key = int.from_bytes(hashlib.blake2b(caption(scene).encode(), digest_size=8).digest(), "little")
         rng = np.random.default_rng([seed, key])
-        chance[i] = rng.random(24, np.float32)
+        uniforms[i] = rng.random(24, np.float32)
         grain[i] = rng.standard_normal(grain.shape[1:], np.float32)
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
-    image = _background(scenes, chance[:, :4], x, y)
-    place, radius, shape, colour = _objects(scenes, chance[:, 4:20])
+    image = _background(scenes, uniforms[:, :4], x, y)
+    place, radius, shape, colour = _objects(scenes, uniforms[:, 4:20])
     for slot in range(place.shape[1]):
         _paint(image, place[:, slot], radius[:, slot], shape[:, slot], colour[:, slot], x, y)
-    image *= _light(scenes, chance[:, 20:21, None], x, y)[..., None]
+    image *= _light(scenes, uniforms[:, 20:21, None], x, y)[..., None]
     strength = np.array([18.0 if scene.noise == "grainy" else 3.0 for scene in scenes], np.float32)
     # Grain of 2 x 2 pixels: finer grain would not survive a 4x VQ.
     speckle = (grain * strength[:, None, None]).repeat(2, 1).repeat(2, 2)
     return np.clip(image + speckle[..., None] + 0.5, 0, 255).astype(np.uint8)
 
 
-def _background(scenes: Sequence[Scene], chance: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _background(scenes: Sequence[Scene], uniforms: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Two shades of the background colour in the texture's pattern -> [n, 48, 48, 3]."""
     base = np.array([BACKGROUNDS[scene.background] for scene in scenes], np.float32)
     wave = np.zeros((len(scenes), SIDE, SIDE), np.float32)
     for i, scene in enumerate(scenes):
-        period, phase = 12.0 + 5.0 * chance[i, 0], chance[i, 1:3] * 2 * np.pi
+        period, phase = 12.0 + 5.0 * uniforms[i, 0], uniforms[i, 1:3] * 2 * np.pi
         across, down = x * (2 * np.pi / period) + phase[0], y * (2 * np.pi / period) + phase[1]
         if scene.texture == "striped":
-            mix = ((1, 0), (0, 1), (0.75, 0.75), (0.75, -0.75))[int(chance[i, 3] * 4)]
+            mix = ((1, 0), (0, 1), (0.75, 0.75), (0.75, -0.75))[int(uniforms[i, 3] * 4)]
             wave[i] = 3 * np.sin(mix[0] * across + mix[1] * down)
         elif scene.texture == "checkered":
             wave[i] = 4 * np.sin(across) * np.sin(down)
@@ -237,12 +236,12 @@ def _background(scenes: Sequence[Scene], chance: np.ndarray, x: np.ndarray, y: n
     return shade[..., None] * base[:, None, None] + (10 * np.clip(wave, -1, 1))[..., None]  # + 10: dark colours too
 
 
-def _objects(scenes: Sequence[Scene], chance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _objects(scenes: Sequence[Scene], uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Place up to four objects -> places [n, 4, 2] and radii [n, 4] in pixels (0: none), shapes [n, 4], colours."""
     n, middle = len(scenes), SIDE / 2
     place, radius = np.zeros((n, 4, 2), np.float32), np.zeros((n, 4), np.float32)
     shape, colour = np.zeros((n, 4), np.int64), np.zeros((n, 4, 3), np.float32)
-    jitter = chance[:, :8].reshape(n, 4, 2) * 2 - 1  # -1..1
+    jitter = uniforms[:, :8].reshape(n, 4, 2) * 2 - 1  # -1..1
     for i, scene in enumerate(scenes):
         if scene.count == "none":
             sign = -1 if scene.relation in ("left", "above") else 1
@@ -250,17 +249,17 @@ def _objects(scenes: Sequence[Scene], chance: np.ndarray) -> tuple[np.ndarray, n
             for slot, direction in enumerate((sign, -sign)):
                 along, aside = jitter[i, slot]
                 place[i, slot, axis] = middle + direction * 11.5 + along * 1.5
-                place[i, slot, 1 - axis] = middle + aside * 8.0  # never further aside than along the relation
+                place[i, slot, 1 - axis] = middle + aside * 8.0  # never further across than along the relation
             kinds = ((scene.size, scene.colour, scene.shape), (scene.size2, scene.colour2, scene.shape2))
         else:
             count = COUNTS.index(scene.count) + 1
-            corners = np.argsort(chance[i, 8:12])[:count]  # each object in its own quarter: they never touch
+            corners = np.argsort(uniforms[i, 8:12])[:count]  # each object in its own quarter: they never touch
             room = SIDE / 4 - RADIUS[scene.size]
             place[i, :count, 0] = SIDE * (0.25 + 0.5 * (corners % 2)) + jitter[i, :count, 0] * room
             place[i, :count, 1] = SIDE * (0.25 + 0.5 * (corners // 2)) + jitter[i, :count, 1] * room
             kinds = ((scene.size, scene.colour, scene.shape),) * count
         for slot, (size, name, kind) in enumerate(kinds):
-            radius[i, slot] = RADIUS[size] * (0.94 + 0.12 * chance[i, 12 + slot])
+            radius[i, slot] = RADIUS[size] * (0.94 + 0.12 * uniforms[i, 12 + slot])
             shape[i, slot] = SHAPES.index(kind)
             colour[i, slot] = COLOURS[name]
     return place, radius, shape, colour
@@ -301,9 +300,9 @@ def _outside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.maximum(np.maximum(u, v) - 1, np.minimum(u, v) - 0.34)  # cross
 
 
-def _light(scenes: Sequence[Scene], chance: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _light(scenes: Sequence[Scene], uniforms: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Brightness falling off from the lit side -> [n, 48, 48]; one where no light is named."""
     towards = {"none": 0 * x, "left": 1 - x / 24, "right": x / 24 - 1, "top": 1 - y / 24, "bottom": y / 24 - 1}
     slope = np.stack([towards[scene.light] for scene in scenes]).astype(np.float32)
     lit = np.array([scene.light != "none" for scene in scenes], np.float32)[:, None, None]
-    return 1 - 0.15 * lit + slope * (0.35 + 0.15 * chance)
+    return 1 - 0.15 * lit + slope * (0.35 + 0.15 * uniforms)

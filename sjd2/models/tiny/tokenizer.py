@@ -1,8 +1,8 @@
-"""The embedded model's tokenizer: whole words, laid out as Chameleon's, so that one adapter reads all of the family.
+"""The embedded model's tokenizer: whole words, with the layout of Chameleon's, so that one loader reads the whole family.
 
 Ids: 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, then the image codes (id = code + 4, as in Chameleon), then end of image, begin of
 image, <image> and the words. A conditional prompt is [<s>, words..., begin of image], the unconditional one
-[<s>, begin of image]; the image's codes follow at once in raster order, without row ends and without an end.
+[<s>, begin of image]; the image's codes follow in raster order, without row ends and without an end token.
 """
 
 from collections.abc import Sequence
@@ -49,5 +49,5 @@ def build_tokenizer(codes: int) -> PreTrainedTokenizerFast:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str | None]) -> list[list[int]]:
     """Tokenise prompts, None standing for the unconditional one; every prompt ends with begin of image."""
-    begin = tokenizer.convert_tokens_to_ids(BEGIN_OF_IMAGE)
+    begin = tokenizer.get_vocab()[BEGIN_OF_IMAGE]
     return [[*tokenizer(caption or "")["input_ids"], begin] for caption in captions]
