@@ -128,7 +128,7 @@ class TrainAttributes(JudgeRecipe):
             scores = network(images)
             losses = [F.cross_entropy(row.float(), truth[:, k]) for k, row in enumerate(scores)]
             right = torch.stack([row.argmax(1) == truth[:, k] for k, row in enumerate(scores)])
-            return torch.stack(losses).sum(), {"right": right.float().mean()}
+            return sum(losses, torch.zeros((), device=device)), {"right": right.float().mean()}
 
         def finish(folder: Path) -> Metrics:
             network.eval().set_units(pool.images[::2][:UNIT_IMAGES])
