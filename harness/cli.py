@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.console import guarded, show_logs
@@ -42,7 +43,7 @@ def main() -> int:
 
 def command(cfg: DictConfig) -> None:
     """Run one command, or one job of a multirun."""
-    if HydraConfig.get().mode.name == "MULTIRUN":
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
         resolve("sweeps.multirun.jobs.run_job")(dispatch, cfg)
     elif code := guarded(lambda: dispatch(cfg)):
         sys.exit(code)  # Hydra adds nothing to a SystemExit

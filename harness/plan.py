@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from evaluation.identity import by_content, identity
 from evaluation.prompts import Prompts
@@ -17,7 +17,7 @@ from harness.provenance import physical_cores
 from harness.ranks import ALONE, Ranks
 from harness.settings import check_writable
 from harness.tracking import Tracker
-from sjd2.config import instantiate
+from sjd2.config import instantiate, plain
 from sjd2.decoding.decoder import Recipe
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.devices import resolve_device, resolve_dtype
@@ -67,7 +67,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     settings = identity(
         model=model_settings(cfg),
         digest=spec.digest(),
-        decoder=by_content(OmegaConf.to_container(cfg.decoder, resolve=True)),
+        decoder=by_content(plain(cfg.decoder)),
         law={key: cfg[key] for key in LAW},
         prompts={"digest": prompts.digest, "repeats": prompts.repeats},
         seed=cfg.seed,
@@ -84,7 +84,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
 
 def model_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the model's resolved settings as an identity holds them: no sampling defaults, no paths."""
-    settings: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    settings = plain(cfg.model)
     return by_content({key: value for key, value in settings.items() if key not in NO_IDENTITY}, covered=True)
 
 

@@ -152,6 +152,11 @@ def check_node(node: Any, extra: Collection[str] = ()) -> None:
         check_node(child)
 
 
+def plain(node: DictConfig) -> dict[str, Any]:
+    """Return a node as plain dictionaries and lists, with everything resolved."""
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a yaml value can stand for a parameter of this type; types that yaml cannot hold always fit."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -195,9 +200,9 @@ def _check_target(node: DictConfig, extra: Collection[str]) -> None:
     parameters = inspect.signature(target).parameters
     hints = _hints(target)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    values: Any = OmegaConf.to_container(node, resolve=True)
+    values = plain(node)
     for key, value in values.items():
-        if str(key).startswith("_"):
+        if key.startswith("_"):
             continue
         if key not in parameters:
             if open_ended:
