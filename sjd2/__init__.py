@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sjd2.api import Images, decoder, decoders, generate, load, models
+    from sjd2.api import Images, decoder, generate, list_decoders, list_models, load
 
 __version__ = "0.2.0"
-__all__ = ["Images", "__version__", "decoder", "decoders", "generate", "load", "models"]
+__all__ = ["Images", "__version__", "decoder", "generate", "list_decoders", "list_models", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -87,12 +87,12 @@ class Images:
         return folder
 
 
-def models() -> list[str]:
+def list_models() -> list[str]:
     """Return the names that `load` takes, those of plug-ins included."""
     return choices("model")
 
 
-def decoders() -> list[str]:
+def list_decoders() -> list[str]:
     """Return the names that `decoder` and `generate` take, those of plug-ins included."""
     return choices("decoder")
 
@@ -117,7 +117,7 @@ def decoder(name: str = "sjd2", *, model: str | None = None, **settings: Any) ->
     conf/decoder alone. Raises `UserError` for an unknown name or a wrong setting.
     """
     if model is not None:
-        choose("model", model, models())
+        choose("model", model, list_models())
     return instantiate(_compose("decoder", name, settings, model=model))
 
 
@@ -178,11 +178,11 @@ def generate(
 def _decoder_for(spec: Any, name: str, settings: dict[str, Any], sampling: Sequence[str]) -> Recipe:
     """Build a decoder by name with its defaults on the model of `spec`; a wrong setting is answered with all valid ones."""
     model = getattr(spec, "name", None)
-    node = _compose("decoder", name, {}, model=model if model in models() else None)
+    node = _compose("decoder", name, {}, model=model if model in list_models() else None)
     for key in settings:
         if key not in node:
             raise unknown("setting", key, [*sampling, *(str(key) for key in node if not str(key).startswith("_"))])
-    return instantiate(_compose("decoder", name, settings, model=model if model in models() else None))
+    return instantiate(_compose("decoder", name, settings, model=model if model in list_models() else None))
 
 
 def _compose(group: str, name: str, settings: dict[str, Any], *, model: str | None = None) -> DictConfig:

@@ -44,8 +44,8 @@ def plugin(package: Path, tmp_path: Path) -> Path:
 
 
 def test_a_plugin_is_one_of_the_choices(plugin: Path, cli: Cli) -> None:
-    assert "halves" in sjd2.decoders()
-    assert "fives" in sjd2.models()
+    assert "halves" in sjd2.list_decoders()
+    assert "fives" in sjd2.list_models()
     assert "halves" in help_text()
     assert cli("decoder=halve") == 1
     assert "did you mean 'halves'? Valid: ar, " in cli.err
@@ -73,7 +73,7 @@ def test_a_folder_of_yaml_files_with_targets_in_a_package(
 ) -> None:
     shutil.copy(ROOT / "tests" / "conf" / "model" / "toy.yaml", package / "model")
     monkeypatch.setattr("tests.helpers.cli.TOY", ("--config-dir", str(package), *TOY[2:]))
-    assert "halves" not in sjd2.decoders()
+    assert "halves" not in sjd2.list_decoders()
     assert cli("decoder=halve") == 1
     assert "did you mean 'halves'" in cli.err
     assert cli("decoder=halves", "decoder.window=8", "limit=4") == 0, cli.err
@@ -102,4 +102,4 @@ def test_a_plugin_without_yaml_files_is_reported(plugin: Path) -> None:
     plugin.rmdir()
     config.plugins.cache_clear()
     with pytest.raises(UserError, match="plug-in 'halves' names the package halves, which has no conf/ folder"):
-        sjd2.decoders()
+        sjd2.list_decoders()
