@@ -116,9 +116,9 @@ def test_generate_takes_the_defaults_of_its_model(monkeypatch: pytest.MonkeyPatc
     for name in ("tiny", "lumina", "else"):
         object.__setattr__(model.spec, "name", name)
         with pytest.raises(KeyboardInterrupt):
-            sjd2.generate(model, PROMPTS, decoder="scd")
-        assert asked["window"] == sjd2.decoder("scd", model=name if name != "else" else None).window
-    assert len({sjd2.decoder("scd", model=name).window for name in ("tiny", "lumina")}) == 2
+            sjd2.generate(model, PROMPTS, decoder="sjd2")
+        assert asked["window"] == sjd2.decoder("sjd2", model=name if name != "else" else None).window
+    assert len({sjd2.decoder("sjd2", model=name).window for name in ("tiny", "lumina")}) == 2
 
 
 def test_a_part_by_name() -> None:
