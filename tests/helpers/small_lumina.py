@@ -36,7 +36,7 @@ def at(model: Chameleon, context: str, size: str = "64") -> Chameleon:
                   sampling={}, uncond_context=context)  # fmt: skip
     other = copy.copy(model)
     other.spec, other.layout = spec, spec.layout
-    other.ids = other._token_ids(small.names())
+    other.ids = other._model_ids(small.names())
     return other
 
 

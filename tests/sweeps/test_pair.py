@@ -123,7 +123,7 @@ def test_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for lonely in ({"run_dir": None}, {"against": None}):
         with pytest.raises(UserError, match="takes either two runs"):
             stage(OmegaConf.merge(cfg, lonely))
-    with pytest.raises(UserError, match="are one folder"):
+    with pytest.raises(UserError, match="are the same folder"):
         stage(OmegaConf.merge(cfg, {"against": cfg.run_dir}))
 
 
