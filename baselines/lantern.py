@@ -109,7 +109,11 @@ class RelaxedVerifier(Verifier):
         near = self.table[token].long()
         mass, own = p.gather(-1, near), p.gather(-1, token[..., None])
         delta, lam = self.settings.delta, self.settings.lam
-        budget = delta if lam is None else (lam - 1) * own
+        if lam is not None:
+            budget = (lam - 1) * own
+        else:
+            assert delta is not None  # one of the two is set
+            budget = delta
         # lent[j]: mass of the j nearest; the empty prefix is always within the budget
         lent = torch.nn.functional.pad(mass.cumsum(-1), (1, 0))
         inside = lent <= budget

@@ -32,6 +32,7 @@ class RasterCache(RowCache):
     entries: Tensor
 
     def window(self, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None) -> Tensor:
+        assert attn_mask is not None  # ZipAR gives every pass its whole mask
         self.slots, self.span = self.entries, attn_mask.shape[2]
         return additive(attn_mask, dtype)[:, None]
 
@@ -66,6 +67,7 @@ class ZipEngine(Engine):
 
     replayable: ClassVar[bool] = False
     decoder: ZipAR
+    cache: RasterCache
     state: Board
 
     @torch.inference_mode()

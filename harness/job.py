@@ -203,7 +203,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     hydra = HydraConfig.get()
     folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
     search = [source.path for source in hydra.runtime.config_sources if "command-line" in source.provider]
-    return compose(overrides, search=search, folder=folder, name=hydra.job.config_name)
+    return compose(overrides, search=search, folder=folder, name=hydra.job.config_name or "config")
 
 
 def about(run: RunFolder, kind: str) -> About:

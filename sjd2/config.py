@@ -235,8 +235,8 @@ def _own_init(target: Any) -> bool:
     return inspect.isclass(target) and "__dataclass_fields__" not in vars(target)
 
 
-def _where(node: DictConfig, key: str | None = None) -> str:
-    return node._get_full_key(key) or str(node.get("_target_"))
+def _where(node: DictConfig | ListConfig, key: str | None = None) -> str:
+    return node._get_full_key(key) or str(OmegaConf.select(node, "_target_"))
 
 
 def _refusal(error: InstantiationException, node: DictConfig | ListConfig) -> Exception:

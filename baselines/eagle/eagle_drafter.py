@@ -193,6 +193,9 @@ class EagleDrafter(Drafter):
                 tokens[:, slots], probs[:, slots - 1] = state.impose(drawn, position), q
                 q = without(q, drawn)
             if depth.inner is not None:
+                # set with inner
+                assert depth.level is not None
+                assert depth.seen is not None
                 known = states[:, depth.home]
                 states = self.head.step(
                     state.memory.cache, tokens[:, depth.inner], known, depth.level, depth.seen, depth.before

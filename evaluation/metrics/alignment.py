@@ -68,6 +68,8 @@ class AttributeNet(nn.Module):
     """A convolutional network from 48 x 48 pixels to every attribute, with one narrow layer whose values feed FID."""
 
     width = 64  # D
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self) -> None:
         super().__init__()

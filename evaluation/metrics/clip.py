@@ -172,6 +172,12 @@ def _not_here(what: str, tried: bool, error: Exception | None) -> UserError:
 class Clip:
     """A loaded CLIP of open_clip: images and texts to unit vectors."""
 
+    # Any: the stubs of both libraries do not know what their factories return
+    model: Any
+    preprocess: Any
+    tokenizer: Any
+    processor: Any
+
     def __init__(self, source: Source, device: str | None = None) -> None:
         """Load model, preprocessing and tokenizer; raises UserError if weights and architecture do not fit."""
         import open_clip
@@ -217,7 +223,8 @@ class TransformersClip(Clip):
         self.device, folder = device_for(device), source.name.partition(":")[2]
         try:
             # missing weights are a mere warning, and random ones score noise
-            self.model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            loader: Any = CLIPModel
+            self.model, report = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True)
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise _does_not_load(folder, error) from error

@@ -50,12 +50,15 @@ class Extractor(Protocol):
 
     def check(self) -> None:
         """Raise UserError if a file or a library is missing; load nothing heavy."""
+        ...
 
     def digest(self) -> str:
         """Return a short hash of all that decides the features: weights and preparation."""
+        ...
 
     def load(self) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
         """Load the network: `batch_size` images or fewer, uint8 [H, W, 3] each, -> float32 [B, D]."""
+        ...
 
 
 def extract(extractor: Extractor, images: Iterable[np.ndarray]) -> np.ndarray:

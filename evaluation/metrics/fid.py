@@ -49,7 +49,7 @@ class Statistics:
         """Summarise features [N, D], N >= 2; the covariance divides by N - 1, as numpy's and clean-fid's do."""
         features = np.asarray(features, np.float64)
         mean = features.mean(0)
-        root = (features - mean) / np.sqrt(len(features) - 1)
+        root: Any = (features - mean) / np.sqrt(len(features) - 1)
         if len(root) > root.shape[1]:
             root = np.linalg.qr(root, mode="r")  # same root^T root in D rows
         return cls(mean, root)
@@ -259,8 +259,9 @@ class FeatureDistance(Metric):
         if not self.only_prompts:
             return self.reference
         facts = metadata_of(run.folder)
-        wanted = {facts.get(prompt, {}).get("file_name") for prompt, _ in run.ids}
-        if None in wanted:
+        names = [facts.get(prompt, {}).get("file_name") for prompt, _ in run.ids]
+        wanted = {name for name in names if name is not None}
+        if None in names:
             raise UserError("only_prompts=true needs prompts that name their images: prompts=coco2017 or coco2014.")
         return self.reference.only(wanted)
 
@@ -310,7 +311,7 @@ class FeatureDistance(Metric):
         if len(run.records) < 2:
             return f"left out: {len(run.records)} images, a distance needs at least 2."
         size, asked = run.image_size, self.extractor.size
-        if asked in (None, size):
+        if asked is None or size is None or asked == size:
             return ""
         made, found = ("x".join(map(str, shape)) for shape in (asked, size))
         return f"left out: {self.extractor.name} is made for {made} pixels, not {found}."

@@ -84,8 +84,8 @@ class Replayed(Engine):
             self._fix()
             self._work()
         else:
-            self.graphs[level] = self.graphs[level] or self.record(self._work)
-            self.graphs[level]()
+            graph = self.graphs[level] = self.graphs[level] or self.record(self._work)
+            graph()
         self.history.append(self.num_new.clone())
         self.cache.bound = min(bound + self.decoder.window, most)
 

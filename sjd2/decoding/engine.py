@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,7 +40,7 @@ class Prompt:
 
     embeds: Tensor
     lengths: Tensor
-    hidden: Tensor | None = None
+    hidden: Tensor = field(init=False)  # set by the prefill
 
 
 class Engine:

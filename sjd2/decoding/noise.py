@@ -110,17 +110,20 @@ class Noise:
         """End what `roll` began."""
         self.rolled = None
 
-    def _known(self, purpose: Purpose, iteration: Tensor | int) -> bool:
-        if self.rolled is None:
-            return False
+    def _known(self, purpose: Purpose, iteration: Tensor | int) -> _Rolled | None:
+        """Return the numbers that `roll` drew, None if they are not those of this purpose and pass."""
+        rolled = self.rolled
+        if rolled is None:
+            return None
         each = purpose in EACH_PASS
-        return iteration is self.rolled.iteration if each else isinstance(iteration, int) and iteration == 0
+        known = iteration is rolled.iteration if each else isinstance(iteration, int) and iteration == 0
+        return rolled if known else None
 
     def _key(
         self, positions: Tensor, purpose: Purpose, iteration: Tensor | int, sibling: Tensor | int | None = None
     ) -> Tensor:
-        if self._known(purpose, iteration):
-            key = self.rolled.at(self.rolled.keys, positions, purpose)
+        if (rolled := self._known(purpose, iteration)) is not None:
+            key = rolled.at(rolled.keys, positions, purpose)
         else:
             key = _mix(self._streams()[purpose - 1][:, None] + _GOLDEN * (positions + 1))
             if isinstance(iteration, Tensor):
@@ -139,8 +142,8 @@ class Noise:
 
         sibling [b, S] or int: the index of the draw among several for one position; 0 is the same as none.
         """
-        if sibling is None and self._known(purpose, iteration):
-            return self.rolled.at(self.rolled.numbers, positions, purpose)
+        if sibling is None and (rolled := self._known(purpose, iteration)) is not None:
+            return rolled.at(rolled.numbers, positions, purpose)
         return _unit(self._key(positions, purpose, iteration, sibling), self.dtype)
 
     def codes(self, positions: Tensor, vocabulary: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sjd2.decoding.interfaces import Draft, State, Verifier
 from sjd2.decoding.noise import Purpose
 from sjd2.decoding.sampling import Sampler, accept_prob, residual
-from sjd2.decoding.shapes import gather_slots
+from sjd2.decoding.shapes import Tree, gather_slots
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def after_siblings(verifier: Verifier, p: Tensor, draft: Draft) -> Tensor:
     Multi-round speculative sampling: P' = norm(residual(P, Q, x)) from sibling to sibling (docs/exactness.md).
     """
     tree = draft.shape
-    if tree.ranks < 2:
+    if not isinstance(tree, Tree) or tree.ranks < 2:
         return p
     token, p = draft.codes(p.shape[-1]), p.clone()
     every = torch.arange(1, draft.tokens.shape[1], device=p.device)

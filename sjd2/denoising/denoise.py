@@ -86,13 +86,15 @@ class Denoiser(Drafter):
     """`Denoise` on a model: its embedding space and the codes of its noise levels."""
 
     def __init__(self, settings: Denoise, model: ImageModel, window: int) -> None:
+        adapter = model.adapter
+        assert adapter is not None  # check() refuses a model without
         self.settings, self.model = settings, model
-        self.space = EmbeddingSpace(model, normalised=model.adapter.settings.normalised)
+        self.space = EmbeddingSpace(model, normalised=adapter.settings.normalised)
         times = settings.schedule.times(settings.steps).to(self.space.table)
-        self.alpha, self.sigma = alpha_sigma(times, model.adapter.settings.path)
+        self.alpha, self.sigma = alpha_sigma(times, adapter.settings.path)
         width = self.space.table.shape[1]
-        if model.adapter.code is not None:
-            self.codes = model.adapter.code(times).to(self.space.table)  # [K + 1, D]
+        if adapter.code is not None:
+            self.codes = adapter.code(times).to(self.space.table)  # [K + 1, D]
         else:
             self.codes = torch.zeros(len(times), width).to(self.space.table)
             self.timesteps = self.space.model_input(sinusoid(times[1:], width)).to(model.dtype)  # [K, D]
@@ -111,6 +113,7 @@ class Denoiser(Drafter):
         size, vocabulary = carried.tokens.shape[1], self.model.layout.vocabulary
         positions = state.positions(size)
         tokens = torch.where(fresh, state.noise.codes(positions, vocabulary), carried.tokens)
+        assert carried.probs is not None  # the refiner records what it draws from (needs_records)
         probs = torch.where(fresh[:, 1:, None], 1.0 / vocabulary, carried.probs)
         old = torch.zeros_like(tokens) if carried.level is None else carried.level
         level = self._levels(old, probs, fresh, state, positions)

@@ -150,11 +150,13 @@ class FrontDrafter(Drafter):
         chain, front = self.chain.propose(carried, fresh, state), self.front
         draft = Draft(pad(chain.tokens, (0, front.side)), pad(chain.probs, (0, 0, 0, front.side)), shape=front.shape)
         tokens, probs = draft.tokens, draft.probs
+        assert probs is not None  # a chain of the front draws from distributions
         hidden = None if state.memory is None else state.memory.source[:, None]  # [R, F, D] of the families above
         for depth, level in enumerate(front.levels, 1):
             q = probs[:, depth - 1 : depth].repeat(1, len(level.parents), 1)
             token = tokens[:, depth : depth + 1].repeat(1, len(level.parents))
             if depth <= self.settings.corrected:
+                assert hidden is not None  # the corrector's memory has it
                 token, q, hidden = self.correct(level, depth, tokens, token, q, hidden[:, level.home], state)
             tokens[:, level.first], probs[:, level.first - 1] = token, q
             self.draw_siblings(level, depth, draft, token, q, state)
@@ -168,13 +170,14 @@ class FrontDrafter(Drafter):
 
     def draw_siblings(self, level: Level, depth: int, draft: Draft, token: Tensor, q: Tensor, state: State) -> None:
         """Draw further children without replacement, from q without the earlier ones, renormalised and recorded."""
-        position = (state.cached + depth)[:, None]
+        position, probs = (state.cached + depth)[:, None], draft.probs
+        assert probs is not None
         for rank, slots in enumerate(level.siblings, 1):
             codes = token[:, : len(slots)].clamp(max=q.shape[-1] - 1)
             q = without(q[:, : len(slots)], codes)
             place = position.expand(-1, len(slots))
             token = state.sampler.draw(q, place, Purpose.SIBLING, state.iteration, rank)
-            draft.tokens[:, slots], draft.probs[:, slots - 1] = token, q
+            draft.tokens[:, slots], probs[:, slots - 1] = token, q
 
     def correct(
         self, level: Level, depth: int, tokens: Tensor, token: Tensor, q: Tensor, source: Tensor, state: State
@@ -183,6 +186,7 @@ class FrontDrafter(Drafter):
 
         A token x of q stays with min(1, q'(x) / q(x)), else moves to norm(max(0, q' - q)): it is one of q', recorded.
         """
+        assert self.corrector is not None  # `corrected` is 0 without
         memory, rows, families = state.memory, len(tokens), len(level.parents)
         branches = len(memory.stale) // rows
         stale = memory.stale[:, depth - 1, None].expand(-1, families, -1)

@@ -97,14 +97,14 @@ class RowCache(Cache):
         [R, S, span] is the whole mask, cached entries included (fine-tuning). The mask is float: a bool mask costs three
         more operations a layer, and is wrong in eager attention.
         """
-        whole = attn_mask is not None and attn_mask.shape[2] > width
-        self.span = attn_mask.shape[2] if whole else self.reach(width)
+        whole = attn_mask if attn_mask is not None and attn_mask.shape[2] > width else None
+        self.span = self.reach(width) if whole is None else whole.shape[2]
         columns = torch.arange(self.span, device=self.lengths.device)
         self.slots = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
         if attn_mask is None:
             seen = columns <= self.slots[..., None]
-        elif whole:
-            seen = attn_mask
+        elif whole is not None:
+            seen = whole
         else:
             inside = columns - self.lengths[:, None]  # [R, span], a slot of the window where 0 <= inside < width
             within = attn_mask.gather(2, inside.clamp(0, width - 1)[:, None].expand(-1, width, -1))

@@ -29,13 +29,14 @@ class AdditiveCode(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.net = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.net[2].weight)
-        nn.init.zeros_(self.net[2].bias)
+        first, last = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, t: Tensor) -> Tensor:
         """Return the code in normalised space: [...] -> [..., D]."""
-        return self.net(sinusoid(t, self.width).to(self.net[0].weight.dtype))
+        return self.net(sinusoid(t, self.width).to(next(self.parameters()).dtype))
 
 
 @dataclass

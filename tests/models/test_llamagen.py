@@ -95,7 +95,7 @@ def test_the_likelihood_is_that_of_the_reference(model: LlamaGen, reference: Ref
 
 
 def test_the_place_of_the_first_token_matters(model: LlamaGen, wanted: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LlamaGen, "starts", lambda self, lengths: lengths)
+    monkeypatch.setattr(LlamaGen, "image_start", lambda self, lengths: lengths)
     assert not torch.equal(decode(model, AR), wanted)
 
 
@@ -189,8 +189,8 @@ def test_jacobi_needs_fewer_passes_than_ar(model: LlamaGen) -> None:
 
 
 def test_relaxed_decoders_run_and_end_in_the_exact_one(model: LlamaGen, wanted: Tensor) -> None:
-    grouped, exact = api.decoder("gsd", window=6), api.decoder("gsd", window=6)
-    exact.verifier.group = 1
+    grouped = api.decoder("gsd", window=6)
+    exact = replace(grouped, verifier=replace(grouped.verifier, group=1))
     assert torch.equal(decode(model, exact), wanted)
     assert decode(model, grouped, LAW).max() < small.CODES
     from baselines.lantern import Relaxed
