@@ -57,7 +57,7 @@ def read_part(
     file = folder / settings
     if not file.is_file() or not (folder / weights).is_file():
         raise UserError(
-            f"{folder} has no {settings} with {weights}, so it is not a folder of a {what}; make one with "
+            f"{folder} has no {settings} with {weights}, so it holds no {what}; make one with "
             f"stage=finetune finetune={recipe}."
         )
     try:
