@@ -11,6 +11,6 @@ setup(
         "": ["py.typed"],
         "sjd2": ["models/tiny/**/*"],
         "sjd2.conf": ["**/*.yaml"],
-        "sweeps": ["*.csv", "wandb/*.yaml", "report/*"],
+        "sweeps": ["tables/*.csv", "wandb/*.yaml", "report/*"],
     },
 )
