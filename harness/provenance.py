@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from sjd2 import __version__
+from sjd2.config import CONF, INSTALLED
+
 PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "torchmetrics", "clean-fid", "open-clip-torch", "wandb")
 
 
@@ -26,7 +28,7 @@ def start_entry(device: torch.device, **more: Any) -> dict[str, Any]:
         "command": command(),
         "git": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {"sjd2": __version__} | {name: found for name in PACKAGES if (found := _version(name))},
         "device": str(device),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
@@ -91,7 +93,12 @@ def command() -> list[str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this checkout, with '+changes' where files differ from it; None outside git."""
+    """Return the commit of this checkout, with '+changes' where files differ from it; None outside git.
+
+    None for an installed package too: the repository around its environment is somebody else's.
+    """
+    if INSTALLED:
+        return None
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -100,7 +107,7 @@ def git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
+    done = subprocess.run(["git", *arguments], cwd=CONF.parent, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 
 
