@@ -96,9 +96,9 @@ def begun(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Engi
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("sampling", [CDF, GUMBEL], ids=["cdf", "gumbel"])
 def test_float64_gives_the_tokens_of_the_cpu(wide: dict[str, ImageModel], name: str, sampling: SamplingParams) -> None:
-    if not serves(api.decoder(name), sampling):
+    if not serves(api.decoder(name, model="tiny"), sampling):
         pytest.skip("sampler=gumbel leaves nothing to relax")
-    here, there = (decode(model, api.decoder(name), sampling) for model in wide.values())
+    here, there = (decode(model, api.decoder(name, model="tiny"), sampling) for model in wide.values())
     assert torch.equal(here.tokens, there.tokens)
     assert [s.accepted for s in here.samples] == [s.accepted for s in there.samples]
 
@@ -137,7 +137,7 @@ def test_laws_and_draws_of_large_vocabularies_are_the_cpus(vocabulary: int) -> N
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_bfloat16_runs(half: ImageModel, name: str) -> None:
-    result = decode(half, api.decoder(name), CDF)
+    result = decode(half, api.decoder(name, model="tiny"), CDF)
     assert result.tokens.shape == (len(SEEDS), half.layout.length)
     assert ((result.tokens >= 0) & (result.tokens < half.layout.vocabulary)).all()
     for sample in result.samples:
@@ -150,7 +150,7 @@ def test_bfloat16_runs(half: ImageModel, name: str) -> None:
 
 @pytest.mark.parametrize("name", MANY)
 def test_neither_batch_nor_refilling_changes_a_token(wide: dict[str, ImageModel], name: str) -> None:
-    model, decoder = wide["cuda"], api.decoder(name)
+    model, decoder = wide["cuda"], api.decoder(name, model="tiny")
     together = decode(model, decoder, CDF)
     for rows in (1, 2):
         for index, sample in stream(model, decoder, zip(PROMPTS, SEEDS, strict=True), rows=rows, sampling=CDF):
@@ -212,7 +212,7 @@ def test_lossless_decoders_have_the_enumerated_law(decoder: Decoder, replayed: b
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_no_pass_waits_for_the_device(wide: dict[str, ImageModel], name: str) -> None:
-    decoder = api.decoder(name)
+    decoder = api.decoder(name, model="tiny")
     for law in filter(partial(serves, decoder), (CDF, GUMBEL)):
         engine = begun(wide["cuda"], decoder, law)
         with no_waiting():
@@ -229,7 +229,7 @@ def test_waiting_is_found(wide: dict[str, ImageModel]) -> None:
 
 @pytest.mark.parametrize("name", MANY)
 def test_memory_stays_flat_over_passes(wide: dict[str, ImageModel], name: str) -> None:
-    engine = begun(wide["cuda"], api.decoder(name), CDF)
+    engine = begun(wide["cuda"], api.decoder(name, model="tiny"), CDF)
     held = []
     for _ in range(30):
         engine.step()
@@ -259,7 +259,7 @@ def test_spans_are_buckets_close_to_the_longest_row(
         found.append((cache.span, int(cache.lengths.max()) + width))
         return mask
 
-    decoder = api.decoder(name)
+    decoder = api.decoder(name, model="tiny")
     engine = begun(wide["cuda"], decoder, CDF)
     monkeypatch.setattr(RowCache, "window", noted)
     passes = 0
@@ -277,7 +277,7 @@ def test_spans_are_buckets_close_to_the_longest_row(
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_replayed_passes_give_the_tokens_of_the_plain_engine(wide: dict[str, ImageModel], name: str) -> None:
-    model, decoder, graphs = wide["cuda"], api.decoder(name), Graphs()
+    model, decoder, graphs = wide["cuda"], api.decoder(name, model="tiny"), Graphs()
     plain = decode(model, decoder, CDF)
     first, second = (decode(model, decoder, CDF, graphs) for _ in range(2))
     assert torch.equal(plain.tokens, first.tokens)

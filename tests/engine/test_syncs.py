@@ -125,12 +125,12 @@ def begin(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Engi
 
 @pytest.mark.parametrize(("name", "law"), PASSES)
 def test_no_pass_of_a_decoder_waits_for_its_device(meta: ImageModel, name: str, law: str) -> None:
-    assert watch(begin(meta, api.decoder(name), LAWS[law]).step) == []
+    assert watch(begin(meta, api.decoder(name, model="tiny"), LAWS[law]).step) == []
 
 
 @pytest.mark.parametrize("settings", [{"rule": "paper", "steps": 4}, {"levels": "slot", "clean": 4, "early": 0.5}])
 def test_no_setting_of_sjd2_waits_for_its_device(meta: ImageModel, settings: dict) -> None:
-    assert watch(begin(meta, api.decoder("sjd2", **settings), LAWS["cdf"]).step) == []
+    assert watch(begin(meta, api.decoder("sjd2", model="tiny", **settings), LAWS["cdf"]).step) == []
 
 
 class Waits(Jacobi):
