@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.engine import Engine, Prompt
 from sjd2.decoding.interfaces import Rows
 from sjd2.decoding.noise import Purpose
@@ -49,7 +49,7 @@ class Board(Rows):
 
 
 @dataclass
-class Plan:
+class PassPlan:
     """What the slots of a pass do, all [B, S]."""
 
     row: Tensor  # grid row
@@ -128,7 +128,7 @@ class ZipEngine(Engine):
             drawn, taken = self._test(plan, p, drawn, taken)
         self._commit(plan, drawn, taken)
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> PassPlan:
         state, layout = self.state, self.model.layout
         low = state.fed[:, self.last].sum(1, keepdim=True)  # rows above are done: their last keys are stored
         row = low + torch.arange(self.size, device=low.device)
@@ -150,7 +150,7 @@ class ZipEngine(Engine):
         token = state.tokens.gather(1, source.clamp(min=0, max=self.total - 1))
         aim = torch.where(opens, begin, begin + drawn).clamp(max=self.total - 1)
         feed = torch.where(grows | closes | opens, feed, -1)
-        return Plan(row, feed, token, real, aim, grows, opens, whole)
+        return PassPlan(row, feed, token, real, aim, grows, opens, whole)
 
     def _stand_in(self, row: Tensor) -> Tensor:
         """Return the position whose token stands in for the missing last token of the row above: [B, S] -> [B, S].
@@ -161,7 +161,7 @@ class ZipEngine(Engine):
         source = (row - 2).clamp(min=0)
         return len(layout.prefix) + source * layout.stride + self.state.drawn.gather(1, source) - 1
 
-    def _forward(self, plan: Plan) -> Tensor:
+    def _forward(self, plan: PassPlan) -> Tensor:
         """Run the slots of a pass and return the next-token distribution at each: [B, S, V]."""
         state, count = self.state, self.branches
         fed = pad(state.fed, (0, 1))  # a place for what is not real
@@ -184,7 +184,7 @@ class ZipEngine(Engine):
         hidden = self.model.forward(x, state.image_start[:, None] + feed.clamp(min=0), self.cache, attn_mask)
         return self.sampling.probs(self.model.logits(hidden))
 
-    def _test(self, plan: Plan, probs: Tensor, drawn: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    def _test(self, plan: PassPlan, probs: Tensor, drawn: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
         """Adapt the window: take a row's first token only if it passes under one more column (the paper's adaptive window).
 
         A draft token x of q passes with min(1, p(x) / q(x)), p its distribution now; else it is recovered from norm(max(0, p
@@ -205,7 +205,7 @@ class ZipEngine(Engine):
         state.tested_probs = p[:, 0]
         return drawn.scatter(1, slot, token), taken & (plan.grows | takes)
 
-    def _commit(self, plan: Plan, drawn: Tensor, taken: Tensor) -> None:
+    def _commit(self, plan: PassPlan, drawn: Tensor, taken: Tensor) -> None:
         state = self.state
         board = pad(state.tokens, (0, 1))  # a place for what is not taken
         state.tokens = board.scatter(1, torch.where(taken, plan.aim, self.total), drawn)[:, : self.total]
@@ -227,7 +227,7 @@ class ZipEngine(Engine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZipAR(Recipe):
+class ZipAR(BaseDecoder):
     """The settings of ZipAR.
 
     window_size: tokens of a row that must be there before the next row starts; from `columns` on it is plain AR.

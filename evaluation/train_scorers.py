@@ -201,7 +201,7 @@ class TrainClip(JudgeRecipe):
         """Build a CLIP, written to out/final/ at each validation; its metrics are its scores on held-out images."""
         import open_clip
 
-        from evaluation.metrics.clip import Clip, Source
+        from evaluation.metrics.clip import Clip, ClipSource
 
         vq, final, config = load_vq(self.vq_weights, device), out / "final", self.architecture()
         write_settings(final, config)
@@ -225,7 +225,7 @@ class TrainClip(JudgeRecipe):
 
         def finish(folder: Path) -> Metrics:
             self.export(network, folder)
-            return measure_clip(Clip(Source(f"local-dir:{folder}"), device), coded, captions, seed)
+            return measure_clip(Clip(ClipSource(f"local-dir:{folder}"), device), coded, captions, seed)
 
         optimizer = torch.optim.AdamW(network.parameters(), self.lr, (0.9, 0.98), weight_decay=self.weight_decay)
         return Training(

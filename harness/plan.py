@@ -18,7 +18,7 @@ from harness.ranks import ALONE, Ranks
 from harness.settings import check_writable
 from harness.tracking import Tracker
 from sjd2.config import instantiate, plain
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.devices import resolve_device, resolve_dtype
 from sjd2.errors import UserError
@@ -35,7 +35,7 @@ class Plan:
     run: RunFolder
     identity: dict[str, Any]
     spec: Any  # the model without its weights: name, layout, check(), digest(), load(device, dtype)
-    decoder: Recipe
+    decoder: BaseDecoder
     sampling: SamplingParams
     prompts: Prompts
     device: str

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sjd2.config import choices, compose, instantiate
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.generate import CHECK_EVERY, StepInfo
 from sjd2.decoding.generate import generate as run_decoder
 from sjd2.decoding.noise import sample_seed
@@ -110,7 +110,7 @@ def load(
     return instantiate(_compose("model", name, settings)).load(device, dtype)
 
 
-def decoder(name: str = "sjd2", *, model: str | None = None, **settings: Any) -> Recipe:
+def decoder(name: str = "sjd2", *, model: str | None = None, **settings: Any) -> BaseDecoder:
     """Build a decoder of conf/decoder; `settings` are keys of its yaml, e.g. window=16, or a part by name: refiner="coupled".
 
     model: start from this decoder's defaults on that model (conf/decoder_defaults), e.g. "lumina"; without it from
@@ -125,7 +125,7 @@ def generate(
     model: ImageModel,
     prompts: str | Sequence[str],
     *,
-    decoder: str | Recipe = "sjd2",
+    decoder: str | BaseDecoder = "sjd2",
     seed: int = 0,
     on_step: Callable[[StepInfo], None] | None = None,
     progress: bool = True,
@@ -175,7 +175,7 @@ def generate(
     )
 
 
-def _decoder_for(spec: Any, name: str, settings: dict[str, Any], sampling: Sequence[str]) -> Recipe:
+def _decoder_for(spec: Any, name: str, settings: dict[str, Any], sampling: Sequence[str]) -> BaseDecoder:
     """Build a decoder by name with its defaults on the model of `spec`; a wrong setting is answered with all valid ones."""
     model = getattr(spec, "name", None)
     node = _compose("decoder", name, {}, model=model if model in list_models() else None)

@@ -23,7 +23,7 @@ from sjd2.models.spec import ModelSpec
 
 
 @dataclass
-class Memory:
+class EagleMemory:
     """The head's own batch: its cache, the state it predicts at each row's last token, and what was committed since.
 
     ahead [R, D]; entered [R]: rows whose `ahead` comes from a prefill; tokens [B, L], states [R, L, D], count [B]: committed.
@@ -132,18 +132,25 @@ class EagleDrafter(Drafter):
             self.tree = Tree.static(parents, chain=1, device=model.device)
             self.depths = _depths(parents, self.tree)
 
-    def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> Memory:
+    def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> EagleMemory:
         rows *= 2 if sampling.guided else 1
         device = self.model.device
         ahead = torch.zeros(rows, self.head.fc.out_features, dtype=self.model.dtype, device=device)
         cache = self.head.cache(rows, capacity + self.settings.top_k * self.settings.depth)
-        return Memory(cache, ahead, torch.zeros(rows, dtype=torch.bool, device=device))
+        return EagleMemory(cache, ahead, torch.zeros(rows, dtype=torch.bool, device=device))
 
-    def grow(self, memory: Memory, capacity: int) -> None:
+    def grow(self, memory: EagleMemory, capacity: int) -> None:
         memory.cache.reserve(capacity + self.settings.top_k * self.settings.depth)
 
     def admit(
-        self, memory: Memory, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor
+        self,
+        memory: EagleMemory,
+        rows: Tensor,
+        branch: int,
+        embeds: Tensor,
+        hidden: Tensor,
+        lengths: Tensor,
+        token: Tensor,
     ) -> None:
         """Run the head over new prompts; an unconditional prompt may be one for all rows."""
         count, place = len(rows), rows + branch * (len(memory.ahead) // 2)

@@ -31,7 +31,7 @@ from sjd2.models.kv_cache import additive
 
 
 @dataclass
-class Pairs:
+class HeadPairs:
     """Teacher-forced pairs: prompt_embeds [R, P - 1, D] of tokens 1.., prompt_states [R, P - 1, D] before them; lengths [R].
 
     embeds [R, N - 1, D] of image tokens 0..N-2; states [R, N, D]: H, the state that predicts each image token. After a prompt
@@ -46,7 +46,7 @@ class Pairs:
 
 
 @torch.no_grad()
-def make_pairs(model: ImageModel, prompt: Tensor, lengths: Tensor, tokens: Tensor) -> Pairs:
+def make_pairs(model: ImageModel, prompt: Tensor, lengths: Tensor, tokens: Tensor) -> HeadPairs:
     """Run the model over right-padded prompts [R, P, D] and images [R, N], and shift: token t + 1 joins state t."""
     rows, n = tokens.shape
     width = prompt.shape[1]
@@ -57,10 +57,10 @@ def make_pairs(model: ImageModel, prompt: Tensor, lengths: Tensor, tokens: Tenso
     last = hidden[torch.arange(rows, device=tokens.device), (lengths - 1).clamp(min=0)]
     last = last.masked_fill((lengths == 0)[:, None], 0.0)
     states = torch.cat([last[:, None], hidden[:, width:]], 1)
-    return Pairs(prompt[:, 1:], hidden[:, : width - 1], lengths, embeds, states)
+    return HeadPairs(prompt[:, 1:], hidden[:, : width - 1], lengths, embeds, states)
 
 
-def predict(head: EagleHead, pairs: Pairs, depth: int, noise: Tensor | None = None) -> list[Tensor]:
+def predict(head: EagleHead, pairs: HeadPairs, depth: int, noise: Tensor | None = None) -> list[Tensor]:
     """Predict H_1..H_{N-1} from true states, then from the head's own: depth tensors [R, N - 1, D].
 
     In number k, entry j has seen true states up to H_{j-k+1} and predicted ones after, as a draft of depth k has; entries
@@ -75,14 +75,14 @@ def predict(head: EagleHead, pairs: Pairs, depth: int, noise: Tensor | None = No
     dtype = pairs.embeds.dtype
     # [R, N - 1, N - 1] the first pair of an image after an empty prompt
     unseen = (pairs.lengths == 0)[:, None, None] & (place == 0) & (place[:, None] > 0)
-    visible = causal_mask(pairs.lengths - 1, width, n)
-    visible[:, width:, width:] &= ~unseen
+    attn_mask = causal_mask(pairs.lengths - 1, width, n)
+    attn_mask[:, width:, width:] &= ~unseen
     out = head(
         torch.cat([pairs.prompt_embeds, pairs.embeds], 1),
         torch.cat([pairs.prompt_states, states], 1),
         torch.cat([prompt, positions], 1),
         cache,
-        additive(visible, dtype)[:, None],
+        additive(attn_mask, dtype)[:, None],
     )[:, width:]
     outs = [out]
     before = (prompt < pairs.lengths[:, None] - 1)[:, None].expand(-1, n, -1)

@@ -41,7 +41,7 @@ KEY = "evaluation.metrics.clip"
 
 
 @dataclass(frozen=True)
-class Source:
+class ClipSource:
     """What one CLIP is built from without asking the network: a folder, or a built-in name of open_clip and a file."""
 
     name: str  # 'local-dir:FOLDER' (open_clip's files), 'transformers:FOLDER', or the name of a built-in architecture
@@ -50,7 +50,7 @@ class Source:
     quick_gelu: bool = False
 
 
-def find_source(model: str, pretrained: str | None, allow_download: bool) -> Source:
+def find_source(model: str, pretrained: str | None, allow_download: bool) -> ClipSource:
     """Find the files of a CLIP: 'shipped', 'local-dir:FOLDER', 'hf-hub:ORG/REPO', or an architecture with `pretrained`.
 
     'transformers:FOLDER' and 'transformers:ORG/REPO' are loaded by transformers, the others by open_clip.
@@ -84,20 +84,20 @@ def find_source(model: str, pretrained: str | None, allow_download: bool) -> Sou
         have = f" one of {', '.join(tags)}, or" if tags else ""
         raise UserError(f"CLIP {model} without weights scores noise: set {KEY}.pretrained to{have} a file.")
     if find(pretrained).is_file():
-        return Source(model, str(find(pretrained)))
+        return ClipSource(model, str(find(pretrained)))
     if pretrained not in tags:
         raise UserError(f"{KEY}.pretrained={pretrained} is no file and no tag of {model}. Valid: {', '.join(tags)}.")
     return _tagged(model, pretrained, allow_download)
 
 
-def _folder(path: Path, fix: str) -> Source:
+def _folder(path: Path, fix: str) -> ClipSource:
     weights = [file for file in path.glob("*") if file.suffix in WEIGHT_SUFFIXES] if path.is_dir() else []
     if not (path / CONFIG).is_file() or not weights:
         raise UserError(f"{path} has no {CONFIG} with a weights file beside it; {fix}.")
-    return Source(f"local-dir:{path}")
+    return ClipSource(f"local-dir:{path}")
 
 
-def _transformers(where: str, allow_download: bool) -> Source:
+def _transformers(where: str, allow_download: bool) -> ClipSource:
     """Find a CLIP in transformers' files: a folder, or a hub repository."""
     path = find(where)
     if not path.is_dir():
@@ -114,7 +114,7 @@ def _transformers(where: str, allow_download: bool) -> Source:
         raise UserError(
             f"{path} has no {lacking[0]}; give {KEY}.model=transformers:FOLDER as save_pretrained writes it."
         )
-    return Source(f"transformers:{path}")
+    return ClipSource(f"transformers:{path}")
 
 
 def _hub_folder(repository: str, schema: str, files: list[str], allow_download: bool) -> Path:
@@ -133,7 +133,7 @@ def _hub_folder(repository: str, schema: str, files: list[str], allow_download: 
         raise _not_here(f"{schema}{repository}", allow_download, error) from error
 
 
-def _tagged(model: str, tag: str, allow_download: bool) -> Source:
+def _tagged(model: str, tag: str, allow_download: bool) -> ClipSource:
     """Return the cached weights file of a built-in tag with the preprocessing it was trained with."""
     import open_clip
     from huggingface_hub import hf_hub_download
@@ -152,11 +152,11 @@ def _tagged(model: str, tag: str, allow_download: bool) -> Source:
         names_of = {"mean": "image_mean", "std": "image_std"}
         names_of |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
         preprocess = tuple((new, known[old]) for old, new in names_of.items() if known.get(old) is not None)
-        return Source(model, path, preprocess, bool(known.get("quick_gelu")))
+        return ClipSource(model, path, preprocess, bool(known.get("quick_gelu")))
     # open_clip keeps what it fetched from plain URLs here
     cached = Path("~/.cache/clip").expanduser() / Path(known.get("url", "none")).name
     if not repository and cached.is_file():
-        return Source(model, str(cached), quick_gelu=bool(known.get("quick_gelu")))
+        return ClipSource(model, str(cached), quick_gelu=bool(known.get("quick_gelu")))
     raise _not_here(f"{model} {tag}", allow_download and bool(repository), reason)
 
 
@@ -178,7 +178,7 @@ class Clip:
     tokenizer: Any
     processor: Any
 
-    def __init__(self, source: Source, device: str | None = None) -> None:
+    def __init__(self, source: ClipSource, device: str | None = None) -> None:
         """Load model, preprocessing and tokenizer; raises UserError if weights and architecture do not fit."""
         import open_clip
 
@@ -216,7 +216,7 @@ class Clip:
 class TransformersClip(Clip):
     """A loaded CLIP of transformers, used as torchmetrics' CLIPScore uses it (1.9 itself breaks with transformers 5)."""
 
-    def __init__(self, source: Source, device: str | None = None) -> None:
+    def __init__(self, source: ClipSource, device: str | None = None) -> None:
         """Load model and processor; raises UserError if weights are missing or do not fit."""
         from transformers import CLIPModel, CLIPProcessor
 
@@ -248,7 +248,7 @@ class TransformersClip(Clip):
         return _unit(self.model.get_text_features(ids, mask))
 
 
-def load_clip(source: Source, device: str | None = None) -> Clip:
+def load_clip(source: ClipSource, device: str | None = None) -> Clip:
     """Load a CLIP with the library its source is made for."""
     return (TransformersClip if source.name.startswith("transformers:") else Clip)(source, device)
 
@@ -303,7 +303,7 @@ class ClipScore(Metric):
         self.device, self.batch_size = device, batch_size
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> ClipSource:
         """The files, found once."""
         return find_source(self.model, self.pretrained, self.allow_download)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 
 from evaluation.metrics.batches import device_for
-from evaluation.metrics.clip import ClipScore, Source
+from evaluation.metrics.clip import ClipScore, ClipSource
 from evaluation.run_folder import Record, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError
@@ -50,7 +50,7 @@ class HpsV2(ClipScore):
         super().__init__(model=self.architecture, pretrained=weights, device=device, batch_size=batch_size)
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> ClipSource:
         """The file, found once; raises UserError if it is not there."""
         key = "evaluation.metrics.hpsv2.weights"
         if self.pretrained is None or not find(self.pretrained).is_file():
@@ -60,7 +60,7 @@ class HpsV2(ClipScore):
             )
         if find_spec("open_clip") is None:
             raise UserError("HPSv2 needs open_clip: pip install open-clip-torch.")
-        return Source(self.architecture, str(find(self.pretrained)), (("image_resize_mode", "longest"),))
+        return ClipSource(self.architecture, str(find(self.pretrained)), (("image_resize_mode", "longest"),))
 
     @property
     def protocol(self) -> str:

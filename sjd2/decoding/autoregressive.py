@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.engine import Engine, Prompt
 from sjd2.decoding.interfaces import Rows
 from sjd2.decoding.noise import Purpose
@@ -20,7 +20,9 @@ class AutoregressiveEngine(Engine):
     """One token per row and pass."""
 
     @torch.inference_mode()
-    def __init__(self, model: ImageModel, decoder: Recipe, rows: int, prompt: int, sampling: SamplingParams) -> None:
+    def __init__(
+        self, model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams
+    ) -> None:
         super().__init__(model, decoder, rows, prompt, sampling)
         self.capacity = prompt + self.total + 1
         self.cache = model.cache(self.branches * rows, self.capacity)

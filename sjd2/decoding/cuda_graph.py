@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.engine import Engine
 from sjd2.decoding.generate import engine_class
 from sjd2.decoding.sampling import SamplingParams
@@ -53,7 +53,7 @@ class Replayed(Engine):
     def __init__(
         self,
         model: ImageModel,
-        decoder: Recipe,
+        decoder: BaseDecoder,
         rows: int,
         prompt: int,
         sampling: SamplingParams,
@@ -120,7 +120,7 @@ class Replayed(Engine):
         for name in self.persistent:
             yield from _tensors(self, name)
 
-    def serves(self, model: ImageModel, decoder: Recipe, rows: int, sampling: SamplingParams) -> bool:
+    def serves(self, model: ImageModel, decoder: BaseDecoder, rows: int, sampling: SamplingParams) -> bool:
         """Return whether this is an engine of just these."""
         return self.model is model and self.decoder is decoder and self.num_rows == rows and self.sampling == sampling
 
@@ -148,7 +148,9 @@ class Graphs:
         self.record = record or CudaGraphs()
         self.kept: Replayed | None = None
 
-    def start(self, model: ImageModel, decoder: Recipe, rows: int, prompt: int, sampling: SamplingParams) -> Engine:
+    def start(
+        self, model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams
+    ) -> Engine:
         """Open an engine as `generate.start_engine` does; one that is not replayable runs as it is."""
         engine = engine_class(decoder)
         if not engine.replayable:

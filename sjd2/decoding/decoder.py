@@ -1,4 +1,4 @@
-"""A decoder's recipe: its parts, its window and its commit rule; settings only, shared by all models and batches."""
+"""Decoders: their parts, window and commit rule; settings only, shared by all models and batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sjd2.decoding.engine import Engine
 
 
-class Recipe:
+class BaseDecoder:
     """What `generate` runs. engine: the class that runs it, where it is neither AR's nor the window's.
 
     window: model inputs per pass. lookahead: positions after the last committed token that a pass drafts. num_forwards:
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoder(Recipe):
+class Decoder(BaseDecoder):
     """A decoder is its parts and a window; without parts, in a window of 1, it is AR.
 
     window: model inputs per pass, the last committed token and the nodes of trees included (drafts = window - 1).

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.interfaces import Rows
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.sampling import SAMPLERS, SamplingParams
@@ -55,7 +55,9 @@ class Engine:
     state: Rows
     cache: RowCache
 
-    def __init__(self, model: ImageModel, decoder: Recipe, rows: int, prompt: int, sampling: SamplingParams) -> None:
+    def __init__(
+        self, model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams
+    ) -> None:
         self.model, self.decoder, self.sampling = model, decoder, sampling
         self.num_rows, self.prompt = rows, prompt
         self.branches = 2 if sampling.guided else 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.autoregressive import AutoregressiveEngine
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.engine import Engine, Sample
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.window import WindowEngine
@@ -51,14 +51,14 @@ class StepInfo:
     peek: Callable[[], dict[str, Tensor]]  # what else a trace keeps of this pass: the engine's own `peek`
 
 
-def engine_class(decoder: Recipe) -> type[Engine]:
+def engine_class(decoder: BaseDecoder) -> type[Engine]:
     """Return the engine that runs a decoder: its own, AR's, or the window's."""
     if decoder.engine is not None:
         return decoder.engine
     return AutoregressiveEngine if decoder.window == 1 else WindowEngine
 
 
-def start_engine(model: ImageModel, decoder: Recipe, rows: int, prompt: int, sampling: SamplingParams) -> Engine:
+def start_engine(model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams) -> Engine:
     """Open the engine of a decoder with `rows` empty rows for prompts of up to `prompt` tokens."""
     return engine_class(decoder)(model, decoder, rows, prompt, sampling)
 
@@ -75,7 +75,7 @@ def _report(engine: Engine, on_step: Callable[[StepInfo], None] | None, passes: 
 
 def generate(
     model: ImageModel,
-    decoder: Recipe,
+    decoder: BaseDecoder,
     condition: Condition,
     seeds: list[int],
     *,
@@ -106,7 +106,7 @@ def generate(
 
 def stream(
     model: ImageModel,
-    decoder: Recipe,
+    decoder: BaseDecoder,
     requests: Iterable[tuple[str, int]],
     *,
     rows: int,

@@ -11,9 +11,8 @@ from torch import Tensor
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import Condition, ImageModel
 
-CHUNK = (
-    512  # positions whose distributions are in memory at once: those of all 8193 of Emu3 would take several GB an image
-)
+# positions whose distributions are in memory at once: those of all 8193 of Emu3 would take several GB an image
+CHUNK = 512
 FLOOR = 1e-9  # a token that top-k or top-p has cut off counts as this probability, not as infinitely unlikely
 
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.finetune.data.generated import Generated, sampling_at
-from sjd2.finetune.front_pairs import Pairs, join, make_pairs, probs_of
+from sjd2.finetune.front_pairs import FrontPairs, join, make_pairs, probs_of
 from sjd2.finetune.recipe import FinetuneRecipe, Training, positive
 from sjd2.finetune.trainer import Metrics, Piece, step_rng
 from sjd2.front.corrector import Corrector, FrontSettings, embedding_width
@@ -54,7 +54,7 @@ class FinetuneFront(FinetuneRecipe):
         average = AveragedModel(corrector, multi_avg_fn=get_ema_multi_avg_fn(self.ema)).requires_grad_(False)
         averaged = cast(Corrector, average.module)
         held_out = self.pairs(model, self.validation_images, seed, held_out=True)
-        now: dict[int, Pairs] = {}
+        now: dict[int, FrontPairs] = {}
 
         def loss(step: int) -> Piece:
             number = step // self.round_steps
@@ -97,7 +97,7 @@ class FinetuneFront(FinetuneRecipe):
             torch.optim.AdamW(others, lr=self.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 
-    def pairs(self, model: ImageModel, images: int, seed: int, held_out: bool = False) -> Pairs:
+    def pairs(self, model: ImageModel, images: int, seed: int, held_out: bool = False) -> FrontPairs:
         """Make the pairs of so many images; a pure function of the seed."""
         prompts, codes, scales = self.data.scaled(images, seed, held_out)
         tokens = model.layout.tokens(codes.to(model.device))
@@ -126,7 +126,7 @@ class FinetuneFront(FinetuneRecipe):
         return (free[:-1] & free[1:]).nonzero()[:, 0].to(model.device)
 
     def corrected(
-        self, model: ImageModel, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor
+        self, model: ImageModel, corrector: Corrector, pairs: FrontPairs, image: Tensor, place: Tensor
     ) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Correct the states after tokens `place` [M] of images [M] -> kind: (corrected, stale, true [2M, D], counts [M]).
 
@@ -154,7 +154,7 @@ class FinetuneFront(FinetuneRecipe):
         found["d2"] = correct(pairs.second, pairs.second_stale, found["d1"][0], place + 1)
         return found
 
-    def loss(self, model: ImageModel, corrector: Corrector, pairs: Pairs, image: Tensor, place: Tensor) -> Tensor:
+    def loss(self, model: ImageModel, corrector: Corrector, pairs: FrontPairs, image: Tensor, place: Tensor) -> Tensor:
         """Return the total variation between corrected and true probs, averaged over pairs, kinds and guidance scales."""
         losses = []
         for hidden, _, true, counts in self.corrected(model, corrector, pairs, image, place).values():
@@ -165,7 +165,7 @@ class FinetuneFront(FinetuneRecipe):
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def validate(self, model: ImageModel, corrector: Corrector, pairs: Pairs) -> dict[str, float]:
+    def validate(self, model: ImageModel, corrector: Corrector, pairs: FrontPairs) -> dict[str, float]:
         """Measure 1 - TV as decoding meets it, each scale on the images drawn under it; stale_*: without the corrector."""
         places = self._places(model)
         sums: dict[str, list[Tensor]] = {}

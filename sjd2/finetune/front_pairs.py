@@ -18,7 +18,7 @@ from sjd2.finetune.windows import both_branches, causal_mask, window_mask
 from sjd2.models.base import ImageModel
 
 
-class Images:
+class TeacherForced:
     """Image tokens [B, N] run through both guidance branches once; any of them can then be replaced in a short second run.
 
     hidden [R, N + 1, D]: the states H_0..H_N.
@@ -60,12 +60,12 @@ class Images:
         self.cache.lengths = self.cache.lengths - n
         return hidden
 
-    def _replaced(self, old: Tensor, visible: Tensor) -> Tensor:
-        return self.model.forward(self.model.embed(old).repeat(2, 1, 1), self.place, self.cache, visible)
+    def _replaced(self, old: Tensor, attn_mask: Tensor) -> Tensor:
+        return self.model.forward(self.model.embed(old).repeat(2, 1, 1), self.place, self.cache, attn_mask)
 
 
 @dataclass
-class Pairs:
+class FrontPairs:
     """For each image and token t: tokens in its place, and the states after them.
 
     hidden [B, 2, N + 1, D] (branches in the second place); tokens [B, N]; scales [B] guidance.
@@ -105,7 +105,7 @@ def make_pairs(
     scales: Tensor,
     samplings: dict[float, SamplingParams],
     uniform: Callable[..., Tensor],
-) -> Pairs:
+) -> FrontPairs:
     """Replace each token of images [B, N] as decoding would: by a draft that verification rejects.
 
     The draft of token t comes from the distribution q after a wrong token t - 1. Speculative sampling leaves a pair of a
@@ -113,7 +113,7 @@ def make_pairs(
     probability max(0, 1 - q / p) is its weight.
     scales [B]: the guidance scale of each image; samplings: by scale; uniform: shape -> numbers in (0, 1).
     """
-    images = Images(model, prompts, tokens)
+    images = TeacherForced(model, prompts, tokens)
 
     def target(hidden: Tensor) -> Tensor:
         probs = hidden.new_empty(*tokens.shape, model.layout.vocabulary, dtype=torch.float32)
@@ -131,7 +131,7 @@ def make_pairs(
     old_stale = images.stale(old)
     second = draw(torch.cat([p[:, :1], target(old_stale)[:, :-1]], 1), uniform(tokens.shape))
     weight = 1 - (q / p.clamp(min=1e-9)).gather(-1, code[..., None])[..., 0]
-    return Pairs(
+    return FrontPairs(
         _by_image(images.hidden), tokens, scales, other, _by_image(other_stale), old, _by_image(old_stale),
         weight.clamp(min=0), second, _by_image(images.stale_twice(second)),
     )  # fmt: skip
@@ -141,6 +141,8 @@ def _by_image(hidden: Tensor) -> Tensor:
     return hidden.unflatten(0, (2, -1)).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
-def join(parts: list[Pairs]) -> Pairs:
+def join(parts: list[FrontPairs]) -> FrontPairs:
     """Put the pairs of several batches of images together."""
-    return Pairs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Pairs.__dataclass_fields__})
+    return FrontPairs(
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in FrontPairs.__dataclass_fields__}
+    )

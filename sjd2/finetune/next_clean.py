@@ -212,9 +212,9 @@ class FinetuneSJD2(ParallelRecipe):
         space = self._space(model)
         x = self._noisy(model, space, drafts, level, steps, draws)
         place = model.image_start(lengths)[:, None] + torch.arange(n, device=tokens.device)
-        x, positions, visible, noisy = self._sequence(x, place, level > 0, first, prompt, lengths)
+        x, positions, attn_mask, noisy = self._sequence(x, place, level > 0, first, prompt, lengths)
         timesteps = self._timesteps(model, space, level, lengths, steps, x)
-        hidden = model.forward(x, positions, past, visible, noisy if gate else None, timesteps)[:, -n:-1]
+        hidden = model.forward(x, positions, past, attn_mask, noisy if gate else None, timesteps)[:, -n:-1]
         wanted = self._wanted(level, free)
         return _cross_entropy(model, hidden[wanted], tokens[:, 1:][wanted], count)
 

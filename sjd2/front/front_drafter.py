@@ -28,7 +28,7 @@ from sjd2.models.spec import ModelSpec
 
 
 @dataclass
-class Memory:
+class FrontMemory:
     """What the last pass knew of the coming front: its states, and which left tokens they were computed with.
 
     stale [R, T, D]: the state that gave the distribution of each depth; old [B, T]: the left token it saw; valid [B, T]:
@@ -123,18 +123,18 @@ class FrontDrafter(Drafter):
         )
         self.corrector = None if settings.weights is None else Corrector.load(locate_part(settings.source()), model)
 
-    def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> Memory | None:
+    def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> FrontMemory | None:
         if self.corrector is None:
             return None
         device, depths = self.model.device, self.settings.corrected
         width, branches = self.corrector.depth, 2 if sampling.guided else 1
         zeros = torch.zeros(rows, depths, dtype=torch.long, device=device)
         stale = torch.zeros(branches * rows, depths, width, dtype=self.model.dtype, device=device)
-        return Memory(stale, zeros, zeros.bool(), stale[:, 0].clone())
+        return FrontMemory(stale, zeros, zeros.bool(), stale[:, 0].clone())
 
     def admit(
         self,
-        memory: Memory | None,
+        memory: FrontMemory | None,
         rows: Tensor,
         branch: int,
         embeds: Tensor,

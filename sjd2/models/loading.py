@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 QUANTISATIONS = ("8bit", "4bit")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-REMAINING = {
-    None: 1.0,
-    "8bit": 0.55,
-    "4bit": 0.32,
-}  # share of the bytes after quantisation: some layers stay as they are
+# share of the bytes after quantisation: some layers stay as they are
+REMAINING = {None: 1.0, "8bit": 0.55, "4bit": 0.32}
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 

@@ -13,7 +13,7 @@ from sjd2.errors import UserError
 from sjd2.finetune.data.generated import Generated
 from sjd2.finetune.data.sources import Captions
 from sjd2.finetune.front import FinetuneFront
-from sjd2.finetune.front_pairs import Images, Pairs
+from sjd2.finetune.front_pairs import FrontPairs, TeacherForced
 from sjd2.front.corrector import Corrector, FrontSettings, embedding_width, read_settings
 from sjd2.models.layout import TokenGrid
 from tests.helpers.toy import Toy
@@ -99,7 +99,7 @@ def plain(model: Toy, prompt: str, tokens: Tensor) -> Tensor:
 def test_stale_states_are_those_of_a_plain_forward_with_the_replaced_tokens() -> None:
     model, prompts = toy(), ["ab", "cd ef gh"]
     tokens, first, second = torch.randint(0, 12, (3, 2, GRID.length))
-    images = Images(model, prompts, tokens)
+    images = TeacherForced(model, prompts, tokens)
     stale, twice = images.stale(first), images.stale_twice(second)
     for row, prompt in enumerate(prompts):
         own = [row, row + 2]
@@ -118,7 +118,7 @@ def test_stale_states_are_those_of_a_plain_forward_with_the_replaced_tokens() ->
 def test_replaced_tokens_are_rejected_drafts(tmp_path: Path) -> None:
     model, training = toy(), recipe()
     training.data.prepare(model, tmp_path)
-    pairs: Pairs = training.pairs(model, 48, 0)
+    pairs: FrontPairs = training.pairs(model, 48, 0)
     free = model.layout.free
     assert (pairs.other != pairs.tokens)[:, free].all()
     same = (pairs.old == pairs.tokens) & free

@@ -360,9 +360,9 @@ class SmallHps(rewards.HpsV2):
     """HPSv2 with the shipped CLIP in place of ViT-H/14."""
 
     @property
-    def source(self) -> clip.Source:
+    def source(self) -> clip.ClipSource:
         weights = clip.SHIPPED / "open_clip_model.safetensors"
-        return clip.Source(f"local-dir:{clip.SHIPPED}", str(weights), (("image_resize_mode", "longest"),))
+        return clip.ClipSource(f"local-dir:{clip.SHIPPED}", str(weights), (("image_resize_mode", "longest"),))
 
 
 def test_hpsv2_scales_the_long_side_and_pads(tmp_path: Path) -> None:

@@ -13,9 +13,6 @@ from importlinter.cli import lint_imports
 from sjd2.files import ROOT
 
 PACKAGES = ("sjd2", "baselines", "evaluation", "harness", "sweeps", "benchmarks")
-# names that still mean two things; this becomes empty
-FILES_TWICE: set[str] = set()
-CLASSES_TWICE = {"Images", "Memory", "Pairs", "Pixels", "Plan", "Recipe", "Sample", "Source"}
 
 
 def modules() -> Iterator[Path]:
@@ -52,7 +49,7 @@ def test_no_file_name_stands_for_two_things() -> None:
     for file in modules():
         if file.name != "__init__.py":
             named[file.name].append(str(file.relative_to(ROOT)))
-    assert set(twice(named)) <= FILES_TWICE, twice(named)
+    assert twice(named) == {}
 
 
 def test_no_public_class_name_stands_for_two_things() -> None:
@@ -61,4 +58,4 @@ def test_no_public_class_name_stands_for_two_things() -> None:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 named[node.name].append(str(file.relative_to(ROOT)))
-    assert set(twice(named)) <= CLASSES_TWICE, twice(named)
+    assert twice(named) == {}

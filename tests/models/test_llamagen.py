@@ -19,7 +19,7 @@ from sjd2.decoding.likelihood import nll
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.files import ROOT
-from sjd2.finetune.front_pairs import Images
+from sjd2.finetune.front_pairs import TeacherForced
 from sjd2.finetune.next_clean import FinetuneSJD2
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.layout import TokenGrid
@@ -218,7 +218,7 @@ def test_training_passes_have_the_states_of_decoding(model: LlamaGen, reference:
     condition = model.encode(PROMPTS)
     pairs = make_pairs(model, condition.embeds, condition.lengths, codes)
     assert torch.allclose(model.logits(pairs.states), expected[:, :-1], atol=1e-5)
-    images = Images(model, PROMPTS, codes)
+    images = TeacherForced(model, PROMPTS, codes)
     assert torch.allclose(model.logits(images.hidden[: len(PROMPTS)]), expected, atol=1e-5)
 
 

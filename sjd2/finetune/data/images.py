@@ -31,7 +31,7 @@ BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # wha
 
 
 @dataclass(frozen=True)
-class Sample:
+class StoredImage:
     """One image as it is on disk; data is None where it cannot be read, caption None where there is none."""
 
     name: str
@@ -50,10 +50,10 @@ class FolderPart:
         """Return what identifies this part, as JSON."""
         return [list(image) for image in self.images]
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Iterator[StoredImage]:
         """Read the images one by one."""
         for name, _, caption in self.images:
-            yield Sample(name, _read(self.root / name), caption)
+            yield StoredImage(name, _read(self.root / name), caption)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TarPart:
         """Return what identifies this part, as JSON."""
         return [self.path.name, self.path.stat().st_size]
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Iterator[StoredImage]:
         """Read the images one by one. Raises `UserError` if the shard cannot be read."""
         key, found = None, {}
         try:
@@ -178,12 +178,12 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _sample(key: str | None, found: dict[str, bytes]) -> Iterator[Sample]:
+def _sample(key: str | None, found: dict[str, bytes]) -> Iterator[StoredImage]:
     """Yield the sample of a shard's members (suffix -> content), if one of them is an image."""
     data = next((found[ending] for ending in found if ending in IMAGES), None)
     if data is not None:
         text = next((_caption(found[ending], ending) for ending in CAPTIONS if ending in found), None)
-        yield Sample(str(key), data, text)
+        yield StoredImage(str(key), data, text)
 
 
 def _beside(path: Path | None) -> str | None:

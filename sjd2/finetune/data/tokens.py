@@ -27,7 +27,7 @@ from torch import Tensor
 from sjd2.errors import UserError
 from sjd2.files import digest, find, write_atomically
 from sjd2.finetune import distributed
-from sjd2.finetune.data.images import BROKEN, Part, Sample, find_parts, find_shards, number, pixels
+from sjd2.finetune.data.images import BROKEN, Part, StoredImage, find_parts, find_shards, number, pixels
 from sjd2.finetune.data.sources import Collection, ScaledData
 from sjd2.models.base import ImageModel
 from sjd2.models.hub import locate
@@ -126,7 +126,7 @@ class ImageTokens(Collection, ScaledData):
         write_atomically(file.with_suffix(".jsonl"), text.encode())
         write_atomically(file, lambda opened: np.save(opened, kept))  # last: it marks the part as complete
 
-    def _load(self, sample: Sample, height: int, width: int) -> tuple[dict[str, Any], np.ndarray | None]:
+    def _load(self, sample: StoredImage, height: int, width: int) -> tuple[dict[str, Any], np.ndarray | None]:
         """Turn a sample into its line and its pixels, None if it is skipped."""
         line: dict[str, Any] = {"name": sample.name}
         if sample.data is None:
@@ -251,7 +251,7 @@ def _key(model: ImageModel, parts: list[Part], *more: int) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=6).hexdigest()
 
 
-def _chunks(samples: Iterable[Sample], n: int) -> Iterator[list[Sample]]:
+def _chunks(samples: Iterable[StoredImage], n: int) -> Iterator[list[StoredImage]]:
     samples = iter(samples)
     while chunk := list(islice(samples, n)):
         yield chunk

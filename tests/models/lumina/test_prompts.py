@@ -11,7 +11,7 @@ from baselines.eagle.train import make_pairs, predict
 from sjd2.decoding.generate import generate
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.finetune.front_pairs import Images
+from sjd2.finetune.front_pairs import TeacherForced
 from sjd2.finetune.next_clean import FinetuneSJD2
 from sjd2.models.adapter import AdapterSettings
 from sjd2.models.chameleon import Chameleon
@@ -133,7 +133,7 @@ def test_an_eagle_head_trains_on_what_it_will_see(model: Chameleon, plain: Plain
 
 def test_front_pairs_and_clean_passes_have_plain_states(model: Chameleon, plain: Plain, image: Tensor) -> None:
     n = image.shape[1]
-    hidden = Images(model, PROMPTS, image).hidden  # [conditional | unconditional]
+    hidden = TeacherForced(model, PROMPTS, image).hidden  # [conditional | unconditional]
     recipe = FinetuneSJD2(adapter=AdapterSettings(rank=2), data=None, steps=1, batch_size=1, lr=1.0)
     clean = recipe._clean_pass(model, image, *unconditional(model, 2))[1]
     for row, text in enumerate(PROMPTS):
