@@ -60,7 +60,7 @@ class Replayed(Engine):
         record: Callable[[Callable[[], None]], Replay],
     ) -> None:
         super().__init__(model, decoder, rows, prompt, sampling)
-        self.record = record
+        self.record, self.adapter = record, model.adapter
         self.graphs: dict[int, Replay | None] = {}  # None: one pass has run at this bound
         self.fixed: list[Tensor] = []  # the tensors that outlive a pass, at the addresses that the graphs know
         self.num_new = torch.zeros_like(self.state.committed)  # [B] tokens committed in the last pass
@@ -122,7 +122,8 @@ class Replayed(Engine):
 
     def serves(self, model: ImageModel, decoder: BaseDecoder, rows: int, sampling: SamplingParams) -> bool:
         """Return whether this is an engine of just these."""
-        return self.model is model and self.decoder is decoder and self.num_rows == rows and self.sampling == sampling
+        same = self.model is model and self.adapter is model.adapter and self.decoder is decoder
+        return same and self.num_rows == rows and self.sampling == sampling
 
 
 def replayed(engine: type[Engine]) -> type[Replayed]:

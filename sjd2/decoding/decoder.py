@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sjd2.decoding.commit_rule import AnyInput, CleanInputs, CommitRule
 from sjd2.decoding.interfaces import Drafter, Redrafted, Refiner, Verifier
@@ -83,6 +83,10 @@ class Decoder(BaseDecoder):
                     f"decoder '{self.name}' claims to be lossless, but its part {type(part).__name__} is not exact; "
                     "set decoder.lossless=false."
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings alone: copies and pickles do not hold the model that the parts are bound to."""
+        return self.__dict__ | {"_bound": {}}
 
     def _check_parts(self) -> None:
         if self.drafter is None or self.verifier is None:

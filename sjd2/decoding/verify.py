@@ -60,7 +60,6 @@ class Verification:
             return self
         token = self.draft.codes(self.p.shape[-1])
         prob = self.sampler.accept_prob(EXACT, self.p, self.draft.probs, token, self.positions)
-        prob = prob.masked_fill(self.certain, 1.0)
         return replace(self, verifier=EXACT, tested=self.p, accept_prob=prob, accepted=self.coin < prob)
 
     def next_probs(self, end: Tensor) -> tuple[Tensor, Tensor]:

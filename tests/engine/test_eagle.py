@@ -91,6 +91,7 @@ def test_a_killed_drawing_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return real(*args, **more)
 
     monkeypatch.setattr(generated, "SAVE_S", 0.0)
+    monkeypatch.setattr(generated, "DRAWN_PER_SAVED", 0)  # after each batch, however slow the disk
     monkeypatch.setattr(generated, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
         cut.prepare(model, tmp_path / "cut")

@@ -1,4 +1,4 @@
-"""Replayed passes give exactly the tokens of the plain loop: on a CPU, with tests/helpers/tape.py in place of CUDA graphs."""
+"""Replayed passes give exactly the tokens of plain ones: on a CPU, with tests/helpers/tape.py in place of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_replayed_passes_give_the_tokens_of_the_plain_engine(model: Toy, name: s
     with as_on_a_gpu():
         # the second batch has a longer prompt: keys and values move; the third finds everything in place
         first = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=graphs)
-        loop = graphs.kept
+        engine = graphs.kept
         then = generate(model, decoder, model.encode(PROMPTS[2:4]), SEEDS[2:4], sampling=SAMPLING, graphs=graphs)
         again = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=graphs)
-    assert isinstance(loop, Replayed)
-    assert loop is graphs.kept
-    assert any(loop.graphs.values())
+    assert isinstance(engine, Replayed)
+    assert engine is graphs.kept
+    assert any(engine.graphs.values())
     assert torch.equal(first.tokens, plain.tokens[:2])
     assert torch.equal(then.tokens, plain.tokens[2:4])
     assert torch.equal(again.tokens, plain.tokens[:2])
@@ -76,12 +76,15 @@ def test_refilled_rows_may_be_replayed(model: Toy, name: str, nets: dict[str, st
             assert (sample.tokens == plain.samples[index].tokens).all()
 
 
-def test_another_batch_size_or_law_opens_another_loop(model: Toy) -> None:
+def test_another_batch_size_adapter_or_law_opens_another_engine(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, decoder = Graphs(tape.record), sjd(4)
-    loop = graphs.start(model, decoder, 2, 5, SAMPLING)
-    assert graphs.start(model, decoder, 2, 3, SAMPLING) is loop
-    assert graphs.start(model, decoder, 3, 5, SAMPLING) is not loop
-    assert graphs.start(model, decoder, 2, 5, replace(SAMPLING, top_k=3)) is not loop
+    engine = graphs.start(model, decoder, 2, 5, SAMPLING)
+    assert graphs.start(model, decoder, 2, 3, SAMPLING) is engine
+    assert graphs.start(model, decoder, 3, 5, SAMPLING) is not engine
+    assert graphs.start(model, decoder, 2, 5, replace(SAMPLING, top_k=3)) is not engine
+    engine = graphs.start(model, decoder, 2, 5, SAMPLING)
+    monkeypatch.setattr(model, "adapter", None)
+    assert graphs.start(model, decoder, 2, 5, SAMPLING) is not engine
     zipar = ZipAR(name="zipar", lossless=False, window_size=2)
     assert not isinstance(graphs.start(model, zipar, 2, 5, SAMPLING), Replayed)
 

@@ -28,7 +28,8 @@ from sjd2.finetune.data.sources import Captions, ScaledData
 from sjd2.models.base import ImageModel
 
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 fill the unit interval evenly, however many are taken
-SAVE_S = 60.0  # seconds between two saves of the unfinished file; more where saving takes over a twentieth of the time
+SAVE_S = 60.0  # seconds between two saves of the unfinished file, at least
+DRAWN_PER_SAVED = 20  # seconds of drawing between them for each second that a save takes, at least
 logger = logging.getLogger(__name__)
 
 
@@ -148,7 +149,7 @@ class Generated(ScaledData):
             drawn = self._draw(model, captions, batches[mine], name) if mine < len(batches) else []
             tokens += [row for rows in distributed.gather(drawn) for row in rows]
             now = time.monotonic()
-            if distributed.first() and (now - saved > max(SAVE_S, 20 * took) or len(tokens) == total):
+            if distributed.first() and (now - saved > max(SAVE_S, DRAWN_PER_SAVED * took) or len(tokens) == total):
                 arrays = {**stored, name: np.stack(tokens).astype(np.int32)}
                 write_atomically(file, lambda opened, arrays=arrays: np.savez_compressed(opened, **arrays))
                 saved = time.monotonic()
