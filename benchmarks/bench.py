@@ -21,7 +21,7 @@ from harness.console import say
 from harness.plan import make_plan
 from harness.provenance import start_entry
 from harness.sample import synchronize
-from sjd2.decoding.decoder import Decoder, Recipe
+from sjd2.decoding.decoder import BaseDecoder, Decoder
 from sjd2.decoding.engine import Engine
 from sjd2.decoding.generate import generate, start_engine, stream
 from sjd2.decoding.jacobi import Jacobi
@@ -74,7 +74,7 @@ def window_decoder(slots: int) -> Decoder:
 
 
 def pass_times(
-    model: ImageModel, own: Recipe, prompts: list[str], sampling: SamplingParams
+    model: ImageModel, own: BaseDecoder, prompts: list[str], sampling: SamplingParams
 ) -> Iterator[dict[str, Any]]:
     """Yield a row per batch and window: median milliseconds of a pass, its ratio to one slot, share outside the forward.
 
@@ -106,7 +106,7 @@ def pass_times(
             }
 
 
-def _start(model: Any, decoder: Recipe, prompts: list[str], sampling: SamplingParams) -> Engine:
+def _start(model: Any, decoder: BaseDecoder, prompts: list[str], sampling: SamplingParams) -> Engine:
     condition = model.encode(prompts)
     engine = start_engine(model, decoder, len(prompts), condition.embeds.shape[1], sampling)
     spent = model.seconds
@@ -116,7 +116,7 @@ def _start(model: Any, decoder: Recipe, prompts: list[str], sampling: SamplingPa
 
 
 def batch_rows(
-    model: ImageModel, decoder: Recipe, prompts: list[str], sampling: SamplingParams
+    model: ImageModel, decoder: BaseDecoder, prompts: list[str], sampling: SamplingParams
 ) -> Iterator[dict[str, Any]]:
     """Yield tokens per forward and row for each batch size on the same 32 prompts; they must not fall with the batch."""
     for batch in BATCHES:
@@ -130,7 +130,7 @@ def batch_rows(
 
 
 def throughput(
-    model: ImageModel, decoders: Sequence[Recipe], prompts: list[str], sampling: SamplingParams
+    model: ImageModel, decoders: Sequence[BaseDecoder], prompts: list[str], sampling: SamplingParams
 ) -> Iterator[dict[str, Any]]:
     """Yield images per second of each decoder with 32 rows in flight, without and with refilling."""
     rows, base = max(BATCHES), None

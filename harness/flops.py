@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.generate import generate
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import ImageModel
 
 
-def gflops_per_token(model: ImageModel, decoder: Recipe, prompt: str, sampling: SamplingParams, seed: int) -> float:
+def gflops_per_token(
+    model: ImageModel, decoder: BaseDecoder, prompt: str, sampling: SamplingParams, seed: int
+) -> float:
     """Decode one prompt under torch's counter and return GFLOP per image token, prefill and draft network included.
 
     Matrix products and attention count, two operations per multiply-add, both guidance branches; sampling and pixels do not.

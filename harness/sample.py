@@ -22,7 +22,7 @@ from harness.ranks import ALONE, Ranks
 from harness.signals import Dropped, Stopping, listening
 from harness.tracking import Tracker
 from sjd2.decoding.cuda_graph import Graphs
-from sjd2.decoding.decoder import Recipe
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.engine import Sample
 from sjd2.decoding.generate import StepInfo, generate, stream
 from sjd2.decoding.likelihood import nll
@@ -42,7 +42,7 @@ class Job:
 
     run: RunFolder
     load: Callable[[], ImageModel]
-    decoder: Recipe
+    decoder: BaseDecoder
     sampling: SamplingParams
     prompts: list[str]
     ids: list[Id]
