@@ -154,7 +154,7 @@ class LlamaGen(ImageModel):
         return self.vq.codebook
 
     def image_start(self, lengths: Tensor) -> Tensor:
-        """Return the place of the image's first token: behind all caption places, however many are in use."""
+        """Return the position of the image's first token: after all caption positions, however many are in use."""
         return torch.full_like(lengths, CAPTION_POSITIONS)
 
     def encode(self, prompts: list[str]) -> Condition:
