@@ -129,7 +129,8 @@ def paired(
 def _t_test(values: np.ndarray) -> float:
     """Return the two-sided p-value of "the mean is zero"; 1 where all values are 0.
 
-    Never below 2^(1 - P), which is what P values of one sign are worth without the normal law: two prompts prove nothing.
+    Never below 2^(1 - P), which is what P values of one sign are worth without the normal distribution: two prompts
+    prove nothing.
     """
     from scipy import stats
 

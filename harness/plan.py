@@ -23,9 +23,9 @@ from sjd2.decoding.sampling import SamplingParams
 from sjd2.devices import resolve_device, resolve_dtype
 from sjd2.errors import UserError
 
-# the command line's law counts, the digest tells the revision, and where layers lie changes no token
+# the command line's sampling parameters count, the digest tells the revision, and where layers lie changes no token
 NO_IDENTITY = ("sampling", "revision", "device_map", "text_device")
-LAW = ("guidance_scale", "temperature", "top_k", "top_p", "sampler")
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "sampler")
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     if cfg.runtime.graph and not device.startswith("cuda"):
         raise UserError(f"runtime.graph=true needs a GPU, device is {device}; use device=cuda or runtime.graph=false.")
     prompts = instantiate(cfg.prompts)
-    sampling = SamplingParams(**{key: cfg[key] for key in LAW})
+    sampling = SamplingParams(**{key: cfg[key] for key in SAMPLING})
     decoder = instantiate(cfg.decoder)
     spec = instantiate(cfg.model)
     sampling.check(spec.vocabulary)
@@ -68,7 +68,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
         model=model_settings(cfg),
         digest=spec.digest(),
         decoder=by_content(plain(cfg.decoder)),
-        law={key: cfg[key] for key in LAW},
+        law={key: cfg[key] for key in SAMPLING},
         prompts={"digest": prompts.digest, "repeats": prompts.repeats},
         seed=cfg.seed,
         batch_size=cfg.batch_size,

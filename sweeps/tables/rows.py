@@ -1,6 +1,7 @@
 """Turn runs into the numbers of one table row each; every comparison is made on the images that both runs have.
 
-A value is None where it does not exist or would be unfair: no speed-up across machines, batch sizes, dtypes or laws.
+A value is None where it does not exist or would be unfair: no speed-up across machines, batch sizes, dtypes or sampling
+parameters.
 """
 
 from __future__ import annotations

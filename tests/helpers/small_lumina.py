@@ -18,8 +18,8 @@ from tests.helpers import checkpoints_chameleon as small
 from tests.helpers.plain_chameleon import Plain
 
 PROMPTS = ["a red cat in the hat", "Two dogs!"]
-LAW = SamplingParams(guidance_scale=3.0, top_k=2000)
-GREEDY, MATCH = replace(LAW, temperature=0.0), replace(LAW, sampler="gumbel")
+SAMPLING = SamplingParams(guidance_scale=3.0, top_k=2000)
+GREEDY, MATCH = replace(SAMPLING, temperature=0.0), replace(SAMPLING, sampler="gumbel")
 AR = Decoder(name="ar", window=1, lossless=True)
 CONTEXTS = {"start_token": [], "sep_token": [8710]}  # ids before the image in the unconditional row
 

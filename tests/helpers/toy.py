@@ -15,7 +15,7 @@ from sjd2.models.layout import TokenGrid
 
 
 class Toy(ImageModel):
-    """V codes on a grid of rows x columns, prompts are words hashed to one of 7 vectors; sharp enough to tell laws apart."""
+    """V codes on a grid of rows x columns; sharp enough to tell distributions apart. Prompts are words hashed to 7 vectors."""
 
     def __init__(self, grid: TokenGrid, *, dtype: torch.dtype = torch.float32, width: int = 16, seed: int = 0) -> None:
         vq = {"embed_dim": 4, "num_embeddings": 4, "latent_channels": 4, "resolution": 8, "base_channels": 32}

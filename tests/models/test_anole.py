@@ -33,8 +33,8 @@ from tests.helpers.plain_chameleon import Plain
 from tests.helpers.public_names import index_bytes, public
 
 PROMPTS = ["a red cat in the hat", "Two dogs!"]
-LAW = SamplingParams(guidance_scale=3.0, top_k=2000)
-GREEDY, MATCH = replace(LAW, temperature=0.0), replace(LAW, sampler="gumbel")
+SAMPLING = SamplingParams(guidance_scale=3.0, top_k=2000)
+GREEDY, MATCH = replace(SAMPLING, temperature=0.0), replace(SAMPLING, sampler="gumbel")
 AR = Decoder(name="ar", window=1, lossless=True)
 
 
@@ -85,7 +85,7 @@ def test_decoders_run_on_it(model: Chameleon, name: str, tmp_path: Path) -> None
     condition = model.encode(PROMPTS)
     if name == "zipar":
         tokens = generate(
-            model, ZipAR(name=name, lossless=False, window_size=2), condition, [1, 2], sampling=LAW
+            model, ZipAR(name=name, lossless=False, window_size=2), condition, [1, 2], sampling=SAMPLING
         ).tokens
         assert model.decode(tokens).shape == (2, 3, 64, 64)
         return

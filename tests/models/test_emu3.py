@@ -24,7 +24,7 @@ from sjd2.models.loading import load_tokenizer
 from tests.helpers import checkpoints_emu3, family_checks
 
 PROMPTS = ["a red fox under the bridge", "two dogs", "a cat and a bad hand, lowres"]
-LAW = SamplingParams(guidance_scale=3.0, top_k=20)
+SAMPLING = SamplingParams(guidance_scale=3.0, top_k=20)
 KEYS = ROOT / "tests" / "fixtures" / "keys" / "emu3.txt"
 
 
@@ -54,9 +54,9 @@ def frame(processor: Emu3Processor, text: str, ratio: str = "1:1", area: int = 1
     return processor(text=text, **settings).input_ids
 
 
-# ---- the law: prompts, sizes, branches
+# ---- what is computed: prompts, sizes, branches
 def test_both_branches_are_the_reference_prompts(model: Emu3, processor: Emu3Processor, folder: Path) -> None:
-    """Positive words behind each prompt, the fixed negative text in the other branch, both in the same frame."""
+    """Positive words after each prompt, the fixed negative text in the other branch, both in the same frame."""
     table = model.full.get_input_embeddings()
     condition = model.encode(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
@@ -75,7 +75,7 @@ def test_both_branches_are_the_reference_prompts(model: Emu3, processor: Emu3Pro
 def test_greedy_images_equal_those_of_transformers(
     folder: Path, processor: Emu3Processor, reference: Emu3ForConditionalGeneration, size: str, ratio: str
 ) -> None:
-    """`generate` with guidance and the documented prefix constraint, one prompt at a time, and the pixels behind it."""
+    """`generate` with guidance and the documented prefix constraint, one prompt at a time, and the pixels it draws."""
     model = load("emu3", dtype="float64", **checkpoints_emu3.settings(folder) | {"size": size})
     prompts = PROMPTS if ratio == "1:1" else PROMPTS[:1]
     images = generate(model, prompts, decoder="ar", temperature=0.0, top_k=0)

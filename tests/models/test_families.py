@@ -1,4 +1,4 @@
-"""What every model family must do behind the engine, on small random checkpoints in the public layouts."""
+"""What every model family must do under the engine, on small random checkpoints in the public layouts."""
 
 from __future__ import annotations
 

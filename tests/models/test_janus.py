@@ -20,7 +20,7 @@ from sjd2.models.janus import Janus, JanusSpec
 from tests.helpers import checkpoints_janus, family_checks
 
 PROMPTS = ["a red fox under the bridge", "two dogs", " a cat and a bad hand, lowres "]
-LAW = SamplingParams(guidance_scale=5.0, top_k=20)
+SAMPLING = SamplingParams(guidance_scale=5.0, top_k=20)
 KEYS = ROOT / "tests" / "fixtures" / "keys"
 SIZES = {"1b": (2048, 5632, 24, 16), "7b": (4096, 11008, 30, 32)}  # width, inner width, layers, heads
 
@@ -51,7 +51,7 @@ def spec(**changes: object) -> JanusSpec:
     return instantiate(_compose("model", "janus", changes))
 
 
-# ---- the law: prompts and branches
+# ---- what is computed: prompts and branches
 def test_both_branches_are_the_reference_prompts(model: Janus, folder: Path) -> None:
     """The second has padding for all but the first and last id, and is attended to: one per prompt."""
     table = model.full.get_input_embeddings()
@@ -71,7 +71,7 @@ def test_both_branches_are_the_reference_prompts(model: Janus, folder: Path) -> 
 def test_greedy_images_equal_those_of_transformers(
     model: Janus, reference: JanusForConditionalGeneration, folder: Path
 ) -> None:
-    """`generate(generation_mode="image")` with guidance, one prompt at a time, and the pixels behind it."""
+    """`generate(generation_mode="image")` with guidance, one prompt at a time, and the pixels it draws."""
     images = generate(model, PROMPTS, decoder="ar", temperature=0.0)
     for row, prompt in enumerate(PROMPTS):
         ids = public_ids(folder, prompt)

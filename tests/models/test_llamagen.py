@@ -31,8 +31,8 @@ from tests.helpers.plain_llamagen import Reference, book, draw, read
 from tests.helpers.tiers import by_default
 
 PROMPTS = ["a red cat", "The blue dog on a green circle!", "x", "circles of the cats"]
-LAW = SamplingParams(guidance_scale=7.5, top_k=20)
-GREEDY = replace(LAW, temperature=0.0)
+SAMPLING = SamplingParams(guidance_scale=7.5, top_k=20)
+GREEDY = replace(SAMPLING, temperature=0.0)
 AR = Decoder(name="ar", window=1, lossless=True)
 KEYS = ROOT / "tests" / "fixtures" / "keys"
 SIDE = 4  # of the grid in most tests: N = 16
@@ -63,14 +63,14 @@ def reference(folder: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def wanted(reference: Reference) -> Tensor:
-    return reference.greedy(PROMPTS, SIDE * SIDE, LAW.guidance_scale)
+    return reference.greedy(PROMPTS, SIDE * SIDE, SAMPLING.guidance_scale)
 
 
 def decode(model: LlamaGen, decoder: object, sampling: SamplingParams = GREEDY, prompts: list[str] = PROMPTS) -> Tensor:
     return generate(model, decoder, model.encode(prompts), list(range(1, len(prompts) + 1)), sampling=sampling).tokens
 
 
-# ---- the law
+# ---- the distribution
 
 
 def test_greedy_ar_returns_the_tokens_of_the_reference(model: LlamaGen, wanted: Tensor) -> None:
@@ -84,14 +84,14 @@ def test_greedy_ar_in_float32_too(folder: Path, wanted: Tensor) -> None:
 
 
 def test_the_likelihood_is_that_of_the_reference(model: LlamaGen, reference: Reference) -> None:
-    tokens = decode(model, AR, LAW)
-    logits = reference.guided(PROMPTS, tokens[:, :-1], LAW.guidance_scale)
-    logits = logits.masked_fill(logits < logits.topk(LAW.top_k).values[..., -1:], -torch.inf)
+    tokens = decode(model, AR, SAMPLING)
+    logits = reference.guided(PROMPTS, tokens[:, :-1], SAMPLING.guidance_scale)
+    logits = logits.masked_fill(logits < logits.topk(SAMPLING.top_k).values[..., -1:], -torch.inf)
     expected = -logits.log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
-    assert torch.allclose(nll(model, model.encode(PROMPTS), tokens, LAW), expected, atol=1e-4)
+    assert torch.allclose(nll(model, model.encode(PROMPTS), tokens, SAMPLING), expected, atol=1e-4)
     # what a wrong unconditional row, or a first token at the caption's own length, would give
-    wrong = reference.guided(PROMPTS, tokens[:, :-1], LAW.guidance_scale, masked=False)
-    assert not torch.allclose(wrong, reference.guided(PROMPTS, tokens[:, :-1], LAW.guidance_scale), atol=0.1)
+    wrong = reference.guided(PROMPTS, tokens[:, :-1], SAMPLING.guidance_scale, masked=False)
+    assert not torch.allclose(wrong, reference.guided(PROMPTS, tokens[:, :-1], SAMPLING.guidance_scale), atol=0.1)
 
 
 def test_the_place_of_the_first_token_matters(model: LlamaGen, wanted: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,12 +158,12 @@ def tuned(folder: Path) -> LlamaGen:
 
 @pytest.mark.parametrize("name", by_default(LOSSLESS, ["sjd-pac", "sjd2"]))
 def test_lossless_decoders_return_the_tokens_of_ar(tuned: LlamaGen, name: str) -> None:
-    decoder, law = api.decoder(name, **LOSSLESS[name]), replace(LAW, sampler="gumbel")
+    decoder, sampling = api.decoder(name, **LOSSLESS[name]), replace(SAMPLING, sampler="gumbel")
     decoder.check(tuned.spec)
-    expected = decode(tuned, AR, law)
-    assert torch.equal(decode(tuned, decoder, law), expected)
+    expected = decode(tuned, AR, sampling)
+    assert torch.equal(decode(tuned, decoder, sampling), expected)
     seeds = list(enumerate(PROMPTS, 1))
-    requests = dict(stream(tuned, decoder, [(prompt, seed) for seed, prompt in seeds], rows=2, sampling=law))
+    requests = dict(stream(tuned, decoder, [(prompt, seed) for seed, prompt in seeds], rows=2, sampling=sampling))
     assert all((requests[i].tokens == expected[i].numpy()).all() for i in range(len(PROMPTS)))
 
 
@@ -175,16 +175,16 @@ def test_drafts_of_a_head_leave_the_tokens_alone(model: LlamaGen, tmp_path: Path
     head.save(tmp_path, torch.float32)
     more = {"window": 12, "drafter": {"depth": 3, "top_k": 4}} if name == "eagle" else {"drafter": {}}
     more["drafter"]["weights"] = str(tmp_path)
-    law = replace(LAW, sampler="gumbel")
-    expected = decode(model, AR, law)
+    sampling = replace(SAMPLING, sampler="gumbel")
+    expected = decode(model, AR, sampling)
     requests = [(prompt, seed) for seed, prompt in enumerate(PROMPTS, 1)]
-    for index, sample in stream(model, api.decoder(name, **more), requests, rows=2, sampling=law):
+    for index, sample in stream(model, api.decoder(name, **more), requests, rows=2, sampling=sampling):
         assert (sample.tokens == expected[index].numpy()).all()
 
 
 def test_jacobi_needs_fewer_passes_than_ar(model: LlamaGen) -> None:
-    law = replace(LAW, temperature=0.3)
-    result = generate(model, api.decoder("scd", window=8), model.encode(PROMPTS), [1, 2, 3, 4], sampling=law)
+    sampling = replace(SAMPLING, temperature=0.3)
+    result = generate(model, api.decoder("scd", window=8), model.encode(PROMPTS), [1, 2, 3, 4], sampling=sampling)
     assert sum(sample.forwards for sample in result.samples) < len(PROMPTS) * SIDE * SIDE
 
 
@@ -192,19 +192,21 @@ def test_relaxed_decoders_run_and_end_in_the_exact_one(model: LlamaGen, wanted: 
     grouped = api.decoder("gsd", window=6)
     exact = replace(grouped, verifier=replace(grouped.verifier, group=1))
     assert torch.equal(decode(model, exact), wanted)
-    assert decode(model, grouped, LAW).max() < small.CODES
+    assert decode(model, grouped, SAMPLING).max() < small.CODES
     from baselines.lantern import Relaxed
 
     for neighbours in (1, 4):
         near = replace(api.decoder("sjd", window=6), verifier=Relaxed(neighbours=neighbours), lossless=False)
-        tokens = decode(model, near, GREEDY if neighbours == 1 else LAW)
+        tokens = decode(model, near, GREEDY if neighbours == 1 else SAMPLING)
         assert tokens.min() >= 0
         assert torch.equal(tokens, wanted) == (neighbours == 1)
 
 
 def test_zipar_of_a_whole_row_is_ar(model: LlamaGen, wanted: Tensor) -> None:
     assert torch.equal(decode(model, api.decoder("zipar", window_size=SIDE)), wanted)
-    narrow = generate(model, api.decoder("zipar", window_size=2), model.encode(PROMPTS), [1, 2, 3, 4], sampling=LAW)
+    narrow = generate(
+        model, api.decoder("zipar", window_size=2), model.encode(PROMPTS), [1, 2, 3, 4], sampling=SAMPLING
+    )
     assert all(sample.forwards < SIDE * SIDE for sample in narrow.samples)
 
 
@@ -312,7 +314,7 @@ def test_bfloat16_and_a_text_encoder_elsewhere(folder: Path) -> None:
     model = load(folder, "bfloat16", text_device="cpu")
     assert model.dtype == torch.bfloat16
     assert model.logits(model.embed(torch.zeros(1, 2, dtype=torch.long))).dtype == torch.float32
-    assert decode(model, AR, LAW).shape == (len(PROMPTS), SIDE * SIDE)
+    assert decode(model, AR, SAMPLING).shape == (len(PROMPTS), SIDE * SIDE)
 
 
 @pytest.mark.parametrize(

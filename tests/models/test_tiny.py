@@ -186,9 +186,9 @@ def test_vqgan_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path,
 
 def test_the_shipped_tokeniser_rebuilds_pictures() -> None:
     """At least 23 dB, and most of the codes in use."""
-    figures = measure(VQGAN.load(SHIPPED / "weights" / "vq"), to_float(scenes.render(scenes.held_out(64, 1), 1)))
-    assert figures["psnr"] > 23
-    assert figures["codes_used"] > 450
+    numbers = measure(VQGAN.load(SHIPPED / "weights" / "vq"), to_float(scenes.render(scenes.held_out(64, 1), 1)))
+    assert numbers["psnr"] > 23
+    assert numbers["codes_used"] > 450
 
 
 # --------------------------------------------------------------------------------------------------------------- loop
@@ -270,13 +270,13 @@ def test_both_recipes_run_and_write_loadable_folders(tmp_path: Path) -> None:
     reports: list[int] = []
     small = {"steps": 3, "batch_size": 4, "warmup": 1, "validation_images": 8}
     vq = recipe("vq", kmeans_step=1, codes=64, **small)
-    figures = vq.run(out=tmp_path / "vq", log=lambda step, _: reports.append(step), device="cpu", seed=0)
+    numbers = vq.run(out=tmp_path / "vq", log=lambda step, _: reports.append(step), device="cpu", seed=0)
     assert reports[-1] == 3
-    assert figures["codes_used"] >= 1
+    assert numbers["codes_used"] >= 1
     weights = str(tmp_path / "vq" / "final")
     ar = recipe("ar", vq_weights=weights, num_layers=1, hidden_size=32, num_heads=1, intermediate_size=48, **small)
-    figures = ar.run(out=tmp_path / "ar", log=None, device="cpu", seed=0)
-    assert 0 < figures["val_loss"] < 10
+    numbers = ar.run(out=tmp_path / "ar", log=None, device="cpu", seed=0)
+    assert 0 < numbers["val_loss"] < 10
     folder = tmp_path / "ar" / "final"
     model, report = ChameleonForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]

@@ -25,7 +25,7 @@ from sjd2.front.front_drafter import Front
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.chameleon import Chameleon
 from tests.helpers import checkpoints_chameleon as small
-from tests.helpers.small_lumina import AR, CONTEXTS, LAW, MATCH, PROMPTS, at, chain, load
+from tests.helpers.small_lumina import AR, CONTEXTS, MATCH, PROMPTS, SAMPLING, at, chain, load
 from tests.helpers.tiers import by_default
 
 
@@ -110,7 +110,7 @@ def test_lossy_decoders_draw_whole_images(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     drawing, forced = at(tuned, context), tuned.layout.forced()
-    tokens = generate(drawing, LOSSY[name](), drawing.encode(PROMPTS), [1, 2], sampling=LAW).tokens
+    tokens = generate(drawing, LOSSY[name](), drawing.encode(PROMPTS), [1, 2], sampling=SAMPLING).tokens
     assert torch.equal(tokens[:, forced >= 0], forced[forced >= 0].expand(2, -1))
     assert tokens[:, forced < 0].max() < 8192
     assert drawing.decode(tokens).shape == (2, 3, 64, 64)
@@ -118,7 +118,7 @@ def test_lossy_decoders_draw_whole_images(
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_zipar_with_whole_rows_is_ar(model: Chameleon, context: str) -> None:
-    """Its header goes into the prefill, behind an empty prompt too."""
+    """Its header goes into the prefill, after an empty prompt too."""
     drawing = at(model, context)
     whole = ZipAR(name="zipar", lossless=False, window_size=4)
     condition = drawing.encode(PROMPTS)
@@ -144,6 +144,6 @@ def test_timestep_tokens_stand_where_an_empty_prompt_ends(folder: Path, model: C
 def test_rows_that_are_refilled_draw_the_same(model: Chameleon) -> None:
     scd = chain("scd", 8, refiner=Coupled())
     prompts, seeds = [*PROMPTS, "x"], [1, 2, 3]
-    expected = generate(model, scd, model.encode(prompts), seeds, sampling=LAW).tokens
-    got = dict(stream(model, scd, zip(prompts, seeds, strict=True), rows=2, sampling=LAW))
+    expected = generate(model, scd, model.encode(prompts), seeds, sampling=SAMPLING).tokens
+    got = dict(stream(model, scd, zip(prompts, seeds, strict=True), rows=2, sampling=SAMPLING))
     assert all((got[row].tokens == expected[row].numpy()).all() for row in range(3))

@@ -23,7 +23,7 @@ from sjd2.models.chameleon_lm import ChameleonLM
 from sjd2.models.lumina import lumina
 from tests.helpers import checkpoints_chameleon as small
 from tests.helpers.public_names import index_bytes, public
-from tests.helpers.small_lumina import AR, LAW, PROMPTS, chain, load
+from tests.helpers.small_lumina import AR, PROMPTS, SAMPLING, chain, load
 
 HERE = {"weights": "here", "vq_weights": "here", "sampling": {}}
 
@@ -107,11 +107,11 @@ def _rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             "lacks 1 of the model's tensors",
         ),
         (_config(vocabulary_map=small.names() | {"<reserved08799>": 8804}), "id 8804 for <reserved08799>"),
-        (_config(vocabulary_map={"<image>": 5}), "names 0 image codes"),
+        (_config(vocabulary_map={"<image>": 5}), "has 0 image codes"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be read as a tokenizer"),
     ],
 )
-def test_checkpoints_that_do_not_fit_are_told_in_one_sentence(
+def test_checkpoints_that_do_not_fit_are_refused_in_one_sentence(
     folder: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
 ) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -146,7 +146,7 @@ def test_layers_and_head_that_lie_elsewhere_change_no_token(folder: Path, model:
     spread.full = dispatch_model(spread.full, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert spread.full.lm_head.weight.device.type == "meta"
     condition = model.encode(PROMPTS)
-    drawn = [generate(each, AR, condition, [1, 2], sampling=LAW).tokens for each in (model, spread)]
+    drawn = [generate(each, AR, condition, [1, 2], sampling=SAMPLING).tokens for each in (model, spread)]
     assert torch.equal(*drawn)
 
 

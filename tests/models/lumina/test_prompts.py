@@ -54,7 +54,7 @@ def test_the_two_contexts_are_two_laws(model: Chameleon) -> None:
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_likelihoods_are_those_of_plain_forwards(model: Chameleon, plain: Plain, context: str) -> None:
-    drawing, law = at(model, context), SamplingParams(guidance_scale=3.0, temperature=0.8, top_k=4000)
+    drawing, sampling = at(model, context), SamplingParams(guidance_scale=3.0, temperature=0.8, top_k=4000)
     codes = torch.randint(8192, (2, 16), generator=torch.Generator().manual_seed(0))
     tokens = drawing.layout.tokens(codes)
     expected = []
@@ -65,10 +65,10 @@ def test_likelihoods_are_those_of_plain_forwards(model: Chameleon, plain: Plain,
             c, u = (logits[len(logits) - len(image) + place - 1][4:8196] for logits in branches)
             guided = (u + 3.0 * (c - u)) / 0.8
             kept = guided >= guided.topk(4000).values[-1]
-            chance = torch.where(kept, guided, -torch.inf).softmax(0)[image[place] - 4]
-            total -= float(chance.clamp(min=1e-9).log())
+            prob = torch.where(kept, guided, -torch.inf).softmax(0)[image[place] - 4]
+            total -= float(prob.clamp(min=1e-9).log())
         expected.append(total)
-    assert nll(drawing, drawing.encode(PROMPTS), tokens, law).tolist() == pytest.approx(expected, rel=1e-9)
+    assert nll(drawing, drawing.encode(PROMPTS), tokens, sampling).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_window_passes_equal_single_passes(model: Chameleon) -> None:
@@ -102,21 +102,21 @@ def image(model: Chameleon) -> Tensor:
 
 
 def test_an_eagle_head_trains_on_what_it_will_see(model: Chameleon, plain: Plain, image: Tensor) -> None:
-    """Behind an empty prompt: the states are those of plain forwards, and training, decoding and a plain call agree."""
+    """After an empty prompt: the states are those of plain forwards, and training, decoding and a plain call agree."""
     torch.manual_seed(3)
     head = EagleHead(EagleSettings(), model).eval().requires_grad_(False)
     pairs = make_pairs(model, *unconditional(model, 2), image)
     for row in range(2):
         states = plain.states(model.ids[image[row]].tolist())
-        assert torch.allclose(pairs.states[row, 1:], states[:-1], atol=1e-6)  # H_1.. : behind tokens 0..
+        assert torch.allclose(pairs.states[row, 1:], states[:-1], atol=1e-6)  # H_1.. : after tokens 0..
     assert pairs.states[:, 0].abs().max() == 0
     first, second = predict(head, pairs, 2)
     length = image.shape[1] - 2  # pairs 1..: token t and the state before it, at positions 0..
     mask = torch.full((length, length), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
-    told = head(
+    reported = head(
         pairs.embeds[:, 1:], pairs.states[:, 1:-1], torch.arange(length).expand(2, -1), None, mask.expand(2, 1, -1, -1)
     )
-    assert torch.allclose(first[:, 1:], told, atol=1e-9)
+    assert torch.allclose(first[:, 1:], reported, atol=1e-9)
     cache = head.cache(2, 64)
     empty, lengths = unconditional(model, 2, 1)
     cache.bound = 64
@@ -125,7 +125,7 @@ def test_an_eagle_head_trains_on_what_it_will_see(model: Chameleon, plain: Plain
     )
     assert torch.allclose(ahead, first[:, 0], atol=1e-9)
     seen = torch.ones(1, 1, 1, dtype=torch.bool)
-    drafted = head.step(cache, image[:, 1:2], ahead[:, None], torch.ones(1, 1).long(), seen)  # a guess for token 1
+    drafted = head.step(cache, image[:, 1:2], ahead[:, None], torch.ones(1, 1).long(), seen)  # a draft of token 1
     assert torch.allclose(drafted[:, 0], second[:, 1], atol=1e-9)
     count = torch.tensor([4, 4])
     assert torch.allclose(head.extend(cache, image[:, 1:7], pairs.states[:, 1:7], count), first[:, 4], atol=1e-9)
@@ -138,8 +138,8 @@ def test_front_pairs_and_clean_passes_have_plain_states(model: Chameleon, plain:
     clean = recipe._clean_pass(model, image, *unconditional(model, 2))[1]
     for row, text in enumerate(PROMPTS):
         ids = model.ids[image[row]].tolist()
-        behind = plain.states([*prompt(plain, text, 64, 64), *ids])
-        assert torch.allclose(hidden[row], behind[-n - 1 :], atol=1e-6)
+        after = plain.states([*prompt(plain, text, 64, 64), *ids])
+        assert torch.allclose(hidden[row], after[-n - 1 :], atol=1e-6)
         alone = plain.states(ids)
         assert torch.allclose(hidden[2 + row, 1:], alone, atol=1e-6)
         assert torch.allclose(clean[row], alone[:-1], atol=1e-6)
