@@ -145,7 +145,7 @@ class Search:
         say(f"tune: AR on the {self.tune.prompts} captions of the search")
         self.reference = self.make(self.compose(*self.search_captions, decoder="ar"), self.tune.prompts, self.metrics)
         runs = (self.reference.config.identity.id, base.identity["id"])
-        study = open_study(self.out, self.tune, runs, hardware(torch.device(base.device)))
+        study = open_study(self.out, self.tune, runs, hardware(torch.device(base.device)), found=self._found)
         done = sum(
             trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials
         )  # FAIL, left by a kill, is tried again
@@ -161,6 +161,11 @@ class Search:
             )
         show_front(study, self.tune)
         return self.judge(self.final(study))
+
+    def _found(self, trial: FrozenTrial) -> bool:
+        """Return whether the run of a trial is the one that these settings have."""
+        cfg = self.compose(*trial.user_attrs["overrides"], *self.search_captions)
+        return make_plan(cfg).run.path.name == trial.user_attrs["run"]
 
     def final(self, study: Study) -> FrozenTrial:
         """Run the best trials once more on other captions and return the winner.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,20 @@ if TYPE_CHECKING:
 TRIES = 3  # starts of a trial after which it is taken to be what kills the process
 
 
-def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "") -> Study:
+def open_study(
+    out: Path,
+    tune: Tune,
+    runs: Sequence[str] = (),
+    machine: str = "",
+    *,
+    found: Callable[[FrozenTrial], bool] = lambda trial: False,
+) -> Study:
     """Open or resume the study in out/study.db; a trial that a kill interrupted is tried again, three times at most.
 
     runs: ids of AR's and the decoder's own run on the captions of the search, which cover model, sampling and prompts.
-    machine: the hardware, on which a latency depends. Raises `UserError` if the study there searched something else.
+    machine: the hardware, on which a latency depends. found: whether a trial's run folder is the one that these settings
+    have; release 0.1 hashed other ids from the same settings. Raises `UserError` if the study there searched something
+    else.
     """
     import optuna
 
@@ -45,7 +54,10 @@ def open_study(out: Path, tune: Tune, runs: Sequence[str] = (), machine: str = "
     if tune.objective == "latency":  # seconds of two machines are not comparable
         asked["machine"] = machine
     asked |= {key: getattr(tune, key) for key in ("objective", "quality", "bound", "trust_lossless", "prompts")}
-    if study.user_attrs.get("asked", asked) != asked:
+    stored = study.user_attrs.get("asked", asked)
+    if stored["runs"] != asked["runs"] and any(map(found, complete(study)[:1])):
+        stored = stored | {"runs": asked["runs"]}
+    if stored != asked:
         raise UserError(
             f"{out} has a search of other settings, or for latency on another machine; choose another tune.name, or "
             "remove that folder."

@@ -94,6 +94,19 @@ def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
         studies.open_study(tmp_path, settings, ("other run",))
 
 
+def test_a_search_of_release_0_1_resumes_where_its_runs_are_found(tmp_path: Path) -> None:
+    settings = spaces.Tune(name="x", space={"a": [1, 2]})
+    study = studies.open_study(tmp_path, settings, ("ar of 0.1", "scd of 0.1"))
+    (done,) = study_of([(1.0, 0.0, 0.0)]).trials
+    study.add_trial(done)
+    with pytest.raises(UserError, match="other settings"):
+        studies.open_study(tmp_path, settings, ("ar", "scd"), found=lambda trial: trial.user_attrs["run"] == "other")
+    again = studies.open_study(tmp_path, settings, ("ar", "scd"), found=lambda trial: trial.user_attrs["run"] == "r")
+    assert len(again.trials) == 1
+    with pytest.raises(UserError, match="other settings"):  # found, but the question is another
+        studies.open_study(tmp_path, spaces.Tune(name="x", space={"a": [1, 3]}), ("z",), found=lambda trial: True)
+
+
 @pytest.mark.parametrize(("objective", "moves"), [("passes", True), ("latency", False)])
 def test_seconds_of_two_machines_do_not_mix(tmp_path: Path, objective: str, moves: bool) -> None:
     settings = spaces.Tune(name="t", space={"decoder": {"window": [8, 16]}}, objective=objective)
