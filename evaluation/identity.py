@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sjd2.config import PACKAGES
 from sjd2.files import digest, find
 
 PATH_KEYS = ("weights", "adapter")  # settings that name files: the files' digest counts, not where they lie
@@ -40,6 +41,16 @@ def current_target(target: str) -> str:
     module, _, name = target.rpartition(".")
     found = f"{MOVED.get(module, module)}.{name}" if module else name
     return RENAMED.get(found, found)
+
+
+def class_name(target: str) -> str:
+    """Return a class without its module; one of somebody else's keeps the package, since it may be another of that name.
+
+    'sjd2.verify.Exact' -> 'Exact', 'mine.verify.Exact' -> 'mine:Exact'.
+    """
+    module, _, name = current_target(target).rpartition(".")
+    package = module.partition(".")[0]
+    return name if package in ("", *PACKAGES) else f"{package}:{name}"
 
 
 def current_targets(node: Any) -> Any:
@@ -79,11 +90,10 @@ def by_content(value: Any, *, covered: bool = False, key: str = "") -> Any:
 
 
 def canonical(value: Any) -> Any:
-    """Return settings in which equal ones are equal text: 3 and 3.0 are one number, a class is its name without a module."""
+    """Return settings in which equal ones are equal text: 3 and 3.0 are one number, a class has no module."""
     if isinstance(value, dict):
         return {
-            str(k): current_target(v).rpartition(".")[2] if k == "_target_" and isinstance(v, str) else canonical(v)
-            for k, v in value.items()
+            str(k): class_name(v) if k == "_target_" and isinstance(v, str) else canonical(v) for k, v in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [canonical(v) for v in value]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from evaluation.identity import class_name
 from sjd2.config import conf_folders
 from sweeps.runs import Run, flatten_settings, path_tail
 
@@ -92,7 +93,7 @@ def _option(run: Run, part: str) -> str:
 def _options(part: str) -> dict[str, str]:
     """Return {class name: name of its yaml} for one kind of part."""
     return {
-        str(yaml.safe_load(file.read_text()).get("_target_")).rpartition(".")[2]: file.stem
+        class_name(str(yaml.safe_load(file.read_text()).get("_target_"))): file.stem
         for folder in conf_folders()
         for file in sorted((folder / "decoder" / part).glob("*.yaml"))
     }

@@ -107,7 +107,18 @@ def test_identities_hold_no_module_path() -> None:
             "window": 3.0,
         }
     }
-    new = identity(decoder={"_target_": "my.Decoder", "verifier": {"_target_": "x.AcceptAll"}, "window": 3})
+    accept_all = {"_target_": "baselines.elsewhere.AcceptAll"}
+    new = identity(decoder={"_target_": "sjd2.moved.Decoder", "verifier": accept_all, "window": 3})
     assert "." not in json.dumps(new)
     assert same(old, new)
-    assert not same(old, identity(decoder={"_target_": "my.Other", "window": 3}))
+    assert not same(old, identity(decoder={"_target_": "sjd2.decoding.Other", "verifier": accept_all, "window": 3}))
+
+
+def test_a_class_of_somebody_s_own_is_not_ours_of_the_same_name() -> None:
+    ours, own, moved = (
+        identity(verifier={"_target_": f"{module}.Exact"}) for module in ("sjd2.verify", "my.a", "my.b")
+    )
+    assert own["id"] == moved["id"] != ours["id"]
+    assert same(own, moved)
+    assert not same(own, ours)
+    assert same(own, {"verifier": {"_target_": "my.a.Exact"}})  # as release 0.1 wrote it

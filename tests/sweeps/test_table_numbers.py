@@ -132,7 +132,10 @@ def test_labels_name_what_differs(tmp_path: Path) -> None:
     assert [row["label"] for row in rows] == ["ar", "scd", "sjd window=8", "sjd window=16", "sjd window=32"]
     _, rows = table(tmp_path, make(runs, "sjd", seed=1), make(runs, "sjd"), ar(runs))
     assert [row["label"] for row in rows] == ["ar seed=0", "sjd seed=0", "sjd seed=1"]
-    parts = [{"drafter": {"_target_": "a.b.Jacobi"}}, {"drafter": {"_target_": "a.b.Denoise", "levels": 4}}]
+    parts = [
+        {"drafter": {"_target_": "baselines.jacobi.Jacobi"}},
+        {"drafter": {"_target_": "sjd2.b.Denoise", "levels": 4}},
+    ]
     _, rows = table(tmp_path, *(make(runs, "sjd2", parts=p) for p in parts))
     assert [row["label"] for row in rows] == ["sjd2 drafter=denoise", "sjd2 drafter=jacobi"]
 
