@@ -16,11 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import sjd2
 from evaluation.run_folder import RunFolder
 from sjd2.config import instantiate
 from sjd2.errors import UserError
-from sjd2.files import read_lines, write_atomically
+from sjd2.files import ROOT, read_lines, write_atomically
 
 COLUMNS = ("prompt", "caption", "text", "Prompt")  # names of the prompt's column, tried in this order
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
@@ -53,7 +52,7 @@ class Prompts:
     def read(self) -> list[tuple[str, Facts]]:
         """Read the prompts and what is known of each; raises UserError if the file is missing, unreadable or empty."""
         if self.name == "shapes":
-            texts = read_prompts(Path(sjd2.__path__[0]) / "models" / "tiny" / "captions.txt")
+            texts = read_prompts(ROOT / "sjd2" / "models" / "tiny" / "captions.txt")
         elif self.path is None:
             raise UserError(f"prompts={self.name} needs a file: prompts.path=FILE ({', '.join(FORMATS)}).")
         else:
