@@ -22,8 +22,9 @@ from harness.plan import make_plan
 from harness.provenance import start_entry
 from harness.sample import synchronize
 from sjd2.decoding.decoder import BaseDecoder, Decoder
+from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine
-from sjd2.decoding.generate import generate, start_engine, stream
+from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.refine import Coupled

@@ -20,8 +20,8 @@ from benchmarks.timing import Timing, graphed, time_call
 from harness.sample import synchronize
 from sjd2.decoding.cuda_graph import WARM, Graphs
 from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine
-from sjd2.decoding.generate import start_engine
 from sjd2.decoding.interfaces import State
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import Noise, Purpose

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.decoder import BaseDecoder
+from sjd2.decoding.dispatch import engine_class
 from sjd2.decoding.engine import Engine
-from sjd2.decoding.generate import engine_class
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache

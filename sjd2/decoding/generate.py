@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sjd2.decoding.autoregressive import AutoregressiveEngine
+from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.decoder import BaseDecoder
+from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine, Sample
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.decoding.window import WindowEngine
 from sjd2.errors import UserError
 from sjd2.models.base import Condition, ImageModel
-
-if TYPE_CHECKING:
-    from sjd2.decoding.cuda_graph import Graphs
 
 CHECK_EVERY = 8  # passes between two reads of the rows' lengths from a GPU; on a CPU they are read after every pass
 
@@ -49,18 +45,6 @@ class StepInfo:
     accepted: Tensor  # [B] tokens committed in this pass
     tokens: Tensor  # [B, N + S] the live buffer: clone what you keep
     peek: Callable[[], dict[str, Tensor]]  # what else a trace keeps of this pass: the engine's own `peek`
-
-
-def engine_class(decoder: BaseDecoder) -> type[Engine]:
-    """Return the engine that runs a decoder: its own, AR's, or the window's."""
-    if decoder.engine is not None:
-        return decoder.engine
-    return AutoregressiveEngine if decoder.window == 1 else WindowEngine
-
-
-def start_engine(model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams) -> Engine:
-    """Open the engine of a decoder with `rows` empty rows for prompts of up to `prompt` tokens."""
-    return engine_class(decoder)(model, decoder, rows, prompt, sampling)
 
 
 def _finished(engine: Engine, passes: int) -> list[int]:

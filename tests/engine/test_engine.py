@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sjd2.decoding.decoder import Decoder
-from sjd2.decoding.generate import start_engine, stream
+from sjd2.decoding.dispatch import start_engine
+from sjd2.decoding.generate import stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample

@@ -15,8 +15,9 @@ from benchmarks.architectures import ARCHITECTURES
 from sjd2 import api
 from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine
-from sjd2.decoding.generate import CHECK_EVERY, DecodeResult, generate, start_engine, stream
+from sjd2.decoding.generate import CHECK_EVERY, DecodeResult, generate, stream
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.sampling import SamplingParams, draw

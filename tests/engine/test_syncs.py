@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sjd2 import api
 from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine
-from sjd2.decoding.generate import generate, start_engine, stream
+from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.interfaces import Draft, State
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Resample
