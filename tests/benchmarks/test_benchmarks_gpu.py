@@ -23,6 +23,7 @@ from sjd2.decoding.verify import Exact
 CPU = torch.device("cpu")
 
 
+@pytest.mark.full
 def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     models = "emu3,janus-1b"
     out = tmp_path / "sub" / "gpu.json"

@@ -340,8 +340,8 @@ def test_reuse_needs_records() -> None:
     ("decoder", "law"),
     [
         (sjd(4, Reuse(threshold=0.3)), GUIDED),
-        (sjd(8, Reuse(threshold=0.1)), SamplingParams()),
-        (sjd(5, Reuse(), "left"), CUT),
+        pytest.param(sjd(8, Reuse(threshold=0.1)), SamplingParams(), marks=pytest.mark.full),
+        pytest.param(sjd(5, Reuse(), "left"), CUT, marks=pytest.mark.full),
     ],
     ids=["guided", "wide", "cut"],
 )

@@ -139,6 +139,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.full
 def test_a_disk_that_runs_full(cli: Cli, small_disk: Path, undisturbed: Callable) -> None:
     job = ("decoder=sjd", "limit=40", "baseline=null")
     expected = undisturbed(cli, *job)
@@ -188,6 +189,7 @@ def test_a_line_that_was_written_half(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     assert content(cli.runs_dir) == expected
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     not os.geteuid() and any(not path.stat().st_mode & 0o001 for path in (ROOT, *ROOT.parents)),
     reason="the test acts as another user, who cannot enter this checkout's folder",
@@ -292,6 +294,7 @@ def test_many_processes_started_on_one_run_at_once(cli: Cli, undisturbed: Callab
 # ---- clocks
 
 
+@pytest.mark.full
 def test_a_clock_that_was_set_back(cli: Cli, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable) -> None:
     expected = undisturbed(cli, *JOB)
     assert cli("decoder=sjd", "limit=6", "baseline=null") == 0

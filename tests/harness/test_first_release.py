@@ -58,6 +58,7 @@ def test_the_same_command_finds_the_folders_and_makes_nothing_again(finished: Cl
     assert {path.name: content(path) for path in run_folders(finished.runs_dir)} == before
 
 
+@pytest.mark.full
 def test_a_higher_limit_continues_the_folders(finished: Cli) -> None:
     before = {path.name: content(path) for path in finished.runs_dir.iterdir()}
     assert finished(*TINY, "evaluation=none", "limit=4") == 0, finished.err
@@ -71,6 +72,7 @@ def test_a_higher_limit_continues_the_folders(finished: Cli) -> None:
     assert all(name.rpartition("-")[2] in ids for name in before)  # the tracker knows the run by this id
 
 
+@pytest.mark.full
 def test_another_run_does_not_take_the_folder(finished: Cli) -> None:
     assert finished(*TINY, "evaluation=none", "limit=1", "baseline=null", "decoder.window=16") == 0, finished.err
     assert len(run_folders(finished.runs_dir)) == 3

@@ -46,6 +46,7 @@ def wait_for_records(cli: Cli, process: subprocess.Popen, count: int) -> RunFold
 # ---- resume
 
 
+@pytest.mark.full
 def test_kill_and_start_again(cli: Cli) -> None:
     command = ("decoder=sjd", "limit=18", "baseline=null")
     process = cli.start(*command, **SLOW)
@@ -102,6 +103,7 @@ def test_only_missing_records_of_a_cut_batch_are_written(cli: Cli) -> None:
     assert {r["batch_rows"] for r in again} == {4}  # the batch ran whole
 
 
+@pytest.mark.full
 def test_a_higher_limit_continues_the_same_run(cli: Cli) -> None:
     assert cli("decoder=sjd", "limit=3", "baseline=null") == 0
     run = cli.run("sjd")
@@ -118,6 +120,7 @@ def test_a_higher_limit_continues_the_same_run(cli: Cli) -> None:
     assert tokens(cli.run("sjd")) == tokens(run)
 
 
+@pytest.mark.full
 def test_refill_has_the_same_tokens_and_resumes(cli: Cli) -> None:
     command = ("decoder=sjd", "limit=7", "dtype=float64", "baseline=null")
     assert cli(*command) == 0
