@@ -33,7 +33,8 @@ examples:
 
 def help_text() -> str:
     """Return the whole text, at most 80 columns wide."""
-    search = [folder for flag, folder in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
+    words = [part for word in sys.argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    search = [folder for flag, folder in itertools.pairwise(words) if flag in ("--config-dir", "-cd")]
     stages = [(name, stage.does) for name, stage in STAGES.items()]
     groups = [(group, ", ".join(choices(group, search))) for group in (*GROUPS, "experiment", "debug")]
     parts = [

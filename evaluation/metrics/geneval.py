@@ -243,7 +243,7 @@ def _doubts(verdicts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str
     prompts, tasks = {record["id"][0] for record in records}, {verdict["tag"] for verdict in verdicts}
     if len(tasks) < len(TASKS):
         lacking = [task for task in TASKS if task not in tasks]
-        return f"no picture of {', '.join(lacking)}, so the overall score is of {len(tasks)} tasks only."
+        return f"no image of {', '.join(lacking)}, so the overall score is of {len(tasks)} tasks only."
     if len(prompts) != PROMPTS or len(records) != PROMPTS * REPEATS:
-        return f"{len(prompts)} prompts and {len(records)} pictures, GenEval has {PROMPTS} and {PROMPTS * REPEATS}."
+        return f"{len(prompts)} prompts and {len(records)} images, GenEval has {PROMPTS} and {PROMPTS * REPEATS}."
     return ""

@@ -23,7 +23,7 @@ LINES = [
     for task in geneval.TASKS
     for n in range(2)
 ]
-# judges a picture by its first pixel; takes and writes what djghosh13/geneval's evaluate_images.py takes and writes
+# judges an image by its first pixel; takes and writes what djghosh13/geneval's evaluate_images.py takes and writes
 TOOL = """
 import argparse, json, os, re, sys
 from PIL import Image
@@ -56,7 +56,7 @@ with open(args.outfile, "w") as file:
 
 
 def a_geneval_run(folder: Path, right: list[bool], repeats: int = 2) -> RunFolder:
-    """Write a run of all LINES, as often as `right` says which pictures show what they should."""
+    """Write a run of all LINES, as often as `right` says which images show what they should."""
     ids = [[prompt, repeat] for repeat in range(repeats) for prompt in range(len(LINES))][: len(right)]
     images = [np.full((8, 8, 3), 200 if good else 50, np.uint8) for good in right]
     run = a_run(folder, images, [LINES[prompt]["prompt"] for prompt, _ in ids], id=ids)
@@ -84,7 +84,7 @@ RIGHT = [bool(n) for n in np.random.default_rng(5).integers(0, 2, 2 * len(LINES)
 
 
 def expected(right: list[bool]) -> dict[str, float]:
-    """Average as summary_scores.py does: over pictures within a task, then over tasks."""
+    """Average as summary_scores.py does: over images within a task, then over tasks."""
     tags = [LINES[i % len(LINES)]["tag"] for i in range(len(right))]
     means = {tag: np.mean([r for r, t in zip(right, tags, strict=True) if t == tag]) for tag in dict.fromkeys(tags)}
     return {"geneval_overall": np.mean(list(means.values()))} | {f"geneval_{tag}": v for tag, v in means.items()}
@@ -104,8 +104,8 @@ def test_the_layout_is_geneval_s(tmp_path: Path) -> None:
         run.records(), [r for pair in zip(RIGHT[:12], RIGHT[12:], strict=True) for r in pair], strict=True
     ):
         prompt, repeat = record["id"]
-        with Image.open(folder / f"{prompt:05d}" / "samples" / f"{repeat:05d}.png") as picture:
-            assert picture.getpixel((0, 0))[0] == (200 if right else 50)
+        with Image.open(folder / f"{prompt:05d}" / "samples" / f"{repeat:05d}.png") as image:
+            assert image.getpixel((0, 0))[0] == (200 if right else 50)
     assert geneval.write_layout(Snapshot(run), dict(enumerate(LINES))) == folder  # a second time over the first
 
 
@@ -130,7 +130,7 @@ def test_scores_are_the_tool_s_verdicts_summarised(tmp_path: Path, tool: dict[st
     metric.check()
     out = metric.score(run)
     assert {key: value for key, value in out.items() if key != "geneval_warning"} == pytest.approx(expected(RIGHT))
-    assert out["geneval_warning"] == "12 prompts and 24 pictures, GenEval has 553 and 2212."
+    assert out["geneval_warning"] == "12 prompts and 24 images, GenEval has 553 and 2212."
     assert out.keys() <= {info.name for info in metric.numbers} | set(metric.details)
     values = {key: row["geneval"] for key, row in read_scores(run).items()}
     assert values == {(i % 12, i // 12): float(right) for i, right in enumerate(RIGHT)}
@@ -197,14 +197,14 @@ def test_a_part_of_the_tasks_is_reported(tmp_path: Path, tool: dict[str, str]) -
     out = geneval.GenEval(**tool).score(a_geneval_run(tmp_path / "run", RIGHT[:3]))
     assert out["geneval_overall"] == pytest.approx(expected(RIGHT[:3])["geneval_overall"])
     assert "geneval_counting" not in out
-    assert out["geneval_warning"].startswith("no picture of counting, colors, position, color_attr")
+    assert out["geneval_warning"].startswith("no image of counting, colors, position, color_attr")
 
 
 # ---- verdicts made elsewhere
 
 
 def verdicts(right: list[bool], **changes: Any) -> str:
-    """Write lines as pandas does, pictures in any order, with paths of another machine."""
+    """Write lines as pandas does, images in any order, with paths of another machine."""
     rows = []
     for i, value in enumerate(right):
         line, place = LINES[i % 12], (f"{i % 12:05d}", "samples", f"{i // 12:05d}.png")

@@ -230,14 +230,14 @@ def test_recipes_train_resume_and_ship_what_the_metrics_read(tmp_path: Path) -> 
         cfg = OmegaConf.merge(OmegaConf.load(ROOT / "conf" / "finetune" / f"{name}.yaml"), small | more)
         reported: list[int] = []
 
-        def log(step: int, figures: dict, reported: list[int] = reported) -> None:
+        def log(step: int, numbers: dict, reported: list[int] = reported) -> None:
             reported.append(step)
 
         for steps, folder in ((2, "cut"), (4, "cut"), (4, "whole")):
             recipe = instantiate(OmegaConf.merge(cfg, {"steps": steps, "decay": 1e-9}))  # a schedule without a tail
-            figures = recipe.run(out=tmp_path / name / folder, log=log, device="cpu", seed=1)
+            numbers = recipe.run(out=tmp_path / name / folder, log=log, device="cpu", seed=1)
         assert reported == [2, 4, 4]
-        assert all(np.isfinite(value) for value in figures.values())
+        assert all(np.isfinite(value) for value in numbers.values())
         files = ("attributes.safetensors",) if name == "attributes" else ("open_clip_model.safetensors",)
         for file in files:
             cut, whole = ((tmp_path / name / folder / "final" / file).read_bytes() for folder in ("cut", "whole"))

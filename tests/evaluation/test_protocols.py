@@ -27,8 +27,8 @@ SIZES = ((60, 91), (48, 48), (75, 52))  # height, width: as differing as COCO's
 RNG = np.random.default_rng(3)
 
 
-def pictures(sizes: Iterable[tuple[int, int]] = SIZES) -> list[np.ndarray]:
-    """Smooth coloured pictures with some noise, so that crops and resizings differ."""
+def smooth_images(sizes: Iterable[tuple[int, int]] = SIZES) -> list[np.ndarray]:
+    """Smooth coloured images with some noise, so that crops and resizings differ."""
     found = []
     for height, width in sizes:
         y, x = np.mgrid[0:height, 0:width] / 20
@@ -44,11 +44,11 @@ def save_folder(folder: Path, images: list[np.ndarray], names: list[str] | None 
     return folder
 
 
-# ---- pictures
+# ---- images
 
 
 def test_centre_square_is_torchvision_s_crop_and_pillow_s_lanczos() -> None:
-    for image in pictures():
+    for image in smooth_images():
         side = min(image.shape[:2])
         cropped = F.center_crop(Image.fromarray(image), [side, side])
         same = F.resize(cropped, [32, 32], F.InterpolationMode.LANCZOS)
@@ -57,7 +57,7 @@ def test_centre_square_is_torchvision_s_crop_and_pillow_s_lanczos() -> None:
 
 
 def test_squash_is_sjd_s_resize_of_a_batch() -> None:
-    image = pictures()[0]
+    image = smooth_images()[0]
     batch = torch.tensor(image).unsqueeze(0).permute(0, 3, 1, 2)
     theirs = torch.nn.functional.interpolate(batch, size=(299, 299), mode="bilinear", align_corners=False)
     assert torch.equal(torch.from_numpy(transforms.squash(image, 299)), theirs[0].permute(1, 2, 0))
@@ -98,7 +98,7 @@ def test_pytorch_fid_features_are_those_of_clean_fid_s_copy_of_it(
     from cleanfid.features import build_feature_extractor
     from cleanfid.fid import get_folder_features
 
-    images = pictures(SIZES[:2])
+    images = smooth_images(SIZES[:2])
     folder = save_folder(tmp_path / "val2017", images)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(weights.parent))
     network = build_feature_extractor("legacy_pytorch", torch.device("cpu"), use_dataparallel=False)
@@ -121,7 +121,7 @@ def test_wrong_pytorch_fid_weights_are_refused(tmp_path: Path, content: bytes | 
     extractor = features.PytorchFidInception(weights=str(path), device="cpu")
     extractor.check()
     with pytest.raises(UserError, match=f"cannot be read as {features.PYTORCH_FID_FILE}.*fetch it again"):
-        features.extract(extractor, pictures())
+        features.extract(extractor, smooth_images())
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_lantern_s_crop_goes_through_clean_fid(tmp_path: Path, inception: Path) 
     from cleanfid.fid import get_folder_features
     from cleanfid.inception_torchscript import InceptionV3W
 
-    images = pictures()
+    images = smooth_images()
     folder = save_folder(tmp_path / "real", images)
 
     def crop(image: np.ndarray) -> np.ndarray:
@@ -156,7 +156,7 @@ def test_lantern_s_crop_goes_through_clean_fid(tmp_path: Path, inception: Path) 
 
 
 def test_references_of_two_protocols_are_kept_apart(tmp_path: Path, inception: Path) -> None:
-    folder = save_folder(tmp_path / "val2017", pictures())
+    folder = save_folder(tmp_path / "val2017", smooth_images())
     kept = [
         fid.reference_of_folder(folder, features.Inception(weights=str(inception), crop=side, device="cpu"), tmp_path)
         for side in (256, None, 256)
@@ -176,7 +176,7 @@ def coco_run(folder: Path, images: list[np.ndarray], wanted: list[str]) -> RunFo
 
 def test_only_the_images_that_the_prompts_describe(tmp_path: Path) -> None:
     names = [f"{i:012d}.png" for i in range(40)]
-    real, made = pictures([(8, 8)] * 40), pictures([(8, 8)] * 12)
+    real, made = smooth_images([(8, 8)] * 40), smooth_images([(8, 8)] * 12)
     folder = save_folder(tmp_path / "val2017", real, names)
     chosen = [3, 17, 5, 30, 8, 21, 39, 0, 1, 2, 4, 6]
     run = coco_run(tmp_path / "run", made, [names[i] for i in chosen])
@@ -196,13 +196,13 @@ def test_only_the_images_that_the_prompts_describe(tmp_path: Path) -> None:
 
 
 def test_missing_reference_images_are_reported(tmp_path: Path) -> None:
-    folder = save_folder(tmp_path / "val2017", pictures([(8, 8)] * 4))
+    folder = save_folder(tmp_path / "val2017", smooth_images([(8, 8)] * 4))
     settings = {"extractor": MeanColour(), "only_prompts": True}
     metric = fid.FeatureDistance(reference=str(folder), **settings)
     with pytest.raises(UserError, match=r"lacks 9.png: give the folder of all images"):
-        metric.score(coco_run(tmp_path / "a", pictures([(8, 8)] * 2), ["0.png", "9.png"]))
+        metric.score(coco_run(tmp_path / "a", smooth_images([(8, 8)] * 2), ["0.png", "9.png"]))
     with pytest.raises(UserError, match="prompts=coco2017"):
-        metric.score(coco_run(tmp_path / "b", pictures([(8, 8)] * 2), ["0.png", ""]))
+        metric.score(coco_run(tmp_path / "b", smooth_images([(8, 8)] * 2), ["0.png", ""]))
     np.savez(tmp_path / "moments.npz", mu=np.zeros(12), sigma=np.eye(12))
     with pytest.raises(UserError, match="needs a folder of images"):
         fid.FeatureDistance(reference=str(tmp_path / "moments.npz"), **settings).check()
@@ -285,7 +285,7 @@ def test_sjd_s_clip_score_is_torchmetrics(tmp_path: Path, hub_clip: Path) -> Non
         "b",
         "7",
     ]
-    images = pictures([(50, 90)] * len(prompts))
+    images = smooth_images([(50, 90)] * len(prompts))
     run = a_run(tmp_path, images, prompts)
     metric = clip.ClipScore(model=f"transformers:{hub_clip}", squash=299, device="cpu", batch_size=2)
     metric.check()
@@ -330,7 +330,7 @@ def test_lantern_s_prefix_tokens_are_those_of_the_prefixed_text() -> None:
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     captions = ["A man rides a horse.", " two dogs\n", "word " * 74, "word " * 75, "word " * 90]
     tokens = tokenizer(captions)
-    # eval_fid_clip.py: put the prefix's three tokens behind the start token, cut at 77, end with the end token
+    # eval_fid_clip.py: put the prefix's three tokens after the start token, cut at 77, end with the end token
     prefix = tokenizer("A photo depicts ")[:, 1:4].expand(len(captions), -1)
     theirs = torch.cat([tokens[:, :1], prefix, tokens[:, 1:]], 1)[:, :77]
     theirs[:, 76] = torch.where(theirs[:, 76] > 0, 49407, 0)
@@ -340,7 +340,7 @@ def test_lantern_s_prefix_tokens_are_those_of_the_prefixed_text() -> None:
 
 
 def test_crop_and_prefix_reach_the_clip(tmp_path: Path) -> None:
-    images, prompts = pictures([(50, 90)] * 3), ["a large red circle", "a small blue square", "three rings"]
+    images, prompts = smooth_images([(50, 90)] * 3), ["a large red circle", "a small blue square", "three rings"]
     run = a_run(tmp_path, images, prompts)
     settings = {"model": f"local-dir:{clip.SHIPPED}", "device": "cpu"}
     out = clip.ClipScore(crop=48, prefix="a small ", **settings).score(run)
@@ -366,7 +366,7 @@ class SmallHps(rewards.HpsV2):
 
 
 def test_hpsv2_scales_the_long_side_and_pads(tmp_path: Path) -> None:
-    images, prompts = pictures([(60, 91)] * 3), ["a large red circle", "a small blue square", "three small rings"]
+    images, prompts = smooth_images([(60, 91)] * 3), ["a large red circle", "a small blue square", "three small rings"]
     run = a_run(tmp_path, images, prompts)
     out = SmallHps(device="cpu").score(run)
     loaded = clip.load_clip(clip.find_source("shipped", None, False), "cpu")
@@ -414,7 +414,7 @@ def reward_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_image_reward_runs_in_another_interpreter(
     tmp_path: Path, reward_package: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = a_run(tmp_path / "run", pictures([(8, 8)] * 3), ["a", "b b", "crème 'brûlée'\n"])
+    run = a_run(tmp_path / "run", smooth_images([(8, 8)] * 3), ["a", "b b", "crème 'brûlée'\n"])
     metric = rewards.ImageReward(device="cpu")
     metric.check()
     assert metric.score(run) == {"image_reward": pytest.approx((-1 + 1 + 13) / 3)}

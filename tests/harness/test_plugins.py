@@ -81,6 +81,12 @@ def test_a_folder_of_yaml_files_with_targets_in_a_package(
     assert len(cli.run("ar").records()) == 4
 
 
+@pytest.mark.parametrize("flag", ["--config-dir {}", "--config-dir={}", "-cd {}"])
+def test_help_lists_the_choices_of_a_folder(package: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sjd2", "--help", *flag.format(package).split()])
+    assert "halves" in help_text()
+
+
 def test_newer_hydra_may_call_the_targets_of_a_plugin(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     real = hydra.utils.instantiate
