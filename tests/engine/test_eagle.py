@@ -104,7 +104,7 @@ def test_scales_come_in_their_shares_and_reach_the_sampler(tmp_path: Path) -> No
     data = images(images=800, scales=(1.0, 4.0), shares=(0.75, 0.25))
     scales = [data._scale(i) for i in range(800)]
     assert np.mean(np.array(scales) == 1.0) == pytest.approx(0.75, abs=0.02)
-    assert len({data._scale(i) for i in range(8)}) == 1  # one batch, one law
+    assert len({data._scale(i) for i in range(8)}) == 1  # one batch, one distribution
     model = Toy(GRID)
     plain, guided = images(images=16, scales=(1.0,)), images(images=16, scales=(6.0,))
     plain.prepare(model, tmp_path)
@@ -291,10 +291,9 @@ def test_the_shipped_head_belongs_to_the_shipped_model() -> None:
     prompts, codes = SceneTokens(vq_weights="sjd2/models/tiny/weights/vq").batch(8, 0, held_out=True)
     condition = model.encode(prompts)
     pairs = make_pairs(model, condition.embeds, condition.lengths, model.layout.tokens(codes))
-    law = model.logits(pairs.states[:, 3:]).softmax(-1)
+    p = model.logits(pairs.states[:, 3:]).softmax(-1)
     overlaps = [
-        float(torch.minimum(law, model.logits(out[:, 2:]).softmax(-1)).sum(-1).mean())
-        for out in predict(head, pairs, 3)
+        float(torch.minimum(p, model.logits(out[:, 2:]).softmax(-1)).sum(-1).mean()) for out in predict(head, pairs, 3)
     ]
     assert overlaps[0] > 0.45
     assert overlaps[0] > overlaps[1] > overlaps[2] > 0.4

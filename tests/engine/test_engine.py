@@ -39,17 +39,17 @@ DECODERS = [
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_gumbel_matching_returns_exactly_the_tokens_of_ar(model: Toy, decoder: Decoder) -> None:
-    law = replace(SAMPLING, sampler="gumbel")
-    expected, got = decode(model, AR, law), decode(model, decoder, law)
+    sampling = replace(SAMPLING, sampler="gumbel")
+    expected, got = decode(model, AR, sampling), decode(model, decoder, sampling)
     assert torch.equal(expected.tokens, got.tokens)
     assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
 
 
 @pytest.mark.parametrize("init", ["random", "left", "up"])
 def test_greedy_jacobi_is_greedy_ar(model: Toy, init: str) -> None:
-    law = replace(SAMPLING, temperature=0.0)
+    sampling = replace(SAMPLING, temperature=0.0)
     jacobi = sjd(7, Resample(record=False), init)
-    assert torch.equal(decode(model, AR, law).tokens, decode(model, jacobi, law).tokens)
+    assert torch.equal(decode(model, AR, sampling).tokens, decode(model, jacobi, sampling).tokens)
 
 
 @pytest.mark.parametrize("refiner", [Resample(), Coupled()])
@@ -70,10 +70,10 @@ def test_tokens_do_not_depend_on_the_batch(model: Toy, decoder: Decoder) -> None
 @pytest.mark.parametrize("rows", by_default([1, 2, 4], [2]))
 @pytest.mark.parametrize("sampler", ["cdf", "gumbel"])
 def test_refilled_rows_give_the_same_images(model: Toy, decoder: Decoder, rows: int, sampler: str) -> None:
-    law = replace(SAMPLING, sampler=sampler)
-    expected = decode(model, decoder, law).samples
+    sampling = replace(SAMPLING, sampler=sampler)
+    expected = decode(model, decoder, sampling).samples
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
-    got = dict(stream(model, decoder, requests, rows=rows, sampling=law))
+    got = dict(stream(model, decoder, requests, rows=rows, sampling=sampling))
     assert sorted(got) == list(range(len(PROMPTS)))
     for index, sample in got.items():
         assert (sample.tokens == expected[index].tokens).all()
@@ -197,12 +197,12 @@ def test_nearest_entry_of_a_little_noise_is_the_token(model: Toy) -> None:
 
 
 def test_draws_follow_the_law_and_never_hit_zero_mass() -> None:
-    law = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     u = (torch.arange(100_000, dtype=torch.float32) + 0.5) / 100_000
-    counts = torch.bincount(draw(law.expand(len(u), -1), u, block=2), minlength=6) / len(u)
-    assert torch.allclose(counts, law, atol=1e-4)
+    counts = torch.bincount(draw(p.expand(len(u), -1), u, block=2), minlength=6) / len(u)
+    assert torch.allclose(counts, p, atol=1e-4)
     edge = torch.tensor([2.0**-24, 1 - 2.0**-24])
-    assert set(draw(law.expand(2, -1), edge, block=2).tolist()) == {1, 4}
+    assert set(draw(p.expand(2, -1), edge, block=2).tolist()) == {1, 4}
 
 
 def test_random_numbers_are_uniform_and_distinct() -> None:

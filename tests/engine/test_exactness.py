@@ -1,4 +1,4 @@
-"""Every decoder that claims to be lossless against the enumerated law of a toy model, and negative controls that must fail."""
+"""Lossless decoders against the enumerated distribution of a toy model, and negative controls that must fail."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ DEFAULT = ("ar", "jacobi", "sjd", "scd", "match", "sjd2 age 2 coupled", "sjd2 sl
 
 @pytest.mark.parametrize("name", by_default(EXACT, DEFAULT))
 def test_lossless_decoders_have_the_enumerated_law(name: str) -> None:
-    decoder, law = EXACT[name]
+    decoder, sampling = EXACT[name]
     assert decoder.lossless
-    assert abs(z_score(decoder, law)) < 5
+    assert abs(z_score(decoder, sampling)) < 5
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_appended_timestep_tokens_do_not_change_the_law() -> None:
 
 
 class StaleRecord(Coupled):
-    """A kept token keeps the law it had (rule 1): what SCD's released code does."""
+    """A kept token keeps the distribution it had (rule 1): what SCD's released code does."""
 
     def __call__(self, draft, test, state):
         new = super().__call__(draft, test, state)
@@ -115,8 +115,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", by_default(BROKEN, set(BROKEN) - {"reach of all slots", "paper without refeeding"}))
 def test_negative_controls_are_caught(name: str) -> None:
-    decoder, law = BROKEN[name]
-    assert abs(z_score(decoder, law)) > 5
+    decoder, sampling = BROKEN[name]
+    assert abs(z_score(decoder, sampling)) > 5
 
 
 @pytest.mark.full

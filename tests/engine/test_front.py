@@ -1,4 +1,4 @@
-"""The front corrector: it starts as the stale law, trains on what decoding feeds, raises the overlap, loads back."""
+"""The front corrector: it starts as the stale distribution, trains on what decoding feeds, raises the overlap, loads back."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def begun(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Engine:
-    """Open a loop on the prompts and run the first passes, in which parts may build their tables."""
+    """Start an engine on the prompts and run the first passes, in which parts may build their tables."""
     with torch.inference_mode():
         condition = model.encode(PROMPTS)
     engine = start_engine(model, decoder, len(SEEDS), condition.embeds.shape[1], sampling)
@@ -105,7 +105,7 @@ def test_float64_gives_the_tokens_of_the_cpu(wide: dict[str, ImageModel], name: 
 
 
 def test_float32_gives_nearly_all_the_tokens_of_the_cpu() -> None:
-    # a token differs only where two codes are as good as equal, and then the rest of that image differs too
+    # a token differs only where two codes are as good as equal, and then all that follows in that image differs too
     here, there = (decode(api.load("tiny", device=d), api.decoder("ar"), GUMBEL) for d in ("cpu", "cuda"))
     assert (here.tokens == there.tokens).all(1).sum() >= len(SEEDS) - 1
 
@@ -125,11 +125,11 @@ def test_laws_and_draws_of_large_vocabularies_are_the_cpus(vocabulary: int) -> N
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 33, vocabulary, generator=generator, dtype=torch.float64) * 4
     u = torch.rand(4, 33, generator=generator, dtype=torch.float64)
-    for law in (
+    for sampling in (
         SamplingParams(guidance_scale=3.0, top_k=min(2000, vocabulary - 1)),
         SamplingParams(guidance_scale=2.0, top_p=0.9),
     ):
-        expected, got = law.probs(logits), law.probs(logits.cuda())
+        expected, got = sampling.probs(logits), sampling.probs(logits.cuda())
         assert torch.allclose(expected, got.cpu(), atol=1e-12)
         assert torch.equal(draw(expected, u), draw(got, u.cuda()).cpu())
         single = draw(got.float(), u.cuda().float())
@@ -167,7 +167,7 @@ def test_pixels_are_the_cpus() -> None:
     assert (here - there).abs().max() < 4
 
 
-# ---- laws
+# ---- distributions
 
 
 class OnGpu(Toy):
@@ -214,8 +214,8 @@ def test_lossless_decoders_have_the_enumerated_law(decoder: Decoder, replayed: b
 @pytest.mark.parametrize("name", DECODERS)
 def test_no_pass_waits_for_the_device(wide: dict[str, ImageModel], name: str) -> None:
     decoder = api.decoder(name, model="tiny")
-    for law in filter(partial(serves, decoder), (CDF, GUMBEL)):
-        engine = begun(wide["cuda"], decoder, law)
+    for sampling in filter(partial(serves, decoder), (CDF, GUMBEL)):
+        engine = begun(wide["cuda"], decoder, sampling)
         with no_waiting():
             for _ in range(4):
                 engine.step()
@@ -237,7 +237,7 @@ def test_memory_stays_flat_over_passes(wide: dict[str, ImageModel], name: str) -
         engine.finished()
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
-    # a pass leaves behind only its count of committed tokens; masks and distributions are as wide as the span's bucket
+    # a pass leaves only its count of committed tokens; masks and distributions are as wide as the span's bucket
     assert max(held[10:]) - min(held[2:10]) < 2**21
 
 

@@ -1,4 +1,4 @@
-"""Prompt lookup: the enumerated law, exactly AR's tokens, no dependence on the batch, and a negative control."""
+"""Prompt lookup: the enumerated distribution, exactly AR's tokens, no dependence on the batch, and a negative control."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_lookup_has_the_enumerated_law(decoder: Decoder, sampling: SamplingParam
 
 
 class Claimed(Lookup):
-    """Copies recorded as draws from a uniform law, which they are not (rule 1)."""
+    """Copies recorded as draws from a uniform distribution, which they are not (rule 1)."""
 
     def propose(self, carried: Draft, fresh: torch.Tensor, state: State) -> Draft:
         filled = super().propose(carried, fresh, state)
@@ -69,8 +69,8 @@ MANY = [lookup(2), lookup(6, context=1), lookup(40, context=3)]
 @pytest.mark.parametrize("decoder", MANY, ids=lambda decoder: str(decoder.window))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_gumbel_matching_returns_exactly_the_tokens_of_ar(model: Toy, decoder: Decoder, temperature: float) -> None:
-    law = replace(SAMPLING, sampler="gumbel", temperature=temperature)
-    expected, got = decode(model, AR, law), decode(model, decoder, law)
+    sampling = replace(SAMPLING, sampler="gumbel", temperature=temperature)
+    expected, got = decode(model, AR, sampling), decode(model, decoder, sampling)
     assert torch.equal(expected.tokens, got.tokens)
     assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
 

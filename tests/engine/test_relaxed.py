@@ -39,15 +39,15 @@ def model(vocabulary: int, seed: int = 0, width: int = 3, codebook: Tensor | Non
     return SimpleNamespace(codebook=table, device=torch.device("cpu"), embed=lambda tokens: table[tokens])
 
 
-def laws(vocabulary: int, seed: int, sharpness: float = 1.5) -> tuple[Tensor, Tensor]:
-    """Two random laws in float64; each lacks a code."""
+def distributions(vocabulary: int, seed: int, sharpness: float = 1.5) -> tuple[Tensor, Tensor]:
+    """Two random distributions in float64; each lacks a code."""
     p, q = (torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(seed)).double() * sharpness).exp()
     p[seed % vocabulary], q[(3 * seed + 1) % vocabulary] = 0, 0
     return p / p.sum(), q / q.sum()
 
 
 def rule(verifier: object, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return chance [V] and the law after a rejection [V, V] for every draft, from one batched call with odd leading axes."""
+    """Return acceptance probabilities [V] and residuals [V, V] of all draft tokens, from one batched call of odd shape."""
     v = len(p)
     token = torch.arange(v)[None, :, None]
     wide = p.expand(1, v, 1, v)
@@ -56,9 +56,9 @@ def rule(verifier: object, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]
     return verifier.accept_prob(wide, other, token)[0, :, 0], left / left.sum(-1, keepdim=True)
 
 
-def output(p: Tensor, q: Tensor, chance: Tensor, rest: Tensor) -> Tensor:
-    """Return the law of the committed token: sum over drafts x of q(x) [chance(x) 1_x + (1 - chance(x)) rest(.|x)]."""
-    return q * chance + ((q * (1 - chance))[:, None] * rest).sum(0)
+def output(p: Tensor, q: Tensor, accept_prob: Tensor, left: Tensor) -> Tensor:
+    """Return the distribution of the committed token: sum over x of q(x) [a(x) 1_x + (1 - a(x)) left(.|x)], a: accept_prob."""
+    return q * accept_prob + ((q * (1 - accept_prob))[:, None] * left).sum(0)
 
 
 def distance(p: Tensor, q: Tensor) -> float:
@@ -76,12 +76,12 @@ def lantern(
             break
         lent, moved[z] = lent + p[z], 0.0
     moved[x] = p[x] + lent
-    rest = [max(0.0, a - b) for a, b in zip(moved, q, strict=True)]
-    return (min(1.0, moved[x] / q[x]) if q[x] else float(moved[x] > 0)), rest
+    left = [max(0.0, a - b) for a, b in zip(moved, q, strict=True)]
+    return (min(1.0, moved[x] / q[x]) if q[x] else float(moved[x] > 0)), left
 
 
 def grouped(p: list, q: list, x: int, table: Tensor, group: int, near: float, far: float) -> tuple[float, list]:
-    """GSD's definition for one draft: x, G // 2 codes below it by rank of p and the rest above it."""
+    """GSD's definition for one draft: x, G // 2 codes below it by rank of p and the others above it."""
     order = sorted(range(len(p)), key=lambda z: p[z])
     place = order.index(x)
     members = order[max(0, place - group // 2) : place + (group - 1) // 2 + 1]
@@ -99,25 +99,25 @@ RULES = {
 
 
 def misfit(verifier: object, definition: object, seed: int) -> float:
-    """Return how far a verifier is from its definition: chances, laws after a rejection, law of the committed token."""
+    """Return how far a verifier is from its definition: acceptance, residuals, distribution of the committed token."""
     vocabulary, worst = 12, 0.0
     here = model(vocabulary, seed)
     verifier = verifier.bind(here, 2)
-    p, q = laws(vocabulary, seed)
-    for law in (q, None):
-        chance, rest = rule(verifier, p, law)
+    p, q = distributions(vocabulary, seed)
+    for draft in (q, None):
+        accept_prob, left = rule(verifier, p, draft)
         wanted = torch.zeros(vocabulary, dtype=p.dtype)
         for x in range(vocabulary):
-            other = q if law is not None else torch.eye(vocabulary, dtype=p.dtype)[x]
+            other = q if draft is not None else torch.eye(vocabulary, dtype=p.dtype)[x]
             own, after = definition(p.tolist(), other.tolist(), x, here.codebook)
             after = torch.tensor(after, dtype=p.dtype)
-            worst = max(worst, abs(own - float(chance[x])))
+            worst = max(worst, abs(own - float(accept_prob[x])))
             wanted[x] += q[x] * own
-            if own < 1 - 1e-12:  # else rounding alone keeps it from a sure acceptance, and no law is left
-                worst = max(worst, float((after / after.sum() - rest[x]).abs().max()))
+            if own < 1 - 1e-12:  # else rounding alone keeps it from a sure acceptance, and no residual is left
+                worst = max(worst, float((after / after.sum() - left[x]).abs().max()))
                 wanted += q[x] * (1 - own) * after / after.sum()
         assert float(wanted.sum()) == pytest.approx(1, abs=1e-12)
-        worst = max(worst, distance(wanted, output(p, q, chance, rest)))
+        worst = max(worst, distance(wanted, output(p, q, accept_prob, left)))
     return worst
 
 
@@ -146,7 +146,7 @@ def test_a_residual_that_ignores_the_neighbours_is_caught(name: str) -> None:
 @pytest.mark.parametrize("vocabulary", [6, 9, 12])
 def test_exact_verification_gives_the_target(vocabulary: int) -> None:
     for seed in range(4):
-        p, q = laws(vocabulary, seed)
+        p, q = distributions(vocabulary, seed)
         assert distance(output(p, q, *rule(Exact(), p, q)), p) < 1e-12
 
 
@@ -164,19 +164,19 @@ EXACT = {
 def test_smallest_settings_are_exact_verification(name: str, onehot: bool) -> None:
     for seed in range(6):
         verifier = EXACT[name].bind(model(9, seed), 2)
-        p, q = (law.float() for law in laws(9, seed))
-        law = None if onehot else q
-        assert all(map(torch.equal, rule(verifier, p, law), rule(Exact(), p, law)))
+        p, q = (probs.float() for probs in distributions(9, seed))
+        draft = None if onehot else q
+        assert all(map(torch.equal, rule(verifier, p, draft), rule(Exact(), p, draft)))
 
 
 @pytest.mark.parametrize("lam", [1.5, 5.0])
 def test_lantern_plus_plus_bounds_each_accepted_mass(lam: float) -> None:
     for seed in range(10):
         verifier = Relaxed(neighbours=12, lam=lam).bind(model(12, seed), 2)
-        p, q = laws(12, seed)
-        chance, rest = rule(verifier, p, q)
-        assert (q * chance <= lam * p + 1e-12).all()
-        assert float(output(p, q, chance, rest).sum()) == pytest.approx(1, abs=1e-12)
+        p, q = distributions(12, seed)
+        accept_prob, left = rule(verifier, p, q)
+        assert (q * accept_prob <= lam * p + 1e-12).all()
+        assert float(output(p, q, accept_prob, left).sum()) == pytest.approx(1, abs=1e-12)
 
 
 def test_delta_does_not_bound_the_error() -> None:
@@ -185,9 +185,9 @@ def test_delta_does_not_bound_the_error() -> None:
     verifier = Relaxed(neighbours=2, delta=0.25, lam=None).bind(model(8, codebook=codebook), 2)
     q = torch.tensor([0.25, 0.0] * 4).double()
     p = 0.25 - q
-    chance, rest = rule(verifier, p, q)
-    assert chance[q > 0].eq(1).all()
-    assert distance(output(p, q, chance, rest), p) == pytest.approx(1)
+    accept_prob, left = rule(verifier, p, q)
+    assert accept_prob[q > 0].eq(1).all()
+    assert distance(output(p, q, accept_prob, left), p) == pytest.approx(1)
     # lam never accepts a code of probability 0
     verifier = Relaxed(neighbours=2, lam=100.0).bind(model(8, codebook=codebook), 2)
     assert distance(output(p, q, *rule(verifier, p, q)), p) < 1e-12
@@ -198,9 +198,9 @@ def test_groups_do_not_bound_the_error() -> None:
     p, q = torch.zeros(9).double(), torch.zeros(9).double()
     p[1:], q[8] = 1 / 8, 1
     verifier = Grouped().bind(model(9, codebook=torch.zeros(9, 2)), 2)
-    chance, rest = rule(verifier, p, q)
-    assert float(chance[8]) == pytest.approx(1)
-    assert distance(output(p, q, chance, rest), p) == pytest.approx(7 / 8)
+    accept_prob, left = rule(verifier, p, q)
+    assert float(accept_prob[8]) == pytest.approx(1)
+    assert distance(output(p, q, accept_prob, left), p) == pytest.approx(7 / 8)
 
 
 def test_members_too_far_or_too_unlikely_leave_the_group() -> None:
@@ -208,14 +208,14 @@ def test_members_too_far_or_too_unlikely_leave_the_group() -> None:
     q = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
     here = model(4, codebook=torch.tensor([[0.0], [1.0], [2.0], [9.0]]))
 
-    def chance(**settings) -> float:
+    def accept_prob(**settings) -> float:
         verifier = Grouped(group=8, **settings).bind(here, 2)
         return float(rule(verifier, p, q)[0][2])
 
-    assert chance(probability=2.0, distance=None) == pytest.approx(1.0)
-    assert chance(probability=0.15, distance=None) == pytest.approx(0.6 / 0.9)  # code 0 is 0.2 away
-    assert chance(probability=0.15, distance=4.0) == pytest.approx(0.5 / 0.5)  # code 3 is 49 away
-    assert chance(probability=0.15, distance=1.0) == pytest.approx(0.2 / 0.3)  # the limit itself is outside
+    assert accept_prob(probability=2.0, distance=None) == pytest.approx(1.0)
+    assert accept_prob(probability=0.15, distance=None) == pytest.approx(0.6 / 0.9)  # code 0 is 0.2 away
+    assert accept_prob(probability=0.15, distance=4.0) == pytest.approx(0.5 / 0.5)  # code 3 is 49 away
+    assert accept_prob(probability=0.15, distance=1.0) == pytest.approx(0.2 / 0.3)  # the limit itself is outside
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -313,22 +313,22 @@ def reused(p: Tensor, q: Tensor, threshold: float, rows: int = 40_000) -> tuple[
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 1.0])
 def test_reuse_records_the_distribution_of_its_tokens(threshold: float) -> None:
-    p, q = laws(6, seed=4, sharpness=1.0)
-    counts, law = reused(p, q, threshold)
+    p, q = distributions(6, seed=4, sharpness=1.0)
+    counts, record = reused(p, q, threshold)
     wanted = [0.0] * 6  # enumerated: each old token stays or moves
     for x in range(6):
         for y in range(6):
             wanted[y] += float(q[x]) * (float(x == y) if p[x] > threshold else float(p[y]))
-    assert law.tolist() == pytest.approx(wanted, abs=1e-12)
-    assert abs(chi_square_z(counts, law)) < 5
+    assert record.tolist() == pytest.approx(wanted, abs=1e-12)
+    assert abs(chi_square_z(counts, record)) < 5
     if threshold == 1:
-        assert torch.allclose(law, p, atol=1e-12)
+        assert torch.allclose(record, p, atol=1e-12)
 
 
 def test_a_stale_record_is_caught() -> None:
-    p, q = laws(6, seed=4, sharpness=1.0)
+    p, q = distributions(6, seed=4, sharpness=1.0)
     counts, _ = reused(p, q, 0.1)
-    assert min(abs(chi_square_z(counts, law + 1e-9)) for law in (p, q)) > 5
+    assert min(abs(chi_square_z(counts, probs + 1e-9)) for probs in (p, q)) > 5
 
 
 def test_reuse_needs_records() -> None:
@@ -337,7 +337,7 @@ def test_reuse_needs_records() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decoder", "law"),
+    ("decoder", "sampling"),
     [
         (sjd(4, Reuse(threshold=0.3)), GUIDED),
         pytest.param(sjd(8, Reuse(threshold=0.1)), SamplingParams(), marks=pytest.mark.full),
@@ -345,9 +345,9 @@ def test_reuse_needs_records() -> None:
     ],
     ids=["guided", "wide", "cut"],
 )
-def test_reuse_keeps_the_law(decoder, law) -> None:
+def test_reuse_keeps_the_distribution(decoder, sampling) -> None:
     assert decoder.lossless
-    assert abs(z_score(decoder, law)) < 5
+    assert abs(z_score(decoder, sampling)) < 5
 
 
 class StaleReuse(Reuse):

@@ -34,7 +34,7 @@ from tests.helpers.toy import Toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
-LAWS = {
+SAMPLINGS = {
     "cdf": SamplingParams(guidance_scale=3.0, top_k=100, temperature=0.9),
     "plain": SamplingParams(top_p=0.9),
     "gumbel": SamplingParams(guidance_scale=3.0, sampler="gumbel"),
@@ -42,7 +42,9 @@ LAWS = {
 }
 PASSES = [(name, "cdf") for name in DECODERS]
 PASSES += [
-    (name, law) for name in ("ar", "scd", "sjd2", "sjd-fc", "eagle", "eagle1", "zipar") for law in ("plain", "gumbel")
+    (name, sampling)
+    for name in ("ar", "scd", "sjd2", "sjd-fc", "eagle", "eagle1", "zipar")
+    for sampling in ("plain", "gumbel")
 ]
 PASSES += [(name, "greedy") for name in ("ar", "jacobi")]
 HOST = ("tensor", "as_tensor", "from_numpy", "item", "tolist", "numpy", "cpu", "cuda", "nonzero")
@@ -113,7 +115,7 @@ def meta() -> ImageModel:
 
 
 def begin(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Engine:
-    """Open a loop of two rows, admit prompts and run the first two passes: they may still build tables."""
+    """Start an engine of two rows, admit prompts and run the first two passes: they may still build tables."""
     width = model.embed(torch.zeros(1, 1, dtype=torch.long, device="meta")).shape[-1]
     lengths = torch.zeros(2, dtype=torch.long, device="meta")
     embeds = torch.zeros(2, 6, width, device="meta")
@@ -124,14 +126,14 @@ def begin(model: ImageModel, decoder: Decoder, sampling: SamplingParams) -> Engi
     return engine
 
 
-@pytest.mark.parametrize(("name", "law"), PASSES)
-def test_no_pass_of_a_decoder_waits_for_its_device(meta: ImageModel, name: str, law: str) -> None:
-    assert watch(begin(meta, api.decoder(name, model="tiny"), LAWS[law]).step) == []
+@pytest.mark.parametrize(("name", "sampling"), PASSES)
+def test_no_pass_of_a_decoder_waits_for_its_device(meta: ImageModel, name: str, sampling: str) -> None:
+    assert watch(begin(meta, api.decoder(name, model="tiny"), SAMPLINGS[sampling]).step) == []
 
 
 @pytest.mark.parametrize("settings", [{"rule": "paper", "steps": 4}, {"levels": "slot", "clean": 4, "early": 0.5}])
 def test_no_setting_of_sjd2_waits_for_its_device(meta: ImageModel, settings: dict) -> None:
-    assert watch(begin(meta, api.decoder("sjd2", model="tiny", **settings), LAWS["cdf"]).step) == []
+    assert watch(begin(meta, api.decoder("sjd2", model="tiny", **settings), SAMPLINGS["cdf"]).step) == []
 
 
 class Waits(Jacobi):
@@ -166,7 +168,7 @@ class Waits(Jacobi):
 @pytest.fixture(scope="module")
 def engine(meta: ImageModel) -> Engine:
     decoder = Decoder(name="x", window=5, lossless=True, drafter=Waits("not"), verifier=Exact(), refiner=Resample())
-    return begin(meta, decoder, LAWS["cdf"])
+    return begin(meta, decoder, SAMPLINGS["cdf"])
 
 
 @pytest.mark.parametrize("how", ["item", "bool", "mask", "tolist", "cpu", "list", "number", "table"])

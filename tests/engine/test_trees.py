@@ -51,8 +51,8 @@ DEFAULT = ("siblings", "corrected branches", "eagle chain", "eagle static", "eag
 
 @pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT))
 def test_trees_have_the_enumerated_law(name: str, nets: dict[str, str]) -> None:
-    make, law = LOSSLESS[name]
-    assert abs(z_score(make(nets), law)) < 5
+    make, sampling = LOSSLESS[name]
+    assert abs(z_score(make(nets), sampling)) < 5
 
 
 @pytest.mark.parametrize("name", by_default(["corrected branches", "eagle static", "eagle dynamic"], ["eagle dynamic"]))
@@ -164,8 +164,8 @@ MANY = [
 
 @pytest.mark.parametrize("make", MANY)
 def test_gumbel_matching_on_trees_returns_exactly_the_tokens_of_ar(model: Toy, make, nets: dict[str, str]) -> None:
-    law = replace(SAMPLING, sampler="gumbel")
-    expected, got = decode(model, AR, law), decode(model, make(nets), law)
+    sampling = replace(SAMPLING, sampler="gumbel")
+    expected, got = decode(model, AR, sampling), decode(model, make(nets), sampling)
     assert torch.equal(expected.tokens, got.tokens)
     assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
 

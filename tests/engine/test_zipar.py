@@ -21,7 +21,7 @@ SAMPLES = 12_000
 PROMPT = "a b"
 PROMPTS = ["one", "two words", "three short words", "four", "five is more"]
 AR = Decoder(name="ar", window=1, lossless=True)
-LAW = SamplingParams(guidance_scale=2.0, top_k=7)
+SAMPLING = SamplingParams(guidance_scale=2.0, top_k=7)
 PLAIN = TokenGrid(4, 6, 12)
 FORCED = TokenGrid(4, 6, 12, prefix=(20, 21), row_end=22, suffix=(23,))  # N = 31, 24 free
 
@@ -31,7 +31,7 @@ def zipar(window_size: int, adaptive: bool = True) -> ZipAR:
 
 
 def decode(
-    model: Toy, decoder: ZipAR | Decoder, sampling: SamplingParams = LAW, prompts: list[str] = PROMPTS, seeds=None
+    model: Toy, decoder: ZipAR | Decoder, sampling: SamplingParams = SAMPLING, prompts: list[str] = PROMPTS, seeds=None
 ):
     return generate(model, decoder, model.encode(prompts), seeds or list(range(1, len(prompts) + 1)), sampling=sampling)
 
@@ -46,11 +46,11 @@ def model(request: pytest.FixtureRequest) -> Toy:
 
 @pytest.mark.parametrize("sampler", ["cdf", "gumbel"])
 def test_a_window_of_a_whole_row_is_ar(model: Toy, sampler: str) -> None:
-    law = replace(LAW, sampler=sampler)
-    expected = decode(model, AR, law).tokens
-    # under gumbel a first token that is tested against the complete row is AR's too, under cdf it is so in law
+    sampling = replace(SAMPLING, sampler=sampler)
+    expected = decode(model, AR, sampling).tokens
+    # under gumbel a first token that is tested against the complete row is AR's too, under cdf it is so in distribution
     for decoder in (zipar(6), zipar(6, False), zipar(99), *([zipar(5)] if sampler == "gumbel" else [])):
-        got = decode(model, decoder, law)
+        got = decode(model, decoder, sampling)
         assert torch.equal(got.tokens, expected)
         # forced tokens cost no pass of their own
         assert all(sample.forwards == model.layout.free.sum() for sample in got.samples)
@@ -59,12 +59,12 @@ def test_a_window_of_a_whole_row_is_ar(model: Toy, sampler: str) -> None:
 @pytest.mark.parametrize("sampler", ["cdf", "gumbel"])
 @pytest.mark.parametrize("decoder", [zipar(1), zipar(3), zipar(2, False)])
 def test_tokens_do_not_depend_on_the_batch_or_on_refilling(model: Toy, decoder: ZipAR, sampler: str) -> None:
-    law = replace(LAW, sampler=sampler)
-    together = decode(model, decoder, law).samples
-    alone = [decode(model, decoder, law, [prompt], [row + 1]).samples[0] for row, prompt in enumerate(PROMPTS)]
+    sampling = replace(SAMPLING, sampler=sampler)
+    together = decode(model, decoder, sampling).samples
+    alone = [decode(model, decoder, sampling, [prompt], [row + 1]).samples[0] for row, prompt in enumerate(PROMPTS)]
     requests = [(prompt, seed + 1) for seed, prompt in enumerate(PROMPTS)]
     for rows in (1, 3):
-        refilled = dict(stream(model, decoder, requests, rows=rows, sampling=law))
+        refilled = dict(stream(model, decoder, requests, rows=rows, sampling=sampling))
         for row, sample in enumerate(together):
             for other in (alone[row], refilled[row]):
                 assert (other.tokens == sample.tokens).all()
@@ -98,7 +98,7 @@ def test_bad_settings_are_refused() -> None:
         ZipAR(name="zipar", lossless=True, window_size=4)
 
 
-# ---- the law
+# ---- the distribution
 
 
 Fed = tuple[tuple[int, int, tuple[int, ...]], ...]  # (position, token, entries of this tuple that it saw)
@@ -107,13 +107,13 @@ Slot = tuple[int, int, bool, int]  # position, token, whether the token is the p
 
 @dataclass(frozen=True)
 class Page:
-    """One way a sample may stand after some passes, with its probability."""
+    """One state of a sample after some passes, with its probability."""
 
     weight: float
     rows: tuple[tuple[int, ...], ...]  # codes of each grid row
     fed: Fed
     kept: tuple[tuple[int, int], ...]  # position -> its latest entry in `fed`, real tokens only
-    test: tuple[int, tuple[float, ...]] | None = None  # first token of the next row and its law
+    test: tuple[int, tuple[float, ...]] | None = None  # first token of the next row and its distribution
 
     def complete(self, columns: int) -> bool:
         return all(len(row) == columns for row in self.rows)
@@ -143,7 +143,7 @@ class Book:
         return len(self.grid.prefix) + row * self.grid.stride + column
 
     @torch.inference_mode()
-    def laws(self, many: list[Fed], prompt: str) -> torch.Tensor:
+    def probs(self, many: list[Fed], prompt: str) -> torch.Tensor:
         """Return the distribution after everything fed, of pages that have fed equally many tokens: -> [pages, fed, V]."""
         condition, logits, size = self.model.encode([prompt]), [], len(many[0])
         tokens = torch.tensor([[token for _, token, _ in fed] for fed in many], dtype=torch.long)
@@ -167,7 +167,7 @@ class Book:
         """Return the probability of every outcome, codes in raster order."""
         header = len(self.grid.prefix)
         fed = tuple((n, self.forced[n], tuple(range(n))) for n in range(header))
-        first = self.laws([fed], prompt)[0, -1].tolist()
+        first = self.probs([fed], prompt)[0, -1].tolist()
         empty, kept = ((),) * (self.grid.rows - 1), tuple((n, n) for n in range(header))
         pages = [Page(p, ((code,), *empty), fed, kept) for code, p in enumerate(first) if p > 0]
         done: dict[tuple[int, ...], float] = {}
@@ -180,8 +180,8 @@ class Book:
             pages = []
             for _, group in itertools.groupby(sorted(turns, key=lambda t: len(t.fed)), key=lambda t: len(t.fed)):
                 turned = list(group)
-                for turn, laws in zip(turned, self.laws([turn.fed for turn in turned], prompt), strict=True):
-                    pages += self.outcomes(turn, laws[-len(turn.slots) :])
+                for turn, probs in zip(turned, self.probs([turn.fed for turn in turned], prompt), strict=True):
+                    pages += self.outcomes(turn, probs[-len(turn.slots) :])
         return done
 
     def turn(self, page: Page) -> Turn:
@@ -209,10 +209,10 @@ class Book:
             fed.append((place, token, tuple(entry for other, entry in kept.items() if other < place)))
         return Turn(page, slots, tuple(fed), tuple(kept.items()), begun, whole)
 
-    def outcomes(self, turn: Turn, laws: torch.Tensor) -> list[Page]:
+    def outcomes(self, turn: Turn, probs: torch.Tensor) -> list[Page]:
         """Follow every outcome of one pass."""
         page, choices = turn.page, []  # per slot that draws: (row, code or None, first token under test, probability)
-        for (_, _, _, row), p in zip(turn.slots, laws, strict=True):
+        for (_, _, _, row), p in zip(turn.slots, probs, strict=True):
             if 0 <= row < turn.begun or (row >= 0 and not self.adaptive):
                 choices.append([(row, code, None, float(p[code])) for code in range(len(p))])
             elif row >= 0:
@@ -236,9 +236,9 @@ class Book:
             return [(row, code, None, w) if whole else (row, None, (code, record), w) for code, w in enumerate(record)]
         draft, q = page.test[0], torch.tensor(page.test[1], dtype=torch.float64)
         passes = min(1.0, float(p[draft] / q[draft]))
-        rest = (p - q).clamp(min=0)
+        left = (p - q).clamp(min=0)
         out = [(row, draft, None, passes)]
-        for code, w in enumerate((rest / rest.sum()).tolist() if rest.sum() > 0 else ()):
+        for code, w in enumerate((left / left.sum()).tolist() if left.sum() > 0 else ()):
             out.append((row, code, None, (1 - passes) * w) if whole else (row, None, (code, record), (1 - passes) * w))
         return out
 
@@ -278,14 +278,14 @@ def by_the_book(model: Toy, sampling: SamplingParams, window_size: int, adaptive
 
 @pytest.mark.parametrize("name", by_default(CASES, ["fixed", "adaptive", "row ends, adaptive"]))
 def test_the_law_is_that_of_the_description_and_not_ar(name: str) -> None:
-    grid, window_size, adaptive, law = CASES[name]
+    grid, window_size, adaptive, sampling = CASES[name]
     model = Toy(grid)
-    expected = by_the_book(model, law, window_size, adaptive)
+    expected = by_the_book(model, sampling, window_size, adaptive)
     assert float(expected.sum()) == pytest.approx(1, abs=1e-5)
-    found = counts(model, zipar(window_size, adaptive), law)
+    found = counts(model, zipar(window_size, adaptive), sampling)
     assert abs(chi_square_z(found, expected)) < 5
-    assert abs(chi_square_z(found, enumerate_law(model, PROMPT, law)[1])) > 5  # negative control: AR's law
-    other = by_the_book(model, law, window_size, not adaptive)
+    assert abs(chi_square_z(found, enumerate_law(model, PROMPT, sampling)[1])) > 5  # negative control: AR
+    other = by_the_book(model, sampling, window_size, not adaptive)
     assert abs(chi_square_z(found, other)) > 5  # negative control: the other window
 
 
