@@ -71,8 +71,8 @@ def test_refilled_rows_may_be_replayed(model: Toy, name: str, nets: dict[str, st
     plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=replace(SAMPLING, sampler="gumbel"))
     with as_on_a_gpu():
         requests = zip(PROMPTS, SEEDS, strict=True)
-        law = replace(SAMPLING, sampler="gumbel")
-        for index, sample in stream(model, decoder, requests, rows=2, sampling=law, graphs=Graphs(tape.record)):
+        sampling = replace(SAMPLING, sampler="gumbel")
+        for index, sample in stream(model, decoder, requests, rows=2, sampling=sampling, graphs=Graphs(tape.record)):
             assert (sample.tokens == plain.samples[index].tokens).all()
 
 
