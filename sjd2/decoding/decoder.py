@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from sjd2.decoding.commit_rule import AnyInput, CleanInputs, CommitRule
 from sjd2.decoding.interfaces import Drafter, Redrafted, Refiner, Verifier
@@ -11,9 +11,6 @@ from sjd2.decoding.sampling import SAMPLERS, SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
 from sjd2.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from sjd2.decoding.engine import Engine
 
 
 class BaseDecoder:
@@ -28,7 +25,9 @@ class BaseDecoder:
     window: int
     lookahead: int = 0
     num_forwards: int = 0
-    engine: ClassVar[type[Engine] | None] = None
+    # Any is an Engine, whose name only a type checker could import here; settings are checked against the annotations of
+    # their class, and one that cannot be resolved leaves them all unchecked
+    engine: ClassVar[type[Any] | None] = None
 
     def check(self, spec: ModelSpec) -> None:
         """Raise `UserError` if this decoder cannot run on the model that `spec` describes."""
