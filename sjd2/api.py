@@ -144,6 +144,8 @@ def generate(
     Prompt i of a list always gets the same random numbers, so its image does not depend on the other prompts (in float64
     token for token). Raises `UserError` for settings that do not fit.
     """
+    if isinstance(model, str):
+        raise UserError(f"generate takes a loaded model: sjd2.generate(sjd2.load('{model}'), ...).")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise UserError("generate needs at least one prompt.")

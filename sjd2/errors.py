@@ -13,7 +13,8 @@ class UserError(ValueError):
 def unknown(kind: str, value: object, valid: Iterable[str]) -> UserError:
     """Return the error for a choice that does not exist, with the most similar valid one as a hint."""
     valid = sorted(valid)
-    near = difflib.get_close_matches(str(value), valid, n=1)
+    near = difflib.get_close_matches(str(value), valid, n=3)
+    near.sort(key=lambda name: sorted(name) != sorted(str(value)))  # swapped letters first: sdc is scd, not sjd-fc
     hint = f", did you mean '{near[0]}'?" if near else "."
     return UserError(f"unknown {kind} '{value}'{hint} Valid: {', '.join(valid)}.")
 

@@ -58,6 +58,10 @@ class ImageModel:
         self.adapter: Adapter | None = None  # where a fine-tuning is loaded
         self.head_module: nn.Module | None = None  # output weights, for fine-tunings that change all weights
 
+    def __repr__(self) -> str:
+        codes = f"{self.layout.length} tokens an image, {self.layout.vocabulary} codes"
+        return f"{type(self).__name__}({codes}, {self.device}, {self.dtype})"
+
     @property
     def device(self) -> torch.device:
         return self.transformer.device

@@ -68,6 +68,7 @@ def test_gumbel_matching_on_the_real_backbone_in_float64() -> None:
         (lambda m: sjd2.decoder("sjd", refiner="couple"), "did you mean 'coupled'"),
         (lambda m: sjd2.generate(m, PROMPTS, decoder="sjd", widow=3), "did you mean 'window'"),
         (lambda m: sjd2.generate(m, PROMPTS, decoder=sjd2.decoder("sjd"), window=3), "unknown setting 'window'"),
+        (lambda m: sjd2.generate("tiny", PROMPTS), r"sjd2.load\('tiny'\)"),
         (lambda m: sjd2.generate(m, []), "at least one prompt"),
         (lambda m: sjd2.generate(m, PROMPTS, guidance=2), "guidance_scale"),
         (lambda m: sjd2.generate(m, PROMPTS, top_k=1000), "vocabulary of 512"),
@@ -127,7 +128,7 @@ def test_a_part_by_name() -> None:
 
 def test_one_prompt_and_a_torch_dtype(tmp_path: Path) -> None:
     model = sjd2.load("tiny", dtype=torch.float64, device="auto" if not torch.cuda.is_available() else "cpu")
-    assert model.dtype == torch.float64
+    assert repr(model) == "Chameleon(144 tokens an image, 512 codes, cpu, torch.float64)"
     result = sjd2.generate(model, PROMPTS[0], decoder="scd", window=16)
     assert len(result) == 1
     assert repr(result).startswith("Images(1 of 48x48 pixels, 144 tokens each, scd: ")

@@ -15,9 +15,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from harness import sample as sampling
+from harness.cli import check_dashes
 from harness.console import GROUPS, Progress, sentence
 from harness.settings import STAGES, TYPES, check_settings, resolve
 from sjd2.config import CONF, check_node
+from sjd2.errors import UserError
 from tests.helpers.cli import ROOT, Cli
 
 CHOICES = [
@@ -84,6 +86,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
     ("arguments", "message"),
     [
         (["decoder=sdj"], r"unknown decoder 'sdj', did you mean 'sjd'\? Valid: .*\bar\b.*\bsjd2\b"),
+        (["decoder=sdc"], r"unknown decoder 'sdc', did you mean 'scd'\?"),
         (["model=lumia"], r"unknown model 'lumia'.* Valid: .*tiny"),
         (["decoder/refiner=foo"], r"unknown decoder/refiner 'foo'.* Valid: .*coupled"),
         (["decoder.windw=3"], r"unknown setting 'decoder.windw', did you mean 'decoder.window'\?"),
@@ -91,6 +94,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
         (["window=3"], r"unknown setting 'window', did you mean 'decoder.window'\?"),
         (["++foo=1"], r"unknown setting 'foo'. Valid: .*batch_size"),
         (["++decoder.foo=1"], r"unknown setting of decoder 'foo'. Valid: .*window"),
+        (["--decoder.window=5"], r"settings are written without dashes: decoder.window=5\."),
         (["seed"], r"cannot read 'seed'"),
         (["limit=["], r"cannot read 'limit=\['"),
         (["decoder=ar,sjd"], r"python run.py -m decoder=a,b"),
@@ -145,6 +149,27 @@ def test_bad_input_ends_in_one_sentence_before_weights_load(cli: Cli, arguments:
     assert cli.err.count("\n") == 1, cli.err
     assert "weights are loaded" not in cli.out
     assert not cli.runs_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("decoder=scd --limit 5", "without dashes: limit=5."),
+        ("--decoder scd", "without dashes: decoder=scd."),
+        ("--seed", "without dashes: seed=VALUE."),
+        ("limit=2 -m decoder=ar,scd", "-m stands before all settings"),
+    ],
+)
+def test_settings_written_as_options(command: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_dashes(command.split())
+
+
+@pytest.mark.parametrize(
+    "command", ["", "-m decoder=ar,scd", "decoder=ar,scd -m", "--config-dir a=b decoder=scd", "--cfg job"]
+)
+def test_options_of_hydra_stay(command: str) -> None:
+    check_dashes(command.split())
 
 
 def test_the_stack_is_shown_when_asked_for(cli: Cli) -> None:
