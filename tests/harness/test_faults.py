@@ -179,7 +179,7 @@ def test_a_line_that_was_written_half(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sampling, "warm_up", limited)
     process = Forked(cli, *JOB)
     assert process.wait() == 1
-    assert "no file may grow further" in process.output
+    assert "files may not grow further" in process.output
     (file,) = cli.runs_dir.glob("toy-*/samples.jsonl")
     assert file.stat().st_size == 3000
     assert not file.read_bytes().endswith(b"\n")
