@@ -82,9 +82,9 @@ def test_launchers_compose_or_name_their_extra(cli: Cli, launcher: str) -> None:
 def test_wandb_sweeps_make_commands_that_compose(name: str) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    sweep = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8"))
+    sweep = yaml.safe_load((ROOT / "sweeps" / "wandb" / f"{name}.yaml").read_text(encoding="utf-8"))
     assert (ROOT / sweep["program"]).is_file()
-    assert sweep["metric"]["name"] in (ROOT / "evaluation" / "speed.py").read_text(encoding="utf-8")
+    assert sweep["metric"]["name"] in (ROOT / "evaluation" / "metrics" / "speed.py").read_text(encoding="utf-8")
     ends = {key: space.get("values") or [space["min"], space["max"]] for key, space in sweep["parameters"].items()}
     assert all("." in key for key in ends), "a parameter called like a group hides it in W&B's config"
     for values in (tuple(space[end] for space in ends.values()) for end in (0, -1)):
@@ -208,8 +208,8 @@ def test_stages_and_multiruns_under_torchrun(cli: Cli, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("runtime.grace_s=-1", r"runtime.grace_s must be 0 seconds or more, got -1"),
-        ("runtime.grace_s=soon", r"runtime.grace_s must be 0 seconds or more, got 'soon'"),
+        ("runtime.grace_s=-1", r"runtime.grace_s must be 0 or more, got -1"),
+        ("runtime.grace_s=soon", r"runtime.grace_s must be a number, got 'soon'"),
         ("runtime.isolate=3", r"runtime.isolate must be true or false, got 3"),
     ],
 )
