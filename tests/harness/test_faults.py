@@ -111,9 +111,9 @@ def test_a_run_killed_at_every_write(
             real(*arguments)
 
         cli.runs_dir = cli.runs_dir.with_name(f"{call}-{k}")
-        monkeypatch.setattr(run_folder.os, call, die)
+        monkeypatch.setattr(os, call, die)
         code = Forked(cli, *JOB).wait() if cli.runs_dir.parent.is_dir() else 0
-        monkeypatch.setattr(run_folder.os, call, real)
+        monkeypatch.setattr(os, call, real)
         assert code in (0, -signal.SIGKILL)
         assert cli(*JOB) == 0
         assert content(cli.runs_dir) == expected
