@@ -224,6 +224,7 @@ def test_clip_weights_of_another_architecture_are_refused(tmp_path: Path) -> Non
 # ---- recipes and settings
 
 
+@pytest.mark.full
 def test_recipes_train_resume_and_ship_what_the_metrics_read(tmp_path: Path) -> None:
     small = {"pictures": 32, "batch_size": 8, "validation_pictures": 8, "validate_every": 100, "warmup": 1}
     for name, more in (("attributes", {"reference_pictures": 8}), ("clip", {})):

@@ -171,6 +171,7 @@ def test_inside_a_hydra_application(tmp_path: Path) -> None:
 # ---- the examples
 
 
+@pytest.mark.full
 def test_the_python_example(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "python_api.py"), "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -180,6 +181,7 @@ def test_the_python_example(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "0001.png").is_file()
 
 
+@pytest.mark.full
 def test_the_notebook_runs_from_top_to_bottom() -> None:
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
     names: dict[str, object] = {}

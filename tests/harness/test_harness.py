@@ -242,6 +242,7 @@ def test_waiting_passes() -> None:
 # ---- baseline and multirun
 
 
+@pytest.mark.full
 def test_the_baseline_is_made_once_with_its_own_decoder_settings(cli: Cli) -> None:
     assert cli("decoder=sjd", "decoder.window=4", "limit=4", "seed=3", "temperature=0.9") == 0
     run = cli.run("ar")
@@ -256,6 +257,7 @@ def test_the_baseline_is_made_once_with_its_own_decoder_settings(cli: Cli) -> No
     assert len([path for path in run_folders(cli.runs_dir) if path.name.startswith("toy-ar-")]) == 1
 
 
+@pytest.mark.full
 def test_a_multirun_goes_on_past_a_failed_job(cli: Cli) -> None:
     code = cli("-m", "decoder=jacobi,sjd", "decoder.window=4,0", "limit=2")
     assert code == 1

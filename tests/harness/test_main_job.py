@@ -114,6 +114,7 @@ def test_greedy_trees_return_greedy_ar(cli: Cli) -> None:
     assert all(other == first for other in others)
 
 
+@pytest.mark.full
 def test_the_papers_rule_is_labelled_lossy(cli: Cli) -> None:
     assert cli("model=tiny", "decoder=sjd2", "decoder.rule=paper", "limit=2", "batch_size=2") == 0
     assert "| sjd2 rule=paper | **lossy** | 2 | 2 |" in cli.out

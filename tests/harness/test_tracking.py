@@ -33,6 +33,7 @@ def test_offline_without_an_account_and_everything_is_in_it(cli: Cli) -> None:
     assert len(images) == 10  # grid, acceptance, the eight of the run
 
 
+@pytest.mark.full
 def test_one_run_per_job_of_a_multirun(cli: Cli) -> None:
     assert cli("-m", "decoder=ar,jacobi,sjd", "limit=2", "logger=wandb") == 0
     runs = [read(path) for path in offline_runs(cli.runs_dir)]

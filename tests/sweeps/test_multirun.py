@@ -55,6 +55,7 @@ def break_jobs(monkeypatch: pytest.MonkeyPatch, breaking: Callable[[], None], wi
     monkeypatch.setattr(sampling, "generate", broken)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("plain")
 def test_a_job_that_dies_is_a_row_and_the_sweep_goes_on(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "died (signal 9: killed from outside, or out of memory); the same command resumes"
@@ -168,6 +169,7 @@ def test_ctrl_c_says_how_to_get_the_table(cli: Cli) -> None:
     assert "Traceback" not in process.output
 
 
+@pytest.mark.full
 def test_a_launcher_that_gives_up_still_leaves_a_table(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     make, asked = Plugins.instantiate_launcher, []
 
@@ -202,6 +204,7 @@ def test_a_sweep_that_cannot_start_says_why(cli: Cli) -> None:
     assert "gave up" not in cli.err
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("plain")
 def test_two_sweeps_never_share_a_folder(cli: Cli) -> None:
     folder = cli.runs_dir / "sweeps" / "mine"  # as two that start within one second, or after the clock was set back

@@ -145,6 +145,7 @@ def timed(tmp_path: Path, decoder: str, seed: int, batch: int, seconds: float = 
     return found
 
 
+@pytest.mark.full
 def test_images_of_one_batch_are_one_timing(tmp_path: Path) -> None:
     """Taken for independent, 48 images of 16 batches would find differences where there are none."""
     differ = 0
