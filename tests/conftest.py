@@ -1,9 +1,13 @@
-"""What all tests share: no network, no account, one CPU thread per worker."""
+"""What all tests share: no network, no account, one CPU thread per worker; and no test notices which ran before it."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
 
 # before torch, transformers and wandb are imported
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MPLBACKEND": "Agg"}
@@ -12,8 +16,28 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "HYDRA_FULL_ERROR", "SJD2_TRACE"):
 os.environ["NETRC"] = os.devnull  # an account of whoever runs the tests must not be used
 
 from tests.helpers.cli import cli  # noqa: E402
+from tests.helpers.process_state import ProcessState, seed_everything  # noqa: E402
 
 __all__ = ["cli"]
 
 # a shell starts background jobs with Ctrl-C ignored, which every process below would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Generator[None, Any, Any]:
+    """Seed what several tests share: it is made by whichever of them is the first."""
+    if fixturedef.scope != "function":
+        seed_everything()
+    return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _a_neighbour_of_none() -> Iterator[None]:
+    """Seed each test, and fail one that changes what the next one in its process sees."""
+    before = ProcessState()
+    seed_everything()
+    yield
+    changes = before.changes()
+    before.restore()
+    assert not changes, f"the test leaves behind, as (before, now): {changes}"

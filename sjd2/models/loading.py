@@ -5,9 +5,11 @@ Remote code is never run.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,19 +136,13 @@ def load_assembled(
 
 
 def _load(cls: type[Model], options: LoadOptions, optional: str | None, **source: Any) -> Model:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # its bar of tensors is noise beside the bar of images
     keywords = options.keywords()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its table of mismatches becomes one sentence here
     loader: Any = cls  # the stubs of from_pretrained do not know output_loading_info's pair
     try:
-        model, found = loader.from_pretrained(**source, **keywords, output_loading_info=True)
+        with _quiet_transformers():
+            model, found = loader.from_pretrained(**source, **keywords, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.weights={options.weights} cannot be loaded: {first_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     # transformers fills missing tensors with random numbers and only warns
     missing = sorted(name for name in found["missing_keys"] if optional is None or not name.startswith(optional))
     if missing:
@@ -156,6 +152,25 @@ def _load(cls: type[Model], options: LoadOptions, optional: str | None, **source
     if "device_map" not in keywords:
         model.to(options.device)
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the bar of tensors, noise beside the bar of images, and the table of mismatches, which become one sentence.
+
+    The settings of whoever called come back: this may run in a program that wants both.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def read_config(folder: Path, key: str, model_type: str, example: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from evaluation.run_folder import RunFolder, run_folders
 from harness.cli import main
 from sjd2.files import ROOT
+from tests.helpers.process_state import restored
 
 TOY = ("--config-dir", str(ROOT / "tests" / "conf"), "model=toy", "evaluation=none", "batch_size=4", "logger=none")
 
@@ -66,5 +68,6 @@ class Cli:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    return Cli(tmp_path, capfd, monkeypatch)
+def cli(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
+    with restored():
+        yield Cli(tmp_path, capfd, monkeypatch)

@@ -11,6 +11,7 @@ import pytest
 from importlinter.cli import lint_imports
 
 from sjd2.files import ROOT
+from tests.helpers.process_state import restored
 
 PACKAGES = ("sjd2", "baselines", "evaluation", "harness", "sweeps", "benchmarks")
 
@@ -24,7 +25,8 @@ def twice(named: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def lint(config: Path) -> int:
-    return lint_imports(config_filename=str(config), cache_dir=None, no_cache=True)
+    with restored():  # import-linter is a command that owns its process: it switches off all loggers there are
+        return lint_imports(config_filename=str(config), cache_dir=None, no_cache=True)
 
 
 def test_imports_run_downwards_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
