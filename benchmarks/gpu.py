@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> Path:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=str(__doc__).partition("\n")[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--models", default=",".join(ARCHITECTURES), help="names, comma-separated; default all")
     parser.add_argument("--seconds", type=float, default=480.0, help="time budget; what does not fit is skipped")

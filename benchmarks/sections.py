@@ -30,6 +30,7 @@ from sjd2.decoding.sampling import SamplingParams, draw, draw_gumbel
 from sjd2.decoding.verify import Exact, residual
 from sjd2.denoising.schedule import Schedule
 from sjd2.denoising.sjd2_decoder import sjd2
+from sjd2.errors import first_line
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import RowCache
@@ -252,4 +253,4 @@ class Bench:
 
 def reason(error: Exception) -> str:
     """Return the first line of an error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)[:200]

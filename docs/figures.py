@@ -8,7 +8,6 @@ python docs/figures.py RUNS_DIR   # grid.png: the same seeds under AR, lossless 
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -21,6 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from sjd2.files import read_lines
 
 SLOTS = 10
 CLEAN, NOISE, DONE = "#4c9be8", "#b9b9b9", "#2e7d4f"
@@ -131,8 +132,7 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     runs = {}
     for settings in sorted(folder.glob("*/config.yaml")):
         name = yaml.safe_load(settings.read_text(encoding="utf-8"))["decoder"]["name"]
-        lines = (settings.parent / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        records = sorted((json.loads(line) for line in lines), key=lambda record: record["id"])
+        records = sorted(read_lines(settings.parent / "samples.jsonl")[0], key=lambda record: record["id"])
         runs[name] = [record | {"image": settings.parent / record["image"]} for record in records]
     return runs
 

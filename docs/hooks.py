@@ -30,7 +30,7 @@ def _tables() -> list[str]:
 def _headline(path: Path) -> str:
     """Return what the comment at the top of a yaml file says before its first command."""
     words: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         if line.startswith("# @"):  # a directive of Hydra
             continue
         if not line.startswith("# ") or line.startswith("#  "):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.prompts import Facts, Prompts, parse, read_entries, read_text
+from evaluation.prompts import KIND, Facts, Prompts, parse, read_entries
 from sjd2.errors import UserError, choose
-from sjd2.files import find
+from sjd2.files import find, read_text
 
 CAPTIONS = ("first", "longest", "sjd")
 ORDERS = ("id", "annotations")
@@ -112,7 +112,7 @@ def read_coco(path: Path) -> tuple[dict[int, str], dict[int, list[dict[str, Any]
 
     Raises UserError if it is another kind of file, e.g. the instances_*.json beside it.
     """
-    content = parse(read_text(path), path)
+    content = parse(read_text(path, KIND), path)
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise UserError(
             f"'{path}' is no annotation file of COCO (no 'images' and 'annotations'); for a plain list of captions take "
@@ -180,7 +180,7 @@ class DpgBench(Prompts):
         path = _given(self, "the folder dpg_bench/prompts of TencentQQGYLab/ELLA, or its dpg_bench.csv")
         if path.is_dir():
             inner = [folder for folder in (path, path / "prompts") if any(folder.glob("*.txt"))]
-            texts = {file.stem: read_text(file).strip() for file in inner[0].glob("*.txt")} if inner else {}
+            texts = {file.stem: read_text(file, KIND).strip() for file in inner[0].glob("*.txt")} if inner else {}
         else:
             texts = {}
             for text, row in read_entries(path, (self.column or "text",)):

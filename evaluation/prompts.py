@@ -19,11 +19,12 @@ from typing import Any
 from evaluation.run_folder import RunFolder
 from sjd2.config import instantiate
 from sjd2.errors import UserError
-from sjd2.files import ROOT, read_lines, write_atomically
+from sjd2.files import ROOT, read_lines, read_text, split_lines, write_atomically
 
 COLUMNS = ("prompt", "caption", "text", "Prompt")  # names of the prompt's column, tried in this order
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 KEPT = "prompts.jsonl"
+KIND = "prompts file"  # what messages call the file
 
 Facts = dict[str, Any]  # what a prompt set holds of one prompt besides its text
 
@@ -131,24 +132,12 @@ def read_entries(path: Path, columns: tuple[str, ...]) -> list[tuple[str, Facts]
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"cannot tell the format of prompts file '{path}'. Valid endings: {', '.join(FORMATS)}.")
     readers = {".txt": _txt, ".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _jsonl}
-    entries = readers[path.suffix.lower()](read_text(path), path)
+    entries = readers[path.suffix.lower()](read_text(path, KIND), path)
     if not entries:
         raise UserError(f"prompts file '{path}' holds no prompt.")
     return [
         (_prompt(entry, path, place, columns), entry if isinstance(entry, dict) else {}) for place, entry in entries
     ]
-
-
-def read_text(path: Path) -> str:
-    """Read a text file; raises UserError in one sentence if that fails."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"prompts file '{path}' does not exist (looked in {Path.cwd()}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts file '{path}' is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"prompts file '{path}' cannot be read: {error.strerror}.") from error
 
 
 def parse(text: str, path: Path, place: str = "") -> Any:
@@ -160,7 +149,7 @@ def parse(text: str, path: Path, place: str = "") -> Any:
 
 
 def _txt(text: str, path: Path) -> list[tuple[str, Any]]:
-    return [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(f"line {number}", line) for number, line in enumerate(split_lines(text), 1) if line.strip()]
 
 
 def _csv(text: str, path: Path) -> list[tuple[str, Any]]:
@@ -183,7 +172,7 @@ def _json(text: str, path: Path) -> list[tuple[str, Any]]:
 
 
 def _jsonl(text: str, path: Path) -> list[tuple[str, Any]]:
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(split_lines(text), 1) if line.strip()]
     return [(f"line {n}", parse(line, path, f" in line {n}")) for n, line in lines]
 
 
@@ -198,4 +187,9 @@ def _prompt(entry: Any, path: Path, place: str, columns: tuple[str, ...]) -> str
         entry = entry[found]
     if not isinstance(entry, str) or not entry.strip():
         raise UserError(f"prompts file '{path}', {place}: {entry!r} is no prompt.")
+    try:
+        entry.encode()
+    except UnicodeEncodeError as error:  # JSON may escape one
+        half = f"\\u{ord(entry[error.start]):04x}"
+        raise UserError(f"prompts file '{path}', {place}: {half} is half a surrogate pair, no character.") from error
     return entry

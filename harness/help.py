@@ -12,6 +12,7 @@ from harness.console import GROUPS, program
 from harness.settings import STAGES, TYPES
 from sjd2 import __version__
 from sjd2.config import CONF, choices
+from sjd2.files import split_lines
 
 WIDTH = 80
 SECTION = re.compile(r"(\w+):\s*(\S.*?)\s+#\s*(.+)")  # key: value   # comment
@@ -49,7 +50,7 @@ def help_text() -> str:
 
 def _settings() -> Iterator[tuple[str, str]]:
     """Yield (key=default, comment) of every setting outside the groups, in the order of conf/config.yaml."""
-    for line in (CONF / "config.yaml").read_text(encoding="utf-8").splitlines():
+    for line in split_lines((CONF / "config.yaml").read_text(encoding="utf-8")):
         if (found := SECTION.match(line)) and found[1] in TYPES and found[1] != "stage":
             default = "" if found[2].startswith("${") else found[2]  # the model's own
             yield f"{found[1]}={default}", found[3]

@@ -16,6 +16,7 @@ import torch
 
 from sjd2 import __version__
 from sjd2.config import CONF, INSTALLED
+from sjd2.files import split_lines
 
 PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "torchmetrics", "clean-fid", "open-clip-torch", "wandb")
 
@@ -83,7 +84,7 @@ def _peak_resident() -> int | None:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    line = next((line for line in split_lines(status) if line.startswith("VmHWM:")), None)
     return None if line is None else int(line.split()[1]) * 1024
 
 
@@ -121,7 +122,7 @@ def hardware(device: torch.device) -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = split_lines(Path("/proc/cpuinfo").read_text())
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -21,7 +21,7 @@ def unknown(kind: str, value: object, valid: Iterable[str]) -> UserError:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, its class name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def choose(kind: str, value: str, valid: Iterable[str]) -> str:

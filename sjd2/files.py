@@ -59,6 +59,30 @@ def read_json(path: Path, default: Any) -> Any:
         raise UserError(f"{path} is damaged ({error}); delete it and run stage=score again.") from error
 
 
+def read_text(path: Path, kind: str = "file") -> str:
+    """Read a text file a user gave: UTF-8 with or without a byte order mark, line ends of any system as newlines.
+
+    kind: what the error calls it. Raises `UserError` if the file is missing, unreadable or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{kind} '{path}' does not exist (looked in {Path.cwd()}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{kind} '{path}' is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{kind} '{path}' cannot be read: {error.strerror}.") from error
+
+
+def split_lines(text: str) -> list[str]:
+    """Split text at newlines only, which it loses; a line's index + 1 is its number in an editor.
+
+    Not `str.splitlines`: it also splits at U+2028, form feeds and six more characters that captions and prompts hold.
+    """
+    *lines, rest = text.replace("\r\n", "\n").split("\n")
+    return [*lines, rest] if rest else lines
+
+
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the objects of a .jsonl file and the number of lines that are not one (a kill cuts the last line)."""
     if not path.is_file():

@@ -27,7 +27,7 @@ from evaluation.metrics.batches import device_for, stack
 from evaluation.metrics.fid import SHIPPED_REFERENCE
 from evaluation.run_folder import Record, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
-from sjd2.errors import UserError
+from sjd2.errors import UserError, first_line
 from sjd2.files import ROOT, digest, find
 from sjd2.models.tiny.scenes import ATTRIBUTES, SIDE, attributes
 
@@ -132,7 +132,7 @@ class AttributeNet(nn.Module):
         try:
             network.load_state_dict(load_file(path / WEIGHTS))  # into float32
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path / WEIGHTS} is no attribute network ({str(error).splitlines()[0]}).") from error
+            raise UserError(f"{path / WEIGHTS} is no attribute network ({first_line(error)}).") from error
         return network.eval().requires_grad_(False).to(device_for(device))
 
 

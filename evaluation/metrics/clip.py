@@ -29,7 +29,7 @@ from evaluation.metrics.batches import device_for
 from evaluation.metrics.transforms import centre_square, squash
 from evaluation.run_folder import Id, Record, Snapshot, record_id
 from evaluation.score import Metric, MetricInfo, Scores
-from sjd2.errors import UserError, unknown
+from sjd2.errors import UserError, first_line, unknown
 from sjd2.files import ROOT, find
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ def _unit(features: Any) -> Tensor:
 
 
 def _does_not_load(what: str, error: Exception) -> UserError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_line(error)
     return UserError(f"CLIP weights {what} do not load ({first}).")
 
 

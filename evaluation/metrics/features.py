@@ -24,7 +24,7 @@ from torch import nn
 from evaluation.metrics.batches import batches, device_for, stack
 from evaluation.metrics.transforms import centre_square
 from evaluation.run_folder import Id, Record, RunFolder, Snapshot, record_id
-from sjd2.errors import UserError
+from sjd2.errors import UserError, first_line
 from sjd2.files import digest, find, write_atomically
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -140,7 +140,7 @@ class _InceptionFile:
         raise NotImplementedError
 
     def _refused(self, error: Exception) -> UserError:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         return UserError(f"{self._path} cannot be read as {self.file} ({first}); fetch it again.")
 
 

@@ -28,7 +28,7 @@ from evaluation.prompts import Facts, metadata_of
 from evaluation.run_folder import Id, Record, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError
-from sjd2.files import find
+from sjd2.files import find, read_text, split_lines
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
     Raises UserError naming the line that is none.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(split_lines(read_text(path, "GenEval's results")), 1):
         if not line.strip():
             continue
         row: Any = None

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sjd2.errors import UserError
-from sjd2.files import write_atomically
+from sjd2.files import read_lines, write_atomically
 from sjd2.finetune import distributed
 from sjd2.finetune.objective import is_sharded
 
@@ -228,6 +228,5 @@ def _checkpoint(out: Path, module: nn.Module) -> tuple[Path, dict[str, Any]]:
 
 def _cut_curve(path: Path, step: int) -> None:
     """Drop the lines after the checkpoint's step: those steps run again."""
-    lines: Iterable[str] = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(kept).encode())
+    kept = [line for line in read_lines(path)[0] if line["step"] <= step]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sjd2.files import split_lines
+
 ENDED = {
     "TIMEOUT": "ran into its time limit",
     "OUT_OF_MEMORY": "ran out of memory",
@@ -56,7 +58,7 @@ def job_state(job: str) -> JobState | None:
     states, codes = re.findall(r"\bJobState=(\w+)", text), re.findall(r"\bExitCode=(\d+:\d+)", text)
     if not states or states[0] == "FAILED":  # its steps may show the signal
         lines = _ask("sacct", "--noheader", "--parsable2", "--format=State,ExitCode", "--jobs", job) or ""
-        rows = [line.split("|") for line in lines.splitlines() if "|" in line]
+        rows = [line.split("|") for line in split_lines(lines) if "|" in line]
         states = states or [state.split()[0] for state, _ in rows]
         codes = [code for _, code in rows] + codes
     return JobState(states[0], _signal(codes)) if states else None

@@ -21,6 +21,7 @@ from sjd2.finetune.data.sources import Captions
 from sjd2.finetune.tiny.scene_data import PROMPTS, SceneCaptions, SceneTokens
 from sjd2.models.layout import TokenGrid
 from sjd2.models.tiny import scenes
+from tests.helpers.separators import SEPARATORS
 from tests.helpers.toy import Toy
 
 GRID = TokenGrid(3, 4, 12, prefix=(20,), row_end=22)
@@ -130,6 +131,9 @@ def test_captions_of_a_file(tmp_path: Path) -> None:
     assert not trained & shown
     assert len(trained | shown) == 100
     assert source.captions(10, 3, False) == source.captions(20, 3, False)[:10]
+    path.write_bytes("\ufeff".encode() + "".join(f"{i}{SEPARATORS}{i}\r\n" for i in range(100)).encode())
+    odd = source.captions(400, 0, False) + source.captions(400, 0, True)
+    assert set(odd) == {f"{i}{SEPARATORS}{i}" for i in range(100)}
     with pytest.raises(UserError, match=r"captions\.path"):
         FileCaptions(path="nowhere.txt").captions(1, 0, False)
 

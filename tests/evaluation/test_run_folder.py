@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 
 from evaluation import run_folder
 from evaluation.identity import by_content, identity
-from evaluation.prompts import Prompts, read_prompts
+from evaluation.prompts import FORMATS, Prompts, read_prompts
 from evaluation.run_folder import NEEDED, RunFolder, run_folders
 from sjd2 import locks
 from sjd2.errors import UserError
+from sjd2.files import append_lines, read_lines
 from sjd2.locks import lock
+from tests.helpers.separators import SEPARATORS
 
 PARTS = {
     "model": {"size": "7b"},
@@ -244,6 +246,7 @@ def test_lock_without_flock_takes_over_from_a_dead_process(tmp_path: Path, monke
         ("p.json", '{"images": [], "annotations": [{"id": 1, "caption": "a cat"}, {"caption": "zwei Hünde"}]}'),
         ("p.jsonl", '{"prompt": "a cat"}\n\n"zwei Hünde"\n'),
         ("bom.csv", "\ufeffprompt\na cat\nzwei Hünde\n"),
+        ("bom.txt", "\ufeffa cat\r\nzwei Hünde"),
     ],
 )
 def test_prompt_files(tmp_path: Path, name: str, text: str) -> None:
@@ -251,9 +254,23 @@ def test_prompt_files(tmp_path: Path, name: str, text: str) -> None:
     assert read_prompts(tmp_path / name) == ["a cat", "zwei Hünde"]
 
 
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_prompt_of_every_separator_is_one_prompt(tmp_path: Path, ending: str) -> None:
+    """Read from a file, written into a record and read again."""
+    odd, path = f"a{SEPARATORS}b", tmp_path / f"p{ending}"
+    line = json.dumps({"prompt": odd}, ensure_ascii=False)
+    text = {".txt": f"{odd}\n{odd}", ".csv": f"id,prompt\r\n1,{odd}", ".tsv": f"id\tprompt\n1\t{odd}"}
+    text |= {".json": f"[{line}, {line}]", ".jsonl": f"{line}\r\n{line}"}
+    path.write_bytes(("\ufeff" + text[ending]).encode())
+    assert set(read_prompts(path)) == {odd}
+    append_lines(path.with_name("lines.jsonl"), [{"prompt": odd}, {"prompt": odd}])
+    assert read_lines(path.with_name("lines.jsonl")) == ([{"prompt": odd}] * 2, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("p.jsonl", b'"a"\n{"prompt": "a \\ud83d"}\n', r"line 2: .ud83d is half a surrogate pair"),
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.txt", b"\xff\xfe", "not UTF-8 at byte 0"),
         ("p.parquet", b"x", r"Valid endings: \.txt, \.csv, \.tsv, \.json, \.jsonl"),

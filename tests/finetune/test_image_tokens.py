@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sjd2.errors import UserError
 from sjd2.finetune.data import images
 from sjd2.finetune.data import tokens as tokenised
 from sjd2.finetune.data.tokens import ImageTokens
+from tests.helpers.separators import SEPARATORS
 from tests.helpers.small_training import SIDE, tokens
 
 
@@ -77,6 +79,31 @@ def test_captions_may_lie_in_many_ways(kind: str, tmp_path: Path) -> None:
             (tmp_path / f"{name}.{kind}").write_text(json.dumps({"text": text}) if kind == "json" else text)
     found = [s for part in images.find_parts(str(tmp_path), given) for s in part.samples()]
     assert [(s.name, s.caption) for s in found] == [("a.b.png", "first"), ("sub/c.png", "second")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_captions_hold_every_separator(kind: str, place: Path, model: object, tmp_path: Path) -> None:
+    """Characters at which str.splitlines splits, a byte order mark, Windows line ends, a file name that is not UTF-8."""
+    blank, odd = (place / "images" / "000.png").read_bytes(), f"a{SEPARATORS}b"
+    names = [f"{i}.png" for i in range(8)] + [os.fsdecode(b"caf\xe9.png")]
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate(names):
+        image = io.BytesIO()
+        Image.new("RGB", (SIDE, SIDE), (i * 20, 0, 0)).save(image, "png")
+        (tmp_path / "images" / name).write_bytes(image.getvalue() or blank)
+    rows = [json.dumps({"file_name": name, "text": odd}, ensure_ascii=name == names[-1]) for name in names]
+    list_of = {"jsonl": "\r\n".join(rows), "json": f"[{', '.join(rows)}]"}[kind]
+    given = tmp_path / f"captions.{kind}"
+    given.write_bytes(b"\xef\xbb\xbf" + list_of.encode())
+    for _ in range(2):  # made, then read again
+        data = tokens(tmp_path, captions=str(given), held_out_share=2)
+        data.prepare(model, tmp_path / "out")
+        assert set(data.batch(9, 0)[0]) | set(data.batch(9, 0, held_out=True)[0]) == {odd}
+    given.write_text(
+        rows[0].replace("a", "\\ud83d", 1) if kind == "jsonl" else '[{"image": "0.png", "text": "\\ud83d"}]'
+    )
+    with pytest.raises(UserError, match="cannot be read"):
+        images.find_parts(str(tmp_path / "images"), str(given))
 
 
 def test_missing_files_are_reported(tmp_path: Path) -> None:

@@ -61,3 +61,15 @@ def test_no_public_class_name_stands_for_two_things() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 named[node.name].append(str(file.relative_to(ROOT)))
     assert twice(named) == {}
+
+
+def test_no_text_is_split_at_more_than_newlines() -> None:
+    """A caption with U+2028 is one line; sjd2.files has split_lines and read_lines."""
+    scripts = [ROOT / "run.py", *sorted((ROOT / "docs").glob("*.py"))]
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in [*modules(), *scripts]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("splitlines", "readlines", "readline")
+    ]
+    assert found == []

@@ -22,7 +22,7 @@ from sjd2.decoding.generate import generate
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
-from sjd2.files import find, write_atomically
+from sjd2.files import find, read_text, split_lines, write_atomically
 from sjd2.finetune import distributed
 from sjd2.finetune.data.sources import Captions, ScaledData
 from sjd2.models.base import ImageModel
@@ -59,7 +59,7 @@ class FileCaptions(Captions):
     def captions(self, n: int, seed: int, held_out: bool) -> list[str]:
         """Return n lines in an order given by the seed, from the start again when they run out."""
         self.check()
-        lines = [line.strip() for line in self.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in split_lines(read_text(self.file)) if line.strip()]
         mine = [line for line in lines if (_number(line) % self.held_out_share == 0) == held_out]
         if not mine:
             raise UserError(f"{self.file} has no {'held-out ' if held_out else ''}captions; give a longer file.")

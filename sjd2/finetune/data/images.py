@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sjd2.errors import UserError
+from sjd2.files import split_lines
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTIONS = (".txt", ".caption", ".json")
@@ -136,14 +137,14 @@ def read_captions(root: Path, captions: str | None) -> dict[str, str] | None:
             raise UserError(f"finetune.data.captions={captions} does not exist; give a .jsonl or .json file.")
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in split_lines(text) if line.strip()]
         else:
             rows = json.loads(text)
         if isinstance(rows, dict):
-            return {name: str(caption) for name, caption in rows.items()}
-        return {_first(row, NAMES): _first(row, KEYS) for row in rows}
+            return {name: _text(rows, (name,)) for name in rows}
+        return {_first(row, NAMES): _text(row, KEYS) for row in rows}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f'the captions in {path} cannot be read ({error}); each line is {{"file_name": "a.jpg", "text": "..."}}.'
@@ -193,12 +194,19 @@ def _beside(path: Path | None) -> str | None:
 def _caption(data: bytes, ending: str) -> str | None:
     """Return the caption in a text or JSON file, None if there is none."""
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
         if ending == ".json":
-            text = _first(json.loads(text), KEYS)
+            text = _text(json.loads(text), KEYS)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return " ".join(text.split()) or None
+
+
+def _text(row: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """Return the caption under the first of these keys. Raises KeyError, ValueError for what is no text."""
+    text = _first(row, keys)
+    text.encode()  # JSON may escape half a surrogate pair, which no tokeniser takes
+    return text
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sjd2.errors import UserError
-from sjd2.files import digest, find, write_atomically
+from sjd2.files import digest, find, read_lines, write_atomically
 from sjd2.finetune import distributed
 from sjd2.finetune.data.images import BROKEN, Part, StoredImage, find_parts, find_shards, number, pixels
 from sjd2.finetune.data.sources import Collection, ScaledData
@@ -122,7 +122,7 @@ class ImageTokens(Collection, ScaledData):
                 codes.append(_encode(model, np.stack(arrays)))
         length = model.layout.rows * model.layout.columns
         kept = np.concatenate([np.zeros((0, length), _kind(model)), *codes])
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)  # ASCII: a file name need not be UTF-8
         write_atomically(file.with_suffix(".jsonl"), text.encode())
         write_atomically(file, lambda opened: np.save(opened, kept))  # last: it marks the part as complete
 
@@ -147,8 +147,9 @@ class ImageTokens(Collection, ScaledData):
         """Map the kept tokens into memory and report what was skipped."""
         self._codes, self._texts, rows, skipped = [], [], {False: [], True: []}, []
         for i in range(parts):
-            text = _file(folder, i).with_suffix(".jsonl").read_text(encoding="utf-8")
-            lines = [json.loads(line) for line in text.splitlines()]
+            lines, damaged = read_lines(_file(folder, i).with_suffix(".jsonl"))
+            if damaged:
+                raise UserError(f"{_file(folder, i).with_suffix('.jsonl')} is damaged; delete {_file(folder, i)} too.")
             kept = [line for line in lines if "skipped" not in line]
             skipped += [line for line in lines if "skipped" in line]
             # an empty file cannot be mapped

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sjd2.files import find
+from sjd2.files import find, read_text, split_lines
 from sjd2.finetune.data.sources import Captions, TokenData
 from sjd2.finetune.tiny.train_ar import encode, token_batch
 from sjd2.models.tiny import scenes
@@ -46,7 +46,7 @@ class SceneCaptions(Captions):
         """Return n captions; held-out ones are distinct and neither trained on nor in captions.txt."""
         if not held_out:
             return [scenes.caption(scene) for scene in scenes.training(n, seed)]
-        prompts = set(PROMPTS.read_text(encoding="utf-8").splitlines())
+        prompts = set(split_lines(read_text(PROMPTS)))
         # + 1: seed 0 is what captions.txt was drawn with; of another seed's captions a few per cent are in it
         shown = [scenes.caption(scene) for scene in scenes.held_out(2 * n + 100, seed + 1)]
         return [text for text in shown if text not in prompts][:n]
