@@ -16,7 +16,7 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "HYDRA_FULL_ERROR", "SJD2_TRACE"):
 os.environ["NETRC"] = os.devnull  # an account of whoever runs the tests must not be used
 
 from tests.helpers.cli import cli  # noqa: E402
-from tests.helpers.process_state import ProcessState, seed_everything  # noqa: E402
+from tests.helpers.process_state import seed_everything, unchanged  # noqa: E402
 
 __all__ = ["cli"]
 
@@ -33,11 +33,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Generator[None, Any, 
 
 
 @pytest.fixture(autouse=True)
-def _a_neighbour_of_none() -> Iterator[None]:
-    """Seed each test, and fail one that changes what the next one in its process sees."""
-    before = ProcessState()
-    seed_everything()
-    yield
-    changes = before.changes()
-    before.restore()
-    assert not changes, f"the test leaves behind, as (before, now): {changes}"
+def _unchanged() -> Iterator[None]:
+    """Fail a test that changes what the next one in its process sees."""
+    with unchanged():
+        yield
