@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from sjd2.checkpoints import read_part
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
-from sjd2.models.kv_cache import RowCache
+from sjd2.models.kv_cache import RowCache, cache_argument
 
 SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
 
@@ -58,6 +58,7 @@ class EagleHead(nn.Module):
         self._model = [model]  # in a list: its weights are not this module's to save
         self.fc = nn.Linear(2 * width, width)
         self.layer = type(transformer.layers[0])(config, 0)
+        self._cache_argument = cache_argument(type(self.layer))
         self.norm = copy.deepcopy(transformer.norm) if settings.norm else nn.Identity()
         self.to(device=model.device, dtype=model.dtype).requires_grad_(True)
 
@@ -105,9 +106,9 @@ class EagleHead(nn.Module):
             x,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
             position_embeddings=self._model[0].transformer.rotary_emb(x, position_ids=positions),
+            **{self._cache_argument: cache},
         )
         return self.norm(out[0] if isinstance(out, tuple) else out)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sjd2.models.kv_cache import RowCache, additive
+from sjd2.models.kv_cache import RowCache, additive, cache_argument
 from sjd2.models.layout import TokenGrid
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class ImageModel:
 
     def __init__(self, transformer: nn.Module, layout: TokenGrid) -> None:
         self.transformer = transformer
+        self._cache_argument = cache_argument(type(transformer))
         self.layout = layout
         self.adapter: Adapter | None = None  # where a fine-tuning is loaded
         self.head_module: nn.Module | None = None  # output weights, for fine-tunings that change all weights
@@ -129,7 +130,7 @@ class ImageModel:
             inputs_embeds=x,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
         ).last_hidden_state.to(x.device)
         return hidden[:, :num_slots] if timesteps is not None else hidden

@@ -5,13 +5,27 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # the second one is its name before transformers 5.24
 SPAN_BUCKET = 64  # kernels want multiples of 64, and each span is a shape of its own
+
+
+def cache_argument(module: type[nn.Module]) -> str:
+    """Return what the forward pass of a class of transformers calls its cache.
+
+    Raises TypeError if it has no such argument: it would swallow the cache among its keywords and attend to nothing before.
+    """
+    named = inspect.signature(module.forward).parameters
+    for name in CACHE_ARGUMENTS:
+        if name in named:
+            return name
+    raise TypeError(f"{module.__name__}.forward takes no cache: none of {', '.join(CACHE_ARGUMENTS)}")
 
 
 class _RowLayer(CacheLayerMixin):

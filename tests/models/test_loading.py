@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sjd2.models import loading
+from sjd2.models.kv_cache import cache_argument
 from sjd2.models.loading import LoadOptions, load_pretrained
 from sjd2.models.tensors import load_exactly, read_tensors, stored_bytes
 from tests.helpers.weights import fill, raises_in_one_line
@@ -112,3 +113,20 @@ def test_tensors_must_match_by_name_and_shape() -> None:
     raises_in_one_line(
         lambda: load_exactly(module, {"weight": torch.ones(2, 3), "bias": torch.ones(3)}, "k"), r"has shape \(2, 3\)"
     )
+
+
+def test_the_cache_goes_to_the_argument_that_this_transformers_has() -> None:
+    """Every forward of transformers takes any keywords: a cache under a wrong name would be dropped without a word."""
+
+    class Before(nn.Module):
+        def forward(self, x: torch.Tensor, past_key_values: object = None, **more: object) -> None: ...
+
+    class Since(nn.Module):
+        def forward(self, x: torch.Tensor, cache: object = None, **more: object) -> None: ...
+
+    class Neither(nn.Module):
+        def forward(self, x: torch.Tensor, **more: object) -> None: ...
+
+    assert [cache_argument(each) for each in (Before, Since)] == ["past_key_values", "cache"]
+    with pytest.raises(TypeError, match=r"Neither\.forward takes no cache"):
+        cache_argument(Neither)
