@@ -4,6 +4,7 @@
     provenance.jsonl  per launch: git commit, package versions, hardware, dtype, weights, command; peak memory
     samples*.jsonl    one line per image (one file per rank)
     images/ tokens/   00012_0.png and .npy: prompt 12, repeat 0; traces/ with trace=N
+    timings*.jsonl    after retime=true: one line per image and retiming (evaluation/timings.py)
     metrics.json, grid.png, acceptance.png, wandb/
 
 An image and its tokens are on the disk before the line that names them, so a line never lies.
@@ -30,6 +31,7 @@ from sjd2.locks import join, lock
 
 Id = tuple[int, int]  # (prompt index, repeat)
 Record = dict[str, Any]  # one line of samples.jsonl
+TIMED = {"id", "launch", "batch", "batch_rows", "seconds"}
 NEEDED = {"id", "prompt", "launch", "batch", "tokens", "forwards", "accepted", "seconds", "image", "tokens_sha256"}
 
 
@@ -150,7 +152,7 @@ class RunFolder:
     def write_image(self, key: Id, image: np.ndarray, tokens: np.ndarray) -> dict[str, str]:
         """Put image [H, W, 3] uint8 and tokens [N] on the disk; returns the record's `image` and `tokens_sha256`."""
         self._folders()
-        tokens = np.ascontiguousarray(tokens, dtype="<i4")
+        tokens = as_stored(tokens)
         pixels, array = self.path / "images" / f"{name(key)}.png", self.path / "tokens" / f"{name(key)}.npy"
         with pixels.open("wb") as file:
             Image.fromarray(image).save(file, format="PNG")
@@ -160,7 +162,7 @@ class RunFolder:
             sync(file)
         return {
             "image": pixels.relative_to(self.path).as_posix(),
-            "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            "tokens_sha256": digest_of(tokens),
         }
 
     def write_trace(
@@ -192,6 +194,15 @@ class RunFolder:
     def append(self, *records: Record, rank: int | None = None) -> None:
         """Add records to samples.jsonl, or to the file of a rank, in one write that is on the disk when this returns."""
         append_lines(self.path / ("samples.jsonl" if rank is None else f"samples-{rank}.jsonl"), records)
+
+    def timings(self) -> list[Record]:
+        """Return the lines of all retimings; those that a kill cut short are left out."""
+        files = sorted(self.path.glob("timings*.jsonl"))
+        return [line for path in files for line in read_lines(path)[0] if line.keys() >= TIMED]
+
+    def append_timings(self, *timings: Record, rank: int | None = None) -> None:
+        """Add what a retiming measured, as `append` adds records."""
+        append_lines(self.path / ("timings.jsonl" if rank is None else f"timings-{rank}.jsonl"), timings)
 
     def launch(self, entry: dict[str, Any], records: Iterable[Record] | None = None) -> int:
         """Add a launch to provenance.jsonl and return its number, 0 for the first; records: those of records(), if at hand."""
@@ -248,6 +259,11 @@ class Snapshot:
         return self.folder.provenance()
 
     @cached_property
+    def timings(self) -> list[Record]:
+        """Return the lines of all retimings, as RunFolder.timings does."""
+        return self.folder.timings()
+
+    @cached_property
     def image_size(self) -> tuple[int, int] | None:
         """Return (height, width) of the first image; None for a run without images."""
         return self.folder.image_size(self.ids[0]) if self.ids else None
@@ -256,6 +272,16 @@ class Snapshot:
 def record_id(record: Record) -> Id:
     """Return a record's id, which JSON holds as a list."""
     return record["id"][0], record["id"][1]
+
+
+def as_stored(tokens: np.ndarray) -> np.ndarray:
+    """Return tokens [N] as they lie on the disk: little-endian int32."""
+    return np.ascontiguousarray(tokens, dtype="<i4")
+
+
+def digest_of(tokens: np.ndarray) -> str:
+    """Return a record's `tokens_sha256` of tokens [N]."""
+    return hashlib.sha256(as_stored(tokens).tobytes()).hexdigest()
 
 
 def name(key: Id | list[int]) -> str:

@@ -9,13 +9,14 @@ resampled by the same prompts: what a prompt has in common in both cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from evaluation.bootstrap import draws
 from evaluation.declared import declared
 from evaluation.metrics.features import features_file, load_features
 from evaluation.metrics.fid import FeatureDistance, Statistics, cubic_kernel, frechet
@@ -82,15 +83,6 @@ def _by_prompt(ids: list[Id]) -> tuple[np.ndarray, int]:
     return inverse, len(prompts)
 
 
-def _draws(prompts: int, replicates: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield bootstrap weights in blocks: how often each prompt was drawn, [<=100, P]; each row sums to P."""
-    rng = np.random.default_rng(seed)
-    for start in range(0, replicates, 100):
-        yield rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(100, replicates - start)).astype(
-            np.float64
-        )
-
-
 def _checked(ids: list[Id], level: float, comparisons: int) -> float:
     """Return the level corrected for `comparisons` (Bonferroni); raise UserError where there is nothing to resample."""
     if not 0 < level < 1 or comparisons < 1:
@@ -120,7 +112,7 @@ def paired(
     prompt, count = _by_prompt(ids)
     gaps = np.array([b[key] - a[key] for key in ids], np.float64)
     sums, sizes = np.bincount(prompt, gaps, count), np.bincount(prompt, minlength=count).astype(np.float64)
-    means = np.concatenate([(w @ sums) / (w @ sizes) for w in _draws(count, replicates, seed)])
+    means = np.concatenate([(w @ sums) / (w @ sizes) for w in draws(count, replicates, seed)])
     low, high = np.quantile(means, [(1 - corrected) / 2, (1 + corrected) / 2])
     p = min(1.0, comparisons * _t_test(sums / sizes))
     return Difference(float(gaps.mean()), float(low), float(high), p, count, len(ids), level)
@@ -189,7 +181,7 @@ def paired_fid(
     everything = np.arange(len(ids))
     gaps = [
         gap(everything.repeat(weights.astype(int)[prompt]))
-        for block in _draws(count, replicates, seed)
+        for block in draws(count, replicates, seed)
         for weights in block
     ]
     return _normal(gap(everything), float(np.std(gaps, ddof=1)), corrected, level, comparisons, count, len(ids))
@@ -227,7 +219,7 @@ def paired_kid(
         pairs = np.einsum("bi,bi->b", weights @ within, weights) / (total**2 - (weights**2).sum(1))
         return pairs - 2 * (weights @ across) / total
 
-    gaps = np.concatenate([gap(block[:, prompt]) for block in _draws(count, replicates, seed)])
+    gaps = np.concatenate([gap(block[:, prompt]) for block in draws(count, replicates, seed)])
     centre = float(gap(np.ones((1, len(ids))))[0])
     return _normal(centre, float(np.std(gaps, ddof=1)), corrected, level, comparisons, count, len(ids))
 

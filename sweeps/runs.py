@@ -11,7 +11,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from evaluation.metrics.speed import seconds_per_image
-from evaluation.run_folder import Id, RunFolder, name, run_folders
+from evaluation.run_folder import Id, Record, RunFolder, Snapshot, record_id, run_folders
+from evaluation.timings import newest_timings, retimings
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 
@@ -23,7 +24,7 @@ Machine = tuple[str, int | None]  # (hardware, CPU threads of torch)
 
 @dataclass(slots=True)
 class ImageCost:
-    """What one image cost; `machine` is None if its time must not count: under `trace=`, or on unknown hardware."""
+    """What one image cost; `machine` is None if its time must not count: not of the newest timing, or unknown hardware."""
 
     prompt: str
     seed: int
@@ -34,8 +35,12 @@ class ImageCost:
     nll: float | None  # nats over all tokens
     latency: float  # seconds of prefill and decoding of its batch
     cost: float  # seconds per image from prompt to pixels, in a full batch
-    batch: tuple[int, int]  # (launch, batch); the images of a batch are timed together, with refill each image alone
+    batch: tuple[
+        int, int
+    ]  # (launch, batch) of its timing; the images of a batch are timed together, with refill each image alone
     machine: Machine | None
+    launch: int  # that made the image; the launch in `batch` is the one that timed it
+    turns: str | None = None  # what the launch that timed it shares with the run it took turns with
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Run:
     metrics: dict[str, Any]
     launches: dict[int, dict[str, Any]]
     images: dict[Id, ImageCost]
+    in_turns: dict[tuple[str, Id], ImageCost] = field(default_factory=dict)  # every timing taken in turns, by `turns`
     label: str = field(default="")
 
     @property
@@ -117,17 +123,27 @@ def read_run(path: Path) -> Run:
     config: Any = OmegaConf.to_container(folder.config, resolve=False)
     if "identity" not in config:
         raise UserError(f"{path}/config.yaml has no identity, so the run cannot be compared; make it again.")
-    launches = {entry["launch"]: entry for entry in folder.provenance()}
-    traces = {file.stem for file in (folder.path / "traces").glob("*.json")}
-    images = {}
+    snapshot = Snapshot(folder)
+    launches = {entry["launch"]: entry for entry in snapshot.launches}
     refill = bool(folder.identity.get("refill"))
-    for record in folder.records():
-        launch, traced = launches.get(record["launch"], {}), name(record["id"]) in traces
-        images[(record["id"][0], record["id"][1])] = _image(record, launch, traced=traced, refill=refill)
-    return Run(folder, config, folder.identity, folder.metrics, launches, images)
+
+    def cost(record: Record, *, counts: bool, made: int) -> ImageCost:
+        return _image(record, launches.get(record["launch"], {}), counts=counts, made=made, refill=refill)
+
+    made = {record_id(record): record["launch"] for record in snapshot.records}
+    images = {record_id(record): cost(record, counts=False, made=record["launch"]) for record in snapshot.records}
+    timings = [record for session in retimings(snapshot).values() for record in session]
+    timings += [record for record in snapshot.records if not folder.traced(record)]
+    timed = [cost(record, counts=True, made=made[record_id(record)]) for record in timings]
+    in_turns = {
+        (image.turns, record_id(record)): image for record, image in zip(timings, timed, strict=True) if image.turns
+    }
+    for record in newest_timings(snapshot):
+        images[record_id(record)] = cost(record, counts=True, made=made[record_id(record)])
+    return Run(folder, config, folder.identity, folder.metrics, launches, images, in_turns)
 
 
-def _image(record: dict[str, Any], launch: dict[str, Any], *, traced: bool, refill: bool) -> ImageCost:
+def _image(record: Record, launch: dict[str, Any], *, counts: bool, made: int, refill: bool) -> ImageCost:
     seconds = record["seconds"]
     hardware = launch.get("hardware")
     return ImageCost(
@@ -141,7 +157,9 @@ def _image(record: dict[str, Any], launch: dict[str, Any], *, traced: bool, refi
         latency=seconds["prefill"] + seconds["decode"],
         batch=(record["launch"], record["batch"]),
         cost=seconds_per_image(record, refill=refill),
-        machine=None if traced or hardware is None else (hardware, launch.get("threads")),
+        machine=(hardware, launch.get("threads")) if counts and hardware is not None else None,
+        launch=made,
+        turns=launch.get("turns"),
     )
 
 

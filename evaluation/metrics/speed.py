@@ -18,6 +18,7 @@ import numpy as np
 
 from evaluation.run_folder import Record, RunFolder, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
+from evaluation.timings import newest_timings
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 
@@ -130,8 +131,7 @@ class Speed(Metric):
         return out
 
     def _times(self, run: Snapshot) -> dict[str, Any]:
-        untraced = [record for record in run.records if not run.folder.traced(record)]
-        timed, launches = one_machine(untraced, run.launches)
+        timed, launches = one_machine(newest_timings(run), run.launches)
         if not timed:
             return {}
         refill = bool(run.folder.config.get("refill", False))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from evaluation.run_folder import RunFolder, run_folders
 from evaluation.statistics import ALPHA, Difference, paired
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
-from sweeps.comparable import common_prompts, groups, quality_reference, same_weights
+from sweeps.comparable import common_prompts, groups, quality_reference, same_weights, table_machine
 from sweeps.compare.distances import DistanceGaps, fid_settings
 from sweeps.compare.pair import compare_pair
 from sweeps.runs import Run, read_runs
+from sweeps.speedup import SpeedUp, speed_up_over_ar
 from sweeps.tables.formats import Table, markdown, show
 from sweeps.tables.notes import ADAPTER
 from sweeps.tables.rows import nll_per_token
-from sweeps.tables.table import title
+from sweeps.tables.table import speedup_numbers, title
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class AgainstAR:
     kid: Difference | None
     extractor: str  # of the KID
     kid_missing: str  # why there is no KID
+    speedup: SpeedUp | None = None
+    speedup_missing: str = ""
 
     @property
     def found(self) -> list[bool]:
@@ -86,9 +89,11 @@ def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Gro
     unmatched = [run.label for run in others if references[run.path] is None]
     if unmatched:
         found.skipped.append(f"{', '.join(unmatched)}: no AR run with the same weights shares two prompts.")
-    distances = DistanceGaps(metric)
+    distances, machine = DistanceGaps(metric), table_machine(runs)
     for run, ar in tested:
-        found.against_ar.append(_against_ar(run, ar, len(tested), distances))
+        speedup, _, why = speed_up_over_ar(run, runs, machine)
+        line = _against_ar(run, ar, len(tested), distances)
+        found.against_ar.append(replace(line, speedup=None if run.is_ar else speedup, speedup_missing=why))
     for first, second in combinations(others, 2):
         if first.adapter == second.adapter and not same_weights(first, second):
             found.skipped.append(f"{second.label} − {first.label}: the model weights differ.")
@@ -147,6 +152,7 @@ def _ar_table(found: GroupComparison) -> Table:
     level = f"{100 * found.corrected_level:.5g} %"
     header = ["minus AR", "lossless", "N", f"Δ NLL/token ({level})", "p", "differs"]
     header += [f"Δ KID ({level})", "p", "differs"] if names else []
+    header += ["speed-up (95 %)"]
     cells = []
     for row in rows:
         mark = "" if same_weights(row.run, row.reference) else " †"
@@ -156,13 +162,17 @@ def _ar_table(found: GroupComparison) -> Table:
             own = f" (N={_n(row.kid, 0)})" if row.kid and _n(row.kid, 0) != line[2] else ""
             first, *rest = _tested(row.kid, 5)
             line += [first + own, *rest]
-        cells.append(line)
+        cells.append([*line, row.speedup.text(mark.strip()) if row.speedup else ""])
     notes = [_verdict(rows), (f"Nats per token; p-values and {level} intervals are corrected for {len(rows)} decoders, "
              f"so the probability of even one false positive is {100 * ALPHA:g} % for each measure. No difference found "
              "does not prove equality: the interval says how far apart they may be.")]  # fmt: skip
     notes += [f"KID on features of {', '.join(names)}."] if names else []
     missing = {row.kid_missing: [r.run.label for r in rows if r.kid_missing == row.kid_missing] for row in rows}
     reasons = [f"No KID for {', '.join(labels)}: {reason}." for reason, labels in missing.items() if reason]
+    slow = {
+        row.speedup_missing: [r.run.label for r in rows if r.speedup_missing == row.speedup_missing] for row in rows
+    }
+    reasons += [f"No speed-up for {', '.join(labels)}: {reason}." for reason, labels in slow.items() if reason]
     return Table("Against AR", header, cells, [*notes, *reasons, *([ADAPTER] if "†" in str(cells) else [])])
 
 
@@ -204,6 +214,7 @@ def group_json(found: GroupComparison) -> dict[str, Any]:
         line |= {"same_weights": same_weights(row.run, row.reference)}
         for name, gap in (("nll_per_token", row.nll), ("kid", row.kid)):
             line |= {name: asdict(gap) | {"differs": gap.differs}} if gap else {}
+        line |= speedup_numbers(row.speedup)
         against.append(line | ({"kid_extractor": row.extractor} if row.kid else {"kid_missing": row.kid_missing}))
     pairs = [
         {"run": pair.second.path.name, "minus": pair.first.path.name, "label": pair.second.label}

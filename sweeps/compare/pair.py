@@ -19,12 +19,14 @@ from evaluation.score import read_info, read_scores
 from evaluation.statistics import ALPHA, Difference, paired
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
-from sweeps.comparable import groups, obstacles, same_but_adapter, same_weights, table_machine
+from sweeps.comparable import groups, same_but_adapter, same_weights, table_machine
 from sweeps.compare.distances import DistanceGaps
 from sweeps.runs import Run, flatten_settings, read_run
+from sweeps.speedup import SpeedUp, comparable_timings, speed_up
 from sweeps.tables.formats import Table, markdown
 from sweeps.tables.notes import FEW
 from sweeps.tables.rows import nll_per_token
+from sweeps.tables.table import speedup_numbers
 
 NOT_PROVENANCE = (
     "launch",
@@ -32,6 +34,9 @@ NOT_PROVENANCE = (
     "time",
     "ended",
     "peak_memory_gb",
+    "turns",
+    "retime",
+    "retimed",
 )  # keys of a launch that do not describe where it ran
 EXAMPLES = 3  # values of one key shown in a cell
 LATENCY = "latency, s"
@@ -70,6 +75,7 @@ class PairComparison:
     provenance: dict[str, tuple[list[str], list[str]]]
     tests: int = 0  # the number that intervals and p-values are corrected for
     tokens: TokenMatch | None = None
+    speedup: SpeedUp | None = None  # of the second run over the first
     measures: list[Measure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -168,20 +174,22 @@ def _latencies(found: PairComparison) -> list[dict[Id, float]]:
 
     Empty, with a reason in `skipped`, if the times cannot be compared.
     """
+    first, second = found.runs
     machine = table_machine(found.runs)
-    if reasons := obstacles(*found.runs, machine):
-        found.skipped.append(f"latency: not the same {', '.join(reasons)}")
+    speedup = speed_up(second, first, machine)
+    if not isinstance(speedup, SpeedUp):
+        found.skipped.append(f"latency: {', '.join(speedup)}")
         return []
     if any(run.setting("refill") and run.setting("batch_size") != 1 for run in found.runs):
         found.skipped.append("latency: the rows of a refilled batch share their passes, so there is no separate timing")
         return []
-    a, b = (run.timed(machine) for run in found.runs)
-    common = sorted(a.keys() & b.keys())
-    batches = {(a[key].batch, b[key].batch): key for key in reversed(common)}  # named by their first image
-    if len({first for first, _ in batches}) < len(batches) or len({second for _, second in batches}) < len(batches):
+    timings, _ = comparable_timings(second, first, machine)
+    batches = {(theirs.batch, ours.batch): key for key, (ours, theirs) in reversed(timings.items())}  # by first images
+    if len({batch for batch, _ in batches}) < len(batches) or len({batch for _, batch in batches}) < len(batches):
         found.skipped.append("latency: the images were batched differently")
         return []
-    return [{key: side[key].latency for key in batches.values()} for side in (a, b)]
+    found.speedup = speedup
+    return [{key: timings[key][side].latency for key in batches.values()} for side in (1, 0)]
 
 
 def _protocol(run: Run, name: str) -> str | None:
@@ -238,8 +246,11 @@ def verdict(found: PairComparison) -> list[str]:
         )
     elif found.measures:
         words.append(f"Measures: not tested, which needs {FEW} common prompts.")
-    if any(measure.name == LATENCY for measure in tested):
-        words.append("A difference in latency includes any change of the machine between the two runs.")
+    if found.speedup is not None:
+        apart = (
+            "" if found.speedup.paired else ", not timed in turns: it includes any change of the machine between them"
+        )
+        words.append(f"Speed-up of B over A: {found.speedup.text()} (95 %){apart}.")
     return words
 
 
@@ -287,6 +298,7 @@ def pair_json(found: PairComparison) -> dict[str, Any]:
     about = {"a": str(found.runs[0].path), "b": str(found.runs[1].path), "tests": found.tests}
     about |= {"measures": [_numbers(measure) for measure in found.measures]}
     about |= {"settings": found.settings, "provenance": found.provenance, "skipped": found.skipped}
+    about |= speedup_numbers(found.speedup)
     return about | ({"tokens": asdict(found.tokens)} if found.tokens else {})
 
 

@@ -121,7 +121,7 @@ def _heat(
     order: list[int] | None,
     image: np.ndarray,
 ) -> Heat:
-    launch = run.launches.get(costs.batch[0], {})
+    launch = run.launches.get(costs.launch, {})
     first = costs.forwards - len(trace) + 1
     return Heat(
         seconds=[moment for moment, _ in trace],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sweeps.comparable import NO_BASELINE
+from evaluation.timings import disturbance
 from sweeps.runs import Machine
+from sweeps.speedup import AGAIN, TIMINGS
 from sweeps.tables.rows import Row
 
 COUNTS = (
@@ -25,8 +26,6 @@ INTERVALS = (
     "over subsets for KID; a single FID has no interval."
 )
 FEW = 16  # images below which a bootstrap over prompts and a standard error are unreliable
-TIMINGS = 4  # separate timings below which a speed-up is only indicative
-CPU_SHARE = 0.8  # share of the CPU time a run asked for, below which its timings are inflated
 SHORT = 3  # up to so many rows a note names them one by one even if it means all
 ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same model without one."
 
@@ -67,9 +66,17 @@ def _times(rows: Sequence[Row], machine: Machine | None) -> str:
     batches = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
     return (
         f"Times: {', '.join(words)}; batches timed per run: {batches}. Latency: median time to an image, prefill and "
-        "decoding of its batch. Speed-up: over the AR run with the same model, sampling parameters, batch size, dtype and "
-        "hardware, on the images both have; otherwise blank."
+        "decoding of its batch, ± the standard deviation over batches. Speed-up: over the AR run with the same "
+        "model, sampling parameters, batch size, dtype and hardware, on the images both have; "
+        f"{_in_turns(rows)}with its 95 % interval (bootstrap over batches); blank where timings do not compare."
     )
+
+
+def _in_turns(rows: Sequence[Row]) -> str:
+    compared = [row.speedup for row in rows if row.speedup is not None and not row.run.is_ar]
+    ways = ["the median over batches timed in turns with AR's, "] * any(one.paired for one in compared)
+    ways += ["the ratio of the median latencies, "] * any(not one.paired for one in compared)
+    return "or ".join(ways)
 
 
 def _torch(rows: Sequence[Row]) -> list[str]:
@@ -140,27 +147,33 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
     if partly := [row for row in rows if machine is not None and row.timed < row.n]:
         counts = _listed(partly, lambda row: row.timed)
         found.append(
-            f"timings of {_names(partly)} cover {counts} images: the others were made elsewhere or with trace=."
+            f"timings of {_names(partly)} cover {counts} images: the others were made elsewhere, with trace= or were not "
+            "timed again."
         )
-    for share, members in _by_reason(rows, _low_cpu_share).items():
-        found.append(f"timings of {_names(members)} are inflated: the process got only {share} of the CPU.")
-    if few := [row for row in rows if row.speedup is not None and not row.run.is_ar and row.timings < TIMINGS]:
-        counts = _listed(few, lambda row: row.timings)
+    for what, members in _by_reason(rows, _disturbed).items():
+        found.append(f"timings of {_names(members)} are inflated: the process {what}.")
+    faster = [row for row in rows if row.speedup is not None and not row.run.is_ar]
+    if few := [row for row in faster if row.speedup.timings < TIMINGS]:
+        counts = _listed(few, lambda row: row.speedup.timings)
         found.append(f"speed-ups of {_names(few)} rest on {counts} timings each: indicative only.")
+    if apart := [row for row in faster if not row.speedup.paired]:
+        found.append(
+            f"{_names(apart)} and AR were not timed in turns: the intervals of the speed-ups leave out how the machine "
+            f"changed in between; {AGAIN}, in turns."
+        )
     for reason, members in _by_reason(rows, lambda row: row.speedup_missing).items():
-        why = reason if reason == NO_BASELINE else f"the nearest AR run differs in {reason}"
         others = [row for row in rows if not row.run.is_ar]
         who = f"any of the {len(others)} decoders" if len(members) == len(others) > SHORT else _names(members)
-        found.append(f"no speed-up for {who}: {why}.")
+        found.append(f"no speed-up for {who}: {reason}.")
     if len(_torch(rows)) > 1:
         found.append("runs were made with different versions of torch.")
     return found
 
 
-def _low_cpu_share(row: Row) -> str:
-    """Return the smallest share of the CPU that a launch got of what it asked for; '' if it had enough."""
-    shares = [launch["cpu_share"] for launch in row.run.launches.values() if "cpu_share" in launch]
-    return f"{100 * min(shares):.0f} %" if shares and row.timed and min(shares) < CPU_SHARE else ""
+def _disturbed(row: Row) -> str:
+    """Return what disturbed the launches that took the times of a row; '' if nothing is known to have."""
+    used = {image.batch[0] for image in row.run.images.values() if image.machine is not None}
+    return disturbance([launch for number, launch in row.run.launches.items() if number in used])
 
 
 def _by_reason(rows: Sequence[Row], reason: Callable[[Row], str]) -> dict[str, list[Row]]:

@@ -215,7 +215,7 @@ def _ours(row: Row, name: str) -> float | None:
         "forwards_mean": row.passes,
         "step_compression": row.compression,
         "latency_s_median": row.latency_s,
-        "speedup": row.speedup,
+        "speedup": row.speedup.ratio if row.speedup else None,
     }
     if name == "peak_memory_gb" and row.latency_s is None:  # not measured on the table's machine
         return None

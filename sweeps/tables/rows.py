@@ -6,17 +6,19 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation.bootstrap import t_quantile
 from evaluation.declared import declared
 from evaluation.run_folder import Id
 from evaluation.score import read_scores
-from sweeps.comparable import baseline, quality_reference, same_weights
+from sweeps.comparable import quality_reference, same_weights
 from sweeps.runs import ImageCost, Machine, Run
+from sweeps.speedup import SpeedUp, speed_up_over_ar
 
 if TYPE_CHECKING:
     from evaluation.statistics import Difference
@@ -32,12 +34,12 @@ class Row:
     compression: float  # tokens per pass, mean over images
     compression_error: float | None  # standard error over prompts
     latency_s: float | None  # median over the images timed on the table's machine
+    latency_error_s: float | None  # standard deviation over separate timings
     latency_p95_s: float | None
     images_per_s: float | None
     timed: int
     timings: int  # the number of separate timings: images of one batch are timed together
-    speedup: float | None
-    speedup_images: int
+    speedup: SpeedUp | None
     speedup_missing: str  # why there is no speed-up; empty where there is one, or where the run is AR itself
     other_adapter: bool  # the AR run beside it has no adapter
     nll_per_token: float | None
@@ -53,6 +55,21 @@ class Row:
     def compression_free(self) -> float | None:
         """Free tokens per pass that committed one, mean over images; None before these images were scored."""
         return self.run.metrics.get("step_compression_free") if self.scored == self.n else None
+
+    @property
+    def compression_all(self) -> float:
+        """Tokens per pass with the passes of a draft network counted too, mean over images."""
+        return float(np.mean(list(self._compressions_all.values())))
+
+    @property
+    def compression_all_error(self) -> float | None:
+        """Half the 95 % interval of `compression_all`, over prompts; None for one prompt."""
+        error, prompts = standard_error(self._compressions_all), len({key[0] for key in self.run.images})
+        return None if error is None else t_quantile(prompts) * error
+
+    @property
+    def _compressions_all(self) -> dict[Id, float]:
+        return {key: image.tokens / (image.forwards + image.draft_forwards) for key, image in self.run.images.items()}
 
     @property
     def scored(self) -> int:
@@ -81,12 +98,12 @@ def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
         compression=float(np.mean([image.tokens / image.forwards for image in images])),
         compression_error=standard_error({key: image.tokens / image.forwards for key, image in run.images.items()}),
         latency_s=float(np.median(latencies)) if latencies else None,
+        latency_error_s=_spread(timed.values()),
         latency_p95_s=float(np.percentile(latencies, 95)) if latencies else None,
         images_per_s=1 / float(np.mean([image.cost for image in timed.values()])) if timed else None,
         timed=len(timed),
         timings=len({image.batch for image in timed.values()}),
         speedup=None,
-        speedup_images=0,
         speedup_missing="",
         other_adapter=False,
         nll_per_token=float(np.mean(list(likely.values()))) if likely else None,
@@ -102,6 +119,12 @@ def nll_per_token(image: ImageCost) -> float | None:
     return None if image.nll is None else image.nll / image.tokens
 
 
+def _spread(images: Iterable[ImageCost]) -> float | None:
+    """Return the standard deviation of the latencies of separate timings; None for fewer than two."""
+    latencies = {image.batch: image.latency for image in images}
+    return float(np.std(list(latencies.values()), ddof=1)) if len(latencies) > 1 else None
+
+
 def standard_error(values: Mapping[Id, float]) -> float | None:
     """Return the standard error of the mean over prompts (repeats of a prompt are one value); None for one prompt."""
     prompts: dict[int, list[float]] = {}
@@ -112,21 +135,8 @@ def standard_error(values: Mapping[Id, float]) -> float | None:
 
 
 def _add_speedup(row: Row, runs: Sequence[Run], machine: Machine | None) -> None:
-    run = row.run
-    if run.is_ar:
-        row.speedup, row.speedup_images = (1.0, row.timed) if row.timed else (None, 0)
-        return
-    reference, missing = baseline(run, runs, machine)
-    if reference is None:
-        row.speedup_missing = ", ".join(missing)
-        return
-    ours, theirs = run.timed(machine), reference.timed(machine)
-    common = sorted(ours.keys() & theirs.keys())
-    row.speedup = float(
-        np.median([theirs[key].latency for key in common]) / np.median([ours[key].latency for key in common])
-    )
-    row.speedup_images = len(common)
-    row.other_adapter = not same_weights(run, reference)
+    row.speedup, reference, row.speedup_missing = speed_up_over_ar(row.run, runs, machine)
+    row.other_adapter = row.speedup is not None and reference is not None and not same_weights(row.run, reference)
 
 
 def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) -> None:

@@ -25,6 +25,7 @@ from sjd2.files import write_atomically
 from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
 from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
+from sweeps.speedup import SpeedUp
 from sweeps.tables.formats import Table, latex, markdown, show
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
@@ -69,6 +70,11 @@ def _passes(row: Row) -> str:
     return f"{row.passes:.1f}" + (f" + {row.draft_passes:.1f} draft" if row.draft_passes else "")
 
 
+def _latency(row: Row) -> str:
+    error = f" ± {_significant(row.latency_error_s, 2)}" if row.latency_error_s else ""
+    return f"{_significant(row.latency_s)}{error}"
+
+
 def _nll(row: Row) -> str:
     text, gap = _number(row.nll_per_token, 3), row.nll_difference
     return f"{text} ({gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])" if gap else text
@@ -84,10 +90,10 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("batch", lambda row: str(row.run.setting("batch_size")), "batch_size", always=True),
         Column("passes", _passes, "forwards_mean", always=True),
         Column("step compression", lambda row: _compression(row, forced), "step_compression", always=True),
-        Column("latency s", lambda row: _significant(row.latency_s), "latency_s_median", always=True),
+        Column("latency s", _latency, "latency_s_median", always=True),
         Column(
             "speed-up",
-            lambda row: "" if row.speedup is None else f"{row.speedup:.2f}×{'†' * row.other_adapter}",
+            lambda row: "" if row.speedup is None else row.speedup.text("†" * row.other_adapter),
             "speedup",
             always=True,
         ),
@@ -234,10 +240,10 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
         "n_timed": row.timed,
         "n_timings": row.timings,
         "latency_s_median": row.latency_s,
+        "latency_s_std": row.latency_error_s,
         "latency_s_p95": row.latency_p95_s,
         "images_per_s": row.images_per_s,
-        "speedup": row.speedup,
-        "speedup_images": row.speedup_images,
+        **speedup_numbers(row.speedup),
         "nll_per_token": row.nll_per_token,
     }
     differences = [("nll_per_token", gap)] if gap else []
@@ -252,6 +258,15 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
     values |= {key: value for key, value in scores.items() if key not in values}
     values |= {"id": run.identity["id"], "run_dir": run.path.name}
     return {key: value for key, value in values.items() if value is not None and key != "n_images"}
+
+
+def speedup_numbers(speedup: SpeedUp | None) -> dict[str, Any]:
+    """Return a speed-up, its 95 % interval and what it rests on under the names of the CSV; {} where there is none."""
+    if speedup is None:
+        return {}
+    ends = {"speedup_low": speedup.low, "speedup_high": speedup.high}
+    counts = {"speedup_images": speedup.images, "speedup_timings": speedup.timings}
+    return {"speedup": speedup.ratio, **ends, **counts, "speedup_in_turns": speedup.paired}
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,21 @@ def make(
     *,
     n: int = 4,
     accepted: tuple[int, ...] = (1, 3, 4, 8),
-    latency: float = 1.0,
+    latency: float | Sequence[float] = 1.0,
     nll: float = 32.0,
     lossless: bool = True,
     metrics: dict[str, Any] | None = None,
     hardware: str = CPU,
     threads: int = 2,
     drafts: int = 0,
+    launch: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
-    """Write a run folder of n prompts in batches of 2; batch b takes latency + b seconds, image i has nll + i nats."""
+    """Write a run folder of n prompts in batches of 2; batch b takes latency + b seconds, image i has nll + i nats.
+
+    latency: of the first batch, or one per batch. launch: more of what the launch reports of itself.
+    """
+    took = latency if isinstance(latency, Sequence) else [latency + b for b in range(n)]
     settings = {"name": decoder, "lossless": lossless, "window": 1 if decoder == "ar" else 9} | changes.pop("parts", {})
     spec = SPEC | changes.pop("model", {})
     law = LAW | changes.pop("law", {})
@@ -52,9 +58,9 @@ def make(
     known = identity(model=spec, digest=digest, decoder=settings, law=law, prompts=prompts, **rest)
     run = a_run(
         runs_dir / f"toy-{decoder}-{known['id']}",
-        [np.full((8, 8, 3), 20 * i, np.uint8) for i in range(n)],
+        [np.full((8, 8, 3), 20 * i % 256, np.uint8) for i in range(n)],
         [f"a_shape {i} & <more>" for i in range(n)],
-        launches=({"hardware": hardware, "threads": threads, "packages": {"torch": "2.15.0"}},),
+        launches=({"hardware": hardware, "threads": threads, "packages": {"torch": "2.15.0"}, **(launch or {})},),
         config={"model": spec, "decoder": settings, "prompts": {"name": "shapes"}, "identity": known},
         seed=[100 * rest["seed"] + i for i in range(n)],
         batch=[i // 2 for i in range(n)],
@@ -63,7 +69,7 @@ def make(
         draft_forwards=drafts,
         accepted=[list(accepted)] * n,
         nll=[nll + i for i in range(n)],
-        seconds=[{"encode": 0.5, "prefill": 0.25, "decode": latency + i // 2 - 0.25, "image": 0.5} for i in range(n)],
+        seconds=[{"encode": 0.5, "prefill": 0.25, "decode": took[i // 2] - 0.25, "image": 0.5} for i in range(n)],
     )
     if metrics is not None:
         (run.path / "metrics.json").write_text(json.dumps({"n_images": n, "protocol": {}} | metrics))

@@ -105,7 +105,7 @@ def test_an_adapter_is_marked_and_ar_with_it_preferred(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     ours = make(runs, "sjd2", model={"adapter": "weights/sjd2"})
     text, rows = table(tmp_path, ar(runs), ours)
-    assert cells(text, "sjd2")["speed-up"] == "3.00×†"
+    assert cells(text, "sjd2")["speed-up"] == "3.00×† [2.00, 5.00]"
     assert "the same model without one" in text
     text, rows = table(tmp_path, ar(runs), ours, ar(runs, model={"adapter": "weights/sjd2"}, latency=9.0))
     row = next(row for row in rows if row["decoder"] == "sjd2")
@@ -119,15 +119,6 @@ def test_what_does_not_compare_stands_in_two_tables(tmp_path: Path, change: dict
     assert text.count("| decoder |") == 2
     assert all(row["speedup"] == "" for row in rows if row["decoder"] == "sjd")
     assert "no speed-up for sjd: no AR baseline found." in text
-
-
-def test_a_busy_machine_is_reported(tmp_path: Path) -> None:
-    quiet, busy = ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd", n=8)
-    for path, share in ((quiet, 0.99), (busy, 0.52)):
-        RunFolder(path).close_launch(0, {"cpu_share": share})
-    text, _ = table(tmp_path, quiet, busy)
-    assert "Warning: timings of sjd are inflated: the process got only 52 % of the CPU." in text
-    assert "rest on" not in text  # four timings
 
 
 def test_baselines_beside_runs_are_found(tmp_path: Path) -> None:

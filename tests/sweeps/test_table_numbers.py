@@ -42,8 +42,9 @@ def test_every_number_of_two_runs(tmp_path: Path) -> None:
     shown = cells(text, "sjd")
     assert shown["passes"] == "4.0 + 2.0 draft"
     assert shown["step compression"] == "4.00"
-    assert shown["latency s"] == "1.5"
-    assert shown["speed-up"] == "3.00×"
+    assert shown["latency s"] == "1.5 ± 0.71"
+    assert shown["speed-up"] == "3.00× [2.00, 5.00]"  # two batches each: from 4 / 2 to 5 / 1
+    assert (ours["speedup_low"], ours["speedup_high"], ours["speedup_in_turns"]) == ("2.0", "5.0", "False")
     assert shown["NLL/token (Δ to AR)"] == "2.344 (+0.250 [+0.250, +0.250])"
     assert (shown["N"], shown["batch"], shown["lossless"]) == ("4", "2", "yes")
     assert "FID" not in "".join(shown)  # no run has one
@@ -51,7 +52,8 @@ def test_every_number_of_two_runs(tmp_path: Path) -> None:
     assert "Counts include forced" in text
     assert text.count("Warning: all rows: with fewer than 16 images") == 1
     assert text.count("Warning: speed-ups of sjd rest on 2 timings each") == 1
-    assert text.count("Warning") == 2
+    assert text.count("Warning: sjd and AR were not timed in turns") == 1
+    assert text.count("Warning") == 3
 
 
 def test_standard_error_counts_repeats_of_a_prompt_once() -> None:
