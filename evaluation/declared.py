@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 from evaluation.run_folder import RunFolder
 from evaluation.score import Metric, MetricInfo, read_info
@@ -32,3 +34,29 @@ def declared(runs: Iterable[RunFolder]) -> dict[str, MetricInfo]:
         for name, (_, info) in read_info(run).items():
             found.setdefault(name, info)
     return found
+
+
+def withheld(metrics: Mapping[str, Any], known: Mapping[str, MetricInfo]) -> dict[str, str]:
+    """Return {name: why not} of the numbers of a metrics.json that rest on too few images to be shown."""
+    found = {}
+    for name in known.keys() & metrics.keys():
+        info, n = known[name], int(metrics.get("n_images", 0))
+        if n < (need := images_needed(info, metrics)):
+            found[name] = f"below {need} images {info.fewest_why}"
+    return found
+
+
+def shown(metrics: Mapping[str, Any], known: Mapping[str, MetricInfo]) -> dict[str, Any]:
+    """Return a metrics.json without the numbers that are withheld, and without their spreads."""
+    gone = withheld(metrics, known).keys()
+    gone |= {known[name].spread for name in gone}
+    return {key: value for key, value in metrics.items() if key not in gone}
+
+
+def images_needed(info: MetricInfo, metrics: Mapping[str, Any]) -> int:
+    """Return how many images a number needs to be shown; metrics: of the run, for what the need is a multiple of."""
+    if not info.fewest_per:
+        return info.fewest
+    # runs scored before `fid_features` was written name the width in their protocol
+    said = re.search(r" on (\d+) features ", str(metrics.get("protocol", {}).get("fid", "")))
+    return info.fewest * int(metrics.get(info.fewest_per) or (said[1] if said else 1))

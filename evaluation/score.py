@@ -41,6 +41,7 @@ from sjd2.files import read_json, read_lines, write_atomically
 
 SCORES_FILE = "scores.jsonl"
 INFO_FILE = "metrics_info.json"
+FEWEST = 100  # images below which no KID is shown, and no Pareto line drawn: sampling error exceeds most differences
 NOTE = ".scored"  # the settings that metrics.json was made with, so that a finished run is not scored again
 
 
@@ -59,6 +60,10 @@ class MetricInfo:
     source_in_cells: bool = True  # names it in each cell where they differ
     group: str = ""  # numbers of one group share one column, titles and cells joined
     of_machine: bool = False  # seconds or bytes, which say nothing beside those of another machine
+    biased: bool = False  # its expectation depends on N: values of different N do not compare
+    fewest: int = 0  # images below which it is not shown: tables, plots, W&B print a dash and `fewest_why` instead
+    fewest_per: str = ""  # key of a number that multiplies `fewest`, e.g. of features
+    fewest_why: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from evaluation.bootstrap import draws
 from evaluation.declared import declared
 from evaluation.metrics.features import features_file, load_features
-from evaluation.metrics.fid import FeatureDistance, Statistics, cubic_kernel, frechet
+from evaluation.metrics.fid import FeatureDistance, Statistics, Subsets, cubic_kernel, frechet, kernel_distances
 from evaluation.run_folder import Id, RunFolder, Snapshot
 from evaluation.score import read_scores
 from sjd2.errors import UserError, choose
@@ -151,7 +151,7 @@ def paired_distance(
         return paired_fid(first, second, reference.statistics, level=level, comparisons=comparisons)
     if reference.features is None:
         raise UserError(f"reference {reference.name} holds moments only, which are enough for FID but not for KID.")
-    return paired_kid(first, second, reference.features, level=level, comparisons=comparisons)
+    return paired_kid(first, second, reference.features, subsets=metric.subsets, level=level, comparisons=comparisons)
 
 
 def paired_fid(
@@ -192,23 +192,41 @@ def paired_kid(
     b: Mapping[Id, np.ndarray],
     reference: np.ndarray,
     *,
+    subsets: Subsets | None = None,
     replicates: int = 1000,
     seed: int = 0,
     level: float = 0.95,
     comparisons: int = 1,
     limit: int = 5000,
 ) -> Difference:
-    """Compare the unbiased kernel distances of two runs to reference features [M, D], over the images both have.
+    """Compare the KIDs of two runs to reference features [M, D], over the images both have.
+
+    The difference is that of the two values in metrics.json, the means over `subsets`, if the runs have the same images.
+    Its variance is that of a bootstrap over prompts of the unbiased distance on all images, which the subsets estimate,
+    plus that of the mean over subsets. The reference is held fixed; at most `limit` images are resampled.
+    """
+    ids = sorted(a.keys() & b.keys())
+    corrected = _checked(ids, level, comparisons)
+    first, second = (np.stack([run[key] for key in ids]) for run in (a, b))
+    gaps = np.subtract(*(kernel_distances(run, reference, subsets or Subsets()) for run in (second, first)))
+    spread = float(gaps.std(ddof=1)) if len(gaps) > 1 else 0.0
+    drawn = _bootstrapped_kid(ids[:limit], first[:limit], second[:limit], reference, replicates, seed)
+    deviation = float(np.sqrt(np.var(drawn, ddof=1) + spread**2 / len(gaps)))
+    prompts = len({key[0] for key in ids})
+    return _normal(float(gaps.mean()), deviation, corrected, level, comparisons, prompts, len(ids))
+
+
+def _bootstrapped_kid(
+    ids: list[Id], first: np.ndarray, second: np.ndarray, reference: np.ndarray, replicates: int, seed: int
+) -> np.ndarray:
+    """Return the difference of the unbiased distances of all images at once in each replicate: [B].
 
     A drawn pair of images counts as often as its prompts were drawn, an image with itself never: the replicates stay
-    unbiased. The reference is held fixed. At most `limit` images (the first by id), since kernel matrices are N x N.
+    unbiased.
     """
-    ids = sorted(a.keys() & b.keys())[:limit]
-    corrected = _checked(ids, level, comparisons)
     prompt, count = _by_prompt(ids)
     within, across = 0.0, 0.0
-    for sign, run in ((-1, a), (1, b)):
-        features = np.stack([run[key] for key in ids])
+    for sign, features in ((-1, first), (1, second)):
         own = cubic_kernel(features, features)
         np.fill_diagonal(own, 0)
         within += sign * own  # [N, N]
@@ -219,9 +237,7 @@ def paired_kid(
         pairs = np.einsum("bi,bi->b", weights @ within, weights) / (total**2 - (weights**2).sum(1))
         return pairs - 2 * (weights @ across) / total
 
-    gaps = np.concatenate([gap(block[:, prompt]) for block in draws(count, replicates, seed)])
-    centre = float(gap(np.ones((1, len(ids))))[0])
-    return _normal(centre, float(np.std(gaps, ddof=1)), corrected, level, comparisons, count, len(ids))
+    return np.concatenate([gap(block[:, prompt]) for block in draws(count, replicates, seed)])
 
 
 def _normal(

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from evaluation.declared import declared, shown
 from evaluation.run_folder import RunFolder, Snapshot
 from evaluation.score import NOTE, Metric, score
 from harness.console import GROUPS
@@ -167,6 +168,7 @@ def mirror(run: Snapshot, numbers: Mapping[str, Any], tracker: Tracker) -> None:
     ]
     tracker.table(step, "samples", columns, rows)
     tracker.histogram(step, "accepted_per_forward", [n for record in records for n in record["accepted"]])
+    numbers = shown(numbers, declared([run.folder]))
     tracker.summary({key: value for key, value in numbers.items() if isinstance(value, (int, float, str))})
 
 

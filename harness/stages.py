@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from evaluation.declared import declared, shown, withheld
 from evaluation.run_folder import Snapshot
 from harness import job
 from harness import ranks as parallel
@@ -57,7 +58,10 @@ def score(cfg: DictConfig) -> Path:
         failed = False
     finally:
         tracker.finish(failed=failed)
-    say("\n".join(f"{key:24} {value}" for key, value in values.items() if isinstance(value, (int, float, str))))
+    known = declared([run])
+    lines = {key: value for key, value in shown(values, known).items() if isinstance(value, (int, float, str))}
+    lines |= {key: f"– ({why})" for key, why in withheld(values, known).items()}
+    say("\n".join(f"{key:24} {value}" for key, value in lines.items()))
     say(f"run folder: {run.path}")
     return run.path
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from zipfile import BadZipFile
 
@@ -25,15 +26,17 @@ from PIL import Image
 from evaluation.metrics.features import Extractor, RunFeatures, extract, save_npz
 from evaluation.prompts import metadata_of
 from evaluation.run_folder import Record, Snapshot
-from evaluation.score import Metric, MetricInfo, Scores
+from evaluation.score import FEWEST, Metric, MetricInfo, Scores
 from sjd2.errors import UserError
 from sjd2.files import ROOT, find
+from sjd2.models.tiny import scenes
 
 log = logging.getLogger(__name__)
 
 SHIPPED_REFERENCE = ROOT / "sjd2" / "models" / "tiny" / "reference.npz"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ENOUGH = 10  # images per feature below which the bias of a Frechet distance exceeds most true differences
+FEWEST_PER_FEATURE = 2  # images per feature below which a covariance is singular or nearly so, and FID mostly bias
 
 
 # ---------------------------------------------------------------------------------------------------------- distances
@@ -78,25 +81,44 @@ class _Features(torch.nn.Module):
         return features
 
 
-def kernel_distance(
-    features: np.ndarray, reference: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return KID (Binkowski et al. 2018, cubic kernel, unbiased) as mean and standard deviation over random subsets.
+@dataclass(frozen=True, kw_only=True)
+class Subsets:
+    """The random subsets that KID is averaged over: torchmetrics' defaults.
 
     A subset has at most half of the smaller set, since subsets that share most images would show no spread.
-    [N, D], [M, D] -> two floats. torch's global random state is left as it was.
+    """
+
+    count: int = 100
+    size: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.size < 2:
+            raise UserError(f"kid_subsets={self.count} must be >= 1 and kid_subset_size={self.size} >= 2.")
+
+
+def kernel_distances(features: np.ndarray, reference: np.ndarray, subsets: Subsets = Subsets()) -> np.ndarray:
+    """Compute the unbiased cubic-kernel distance (Binkowski et al. 2018) of every subset: [N, D], [M, D] -> [count].
+
+    Equal N and M give equal subsets, so two runs can be subtracted subset by subset. torch's global random state is left
+    as it was.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # it warns of its memory use
-        torch.manual_seed(seed)
-        size = min(subset_size, len(features) // 2, len(reference) // 2)
-        metric = KernelInceptionDistance(feature=_Features(), subsets=subsets, subset_size=size)
+        warnings.simplefilter("ignore")  # it warns of its memory use, and of a spread over one subset
+        torch.manual_seed(subsets.seed)
+        size = min(subsets.size, len(features) // 2, len(reference) // 2)
+        metric = KernelInceptionDistance(feature=_Features(), subsets=1, subset_size=size, compute_with_cache=False)
         metric.update(torch.from_numpy(np.asarray(reference, np.float64)), real=True)
         metric.update(torch.from_numpy(np.asarray(features, np.float64)), real=False)
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+        return torch.stack([metric.compute()[0] for _ in range(subsets.count)]).numpy()
+
+
+def kernel_distance(features: np.ndarray, reference: np.ndarray, subsets: Subsets = Subsets()) -> tuple[float, float]:
+    """Return KID as every table and comparison here shows it: mean and standard deviation over random subsets."""
+    values = torch.from_numpy(kernel_distances(features, reference, subsets))
+    return float(values.mean()), float(values.std(unbiased=False))
 
 
 def cubic_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -207,11 +229,28 @@ class FeatureDistance(Metric):
     """
 
     numbers = (
-        MetricInfo(name="fid", title="FID", higher_is_better=False, source="fid_extractor"),
-        MetricInfo(name="kid", title="KID", digits=4, higher_is_better=False, spread="kid_std"),
+        MetricInfo(
+            name="fid",
+            title="FID",
+            higher_is_better=False,
+            source="fid_extractor",
+            biased=True,
+            fewest=FEWEST_PER_FEATURE,
+            fewest_per="fid_features",
+            fewest_why="a covariance of so few images is singular or nearly so, and the distance mostly bias",
+        ),
+        MetricInfo(
+            name="kid",
+            title="KID",
+            digits=4,
+            higher_is_better=False,
+            spread="kid_std",
+            fewest=FEWEST,
+            fewest_why="its sampling error exceeds most differences between decoders",
+        ),
         MetricInfo(name="kid_std", digits=4),
     )
-    details = ("fid_extractor", "fid_reference", "fid_warning")
+    details = ("fid_extractor", "fid_features", "fid_reference", "fid_warning")
 
     def __init__(
         self,
@@ -224,12 +263,10 @@ class FeatureDistance(Metric):
         cache: str | None = None,
         only_prompts: bool = False,
     ) -> None:
-        if kid_subsets < 1 or kid_subset_size < 2:
-            raise UserError(f"kid_subsets={kid_subsets} must be >= 1 and kid_subset_size={kid_subset_size} >= 2.")
         self.extractor = extractor
         self.path = SHIPPED_REFERENCE if reference == "shipped" else find(reference) if reference else None
         self.cache = Path(cache).expanduser() if cache else None
-        self.subsets, self.subset_size, self.seed = kid_subsets, kid_subset_size, seed
+        self.subsets = Subsets(count=kid_subsets, size=kid_subset_size, seed=seed)
         self.only_prompts, self.batch_size = only_prompts, extractor.batch_size
 
     def check(self) -> None:
@@ -271,7 +308,7 @@ class FeatureDistance(Metric):
         return (
             f"fid: Frechet distance in float64 on {self.extractor.width} features of {self.extractor.name} over all "
             "n_images, biased upwards by about 1/N; kid: unbiased cubic-kernel distance on the same features "
-            f"(torchmetrics), mean and standard deviation over {self.subsets} subsets of at most {self.subset_size}."
+            f"(torchmetrics), mean and standard deviation over {self.subsets.count} subsets of at most {self.subsets.size}."
         )
 
     def start(self, run: Snapshot) -> Sequence[Record] | None:
@@ -289,18 +326,17 @@ class FeatureDistance(Metric):
     def compute(self, run: Snapshot) -> Scores:
         """Compute the distances; a `fid_warning` alone where the images do not suit the extractor."""
         if self._unfit:
-            return Scores(self._warned(self._unfit))
+            return Scores({"fid_warning": self._unfit})
         features, reference = self._features.finish(), self._reference
         del self._features  # and the network with it
         out: dict[str, Any] = {"fid": frechet(Statistics.of(features), reference.statistics)}
         out |= {"fid_extractor": f"{self.extractor.name} {self.extractor.digest()}", "fid_reference": reference.name}
+        out |= {"fid_features": self.extractor.width}
         if reference.features is not None and min(len(features), len(reference.features)) >= 4:
-            out["kid"], out["kid_std"] = kernel_distance(
-                features, reference.features, subsets=self.subsets, subset_size=self.subset_size, seed=self.seed
-            )
+            out["kid"], out["kid_std"] = kernel_distance(features, reference.features, self.subsets)
         if len(features) < ENOUGH * self.extractor.width:
             need = ENOUGH * self.extractor.width
-            out |= self._warned(
+            out["fid_warning"] = (
                 f"N={len(features)} is few for {self.extractor.width} features (below {need}): FID is biased upwards; "
                 "compare runs of equal N only, or use KID."
             )
@@ -311,11 +347,24 @@ class FeatureDistance(Metric):
         if len(run.records) < 2:
             return f"left out: {len(run.records)} images, a distance needs at least 2."
         size, asked = run.image_size, self.extractor.size
-        if asked is None or size is None or asked == size:
-            return ""
-        made, found = ("x".join(map(str, shape)) for shape in (asked, size))
-        return f"left out: {self.extractor.name} is made for {made} pixels, not {found}."
+        if asked is not None and size is not None and asked != size:
+            made, found = ("x".join(map(str, shape)) for shape in (asked, size))
+            return f"left out: {self.extractor.name} is made for {made} pixels, not {found}."
+        foreign = (
+            [] if self.path != SHIPPED_REFERENCE else [r["prompt"] for r in run.records if not _is_shape(r["prompt"])]
+        )
+        if foreign:
+            return (
+                f"left out: the reference shows the held-out captions of prompts=shapes, and {shorten(foreign[0], 60)!r} is "
+                "none of them; evaluation.metrics.fid.reference=FOLDER takes images of your prompts."
+            )
+        return ""
 
-    def _warned(self, text: str) -> dict[str, str]:
-        log.warning("fid: %s", text)
-        return {"fid_warning": text}
+
+def _is_shape(prompt: str) -> bool:
+    """Return whether the shipped reference is of captions like this one."""
+    try:
+        scenes.attributes(prompt)
+    except UserError:
+        return False
+    return scenes.is_held_out(prompt)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from sjd2.models.timesteps import Timesteps, sinusoid
 class FinetuneSJD2(ParallelRecipe):
     """Next-clean-token prediction on any `ImageModel`: plain cross-entropy, noise on normalised embeddings.
 
-    steps=None trains for `epochs` of the data. levels: K is drawn from these per step.
+    steps=None trains for `epochs` of the data, steps=0 writes the untrained adapter. levels: K is drawn from these per step.
     context: `windows` trains noisy windows after a clean copy of the image, which is what decoding feeds; `in_place` noises
     the one sequence (the paper). corrupt: largest share of wrong tokens in a window, drawn from the model's own
     distribution, since drafts are wrong before they are accepted. unconditional: share of empty prompts. shortest, longest:
@@ -55,6 +55,8 @@ class FinetuneSJD2(ParallelRecipe):
     shortest: int = 8
     longest: int = 40
     validation_images: int = 64
+
+    fewest_steps: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -74,9 +74,12 @@ class TrainRecipe(Recipe):
     validate_every: int = 200
 
     clip: ClassVar[float] = 1.0  # largest norm of the gradient
+    fewest_steps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        positive(steps=self.steps, batch_size=self.batch_size, validate_every=self.validate_every)
+        positive(batch_size=self.batch_size, validate_every=self.validate_every)
+        if self.steps is not None and self.steps < self.fewest_steps:
+            raise UserError(f"finetune.steps must be {self.fewest_steps} or more, got {self.steps}.")
 
     def prepare(self, model: Any, out: Path) -> None:
         """Make the data that does not exist yet."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from evaluation.declared import images_needed
 from evaluation.metrics.fid import FeatureDistance
 from evaluation.statistics import Difference, paired_distance
 from sjd2.config import instantiate
@@ -31,11 +32,15 @@ class DistanceGaps:
         """Return run's distance (kind: kid or fid) minus reference's, and the extractor; or None and the reason."""
         if (common := common_prompts(reference, run)) < FEW:
             return None, f"{common} common prompts are too few"
+        images = len(reference.images.keys() & run.images.keys())
         nodes = [self.settings, *(fid_settings(r.config) for r in (run, reference))]
         reason = "neither run was evaluated with features"
         for node in filter(None, nodes):
             try:
                 metric = self._metric(node)
+                if images < (need := _images_needed(metric, kind)):
+                    reason = f"{images} common images are too few, a {kind.upper()} takes {need}"
+                    continue
                 if kind == "fid" and metric.extractor.width > WIDE:
                     reason = f"an interval on {metric.extractor.width} features takes too long; see KID"
                     continue
@@ -63,6 +68,12 @@ class DistanceGaps:
         if isinstance(metric := self._built[key], UserError):
             raise metric
         return metric
+
+
+def _images_needed(metric: FeatureDistance, kind: str) -> int:
+    """Return how many images this distance takes, as in a table."""
+    info = next(info for info in metric.numbers if info.name == kind)
+    return images_needed(info, {"fid_features": metric.extractor.width})
 
 
 def fid_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:

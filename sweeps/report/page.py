@@ -33,7 +33,15 @@ from sweeps.report.gif import pace, write_gif
 from sweeps.report.race import LANES, Race, in_a_row, make_race, race_json
 from sweeps.report.trajectories import Trajectory, make_trajectories
 from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
-from sweeps.tables.figures import GRID_ROWS, LIKELIHOOD, accepted_counts, quality_panels, same_seeds, waiting_maps
+from sweeps.tables.figures import (
+    GRID_ROWS,
+    LIKELIHOOD,
+    accepted_counts,
+    pareto_line,
+    quality_panels,
+    same_seeds,
+    waiting_maps,
+)
 from sweeps.tables.formats import failure
 from sweeps.tables.notes import notes
 from sweeps.tables.paper import paper_tables
@@ -192,7 +200,8 @@ def _quality(section: Section) -> None:
     if LIKELIHOOD in panels:
         section.quality_note = "A lossless decoder's interval should include zero; neither side of zero is better."
     elif panels and timed:
-        section.quality_note = "The line joins the Pareto-optimal runs."
+        line = pareto_line(panels)
+        section.quality_note = f"{line[0].upper()}{line[1:]}."
 
 
 def _accepted(section: Section) -> None:

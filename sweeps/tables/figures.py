@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evaluation.declared import declared
 from evaluation.run_folder import Id
+from evaluation.score import FEWEST
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 from sweeps.runs import Run
@@ -24,12 +26,6 @@ if TYPE_CHECKING:
 GRID_ROWS = 6  # prompts in the image grid
 MAP_IMAGES = 256  # images averaged in an acceptance map
 NAMES = ("pareto", "grid", "acceptance", "accepted")
-QUALITIES = {  # key of metrics.json: (title, key of its spread, lower is better)
-    "fid": ("FID", None, True),
-    "kid": ("KID", "kid_std", True),
-    "clip_score": ("CLIP score", None, False),
-    "alignment": ("alignment", None, False),
-}
 LIKELIHOOD = "NLL/token, difference to AR"
 PANELS = 3  # qualities in one Pareto plot
 
@@ -66,15 +62,17 @@ def quality_panels(rows: Sequence[Row]) -> dict[str, tuple[list[Point], bool | N
     If no score is comparable: the difference in likelihood to AR, where neither sign is better: it shows a bias.
     """
     panels: dict[str, tuple[list[Point], bool | None]] = {}
-    for key, (name, spread, lower) in QUALITIES.items():
+    known = declared(row.run.folder for row in rows)
+    sources = {info.source for info in known.values() if info.source}
+    for key, info in known.items():
+        if not info.title or info.group or info.of_machine or info.higher_is_better is None:
+            continue
         # scores at different N or of different networks cannot share an axis
         fit = [row for row in rows if key in row.metrics and row.scored == row.n]
-        alike = {
-            (row.n if key == "fid" else 0, row.metrics.get("fid_extractor"), row.metrics.get("clip_model"))
-            for row in fit
-        }
+        alike = {(row.n if info.biased else 0, *(row.metrics.get(source) for source in sources)) for row in fit}
         if len(fit) > 1 and len(alike) == 1 and len(panels) < PANELS:
-            panels[name] = [_point(row, row.metrics[key], row.metrics.get(spread or "")) for row in fit], lower
+            points = [_point(row, row.metrics[key], row.metrics.get(info.spread)) for row in fit]
+            panels[info.title] = points, not info.higher_is_better
     gaps = [(row, gap) for row in rows if (gap := row.nll_difference) is not None]
     if panels or not gaps:
         return panels
@@ -95,12 +93,21 @@ def _pareto(rows: Sequence[Row], path: Path, title: str) -> str:
         return (
             "Difference in NLL per token to AR (95 % interval) against latency: for a lossless decoder it includes zero"
         )
-    return "Quality against latency; the grey line joins the Pareto-optimal runs"
+    return f"Quality against latency; {pareto_line(panels)}"
+
+
+def pareto_line(panels: Mapping[str, tuple[Sequence[Point], bool | None]]) -> str:
+    """Return what the line of the Pareto-optimal runs joins, or why there is none."""
+    ranked = {point.ranked for points, _ in panels.values() for point in points}
+    which = "" if ranked == {True} else f" of at least {FEWEST} images"
+    return (
+        f"the line joins the Pareto-optimal runs{which}" if True in ranked else f"no Pareto line below {FEWEST} images"
+    )
 
 
 def _point(row: Row, quality: float, error: float | None) -> Point:
     latency_s = math.nan if row.latency_s is None else row.latency_s  # a page then plots against passes
-    return Point(row.run.label, latency_s, quality, row.run.lossless, error)
+    return Point(row.run.label, latency_s, quality, row.run.lossless, error, ranked=row.n >= FEWEST)
 
 
 def _grid(rows: Sequence[Row], path: Path, title: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from evaluation.declared import declared
 from evaluation.timings import disturbance
 from sweeps.runs import Machine
 from sweeps.speedup import AGAIN, TIMINGS
@@ -25,6 +26,7 @@ INTERVALS = (
     "corrected for the number of rows). ± is the standard error over prompts for step compression, the standard deviation "
     "over subsets for KID; a single FID has no interval."
 )
+KID = "KID is the mean over random subsets (torchmetrics), here and in stage=compare."
 FEW = 16  # images below which a bootstrap over prompts and a standard error are unreliable
 SHORT = 3  # up to so many rows a note names them one by one even if it means all
 ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same model without one."
@@ -37,7 +39,7 @@ def notes(rows: Sequence[Row], machine: Machine | None) -> list[str]:
         found.append(LOSSY)
     if any(row.nll_difference or row.compression_error or "kid_std" in row.metrics for row in rows):
         found.append(INTERVALS)
-    found += _scores(rows)
+    found += _scores(rows) + _withheld(rows)
     if any(row.other_adapter for row in rows):
         found.append(ADAPTER)
     doubts = [*_doubts_about_n(rows), *_doubts_about_scores(rows), *_doubts_about_times(rows, machine)]
@@ -88,9 +90,9 @@ def _scores(rows: Sequence[Row]) -> list[str]:
     """Name extractor, reference and model of every score, and the values to read an alignment against."""
     found = []
     for row in rows:
-        if "fid" in row.metrics:
+        if row.metrics.keys() & {"fid", "kid"}:
             source, reference = row.metrics.get("fid_extractor"), row.metrics.get("fid_reference")
-            found.append(f"FID and KID: features of {source}, reference {reference}; N as in the row.")
+            found.append(f"FID and KID: features of {source}, reference {reference}; N as in the row. {KID}")
     found += [f"CLIP score: {row.metrics['clip_model']}." for row in rows if "clip_model" in row.metrics]
     known = []
     for key, name in (("alignment_ceiling", "ceiling (VQ reconstructions)"), ("alignment_real", "rendered images")):
@@ -102,6 +104,16 @@ def _scores(rows: Sequence[Row]) -> list[str]:
     if known:
         found.append(f"Alignment, the share of the caption's attributes found in the image: {', '.join(known)}.")
     return list(dict.fromkeys(found))
+
+
+def _withheld(rows: Sequence[Row]) -> list[str]:
+    """Say why a score is a dash, once for all runs."""
+    reasons: dict[str, list[str]] = {}
+    for name, info in declared(row.run.folder for row in rows).items():
+        for why, members in _by_reason(rows, lambda row, name=name: row.withheld.get(name, "")).items():
+            who = "" if len(members) == len([row for row in rows if row.scored]) else f" of {_names(members)}"
+            reasons.setdefault(f"{info.title}{who}", []).append(why)
+    return [f"– for the {what}: {'; '.join(why)}." for what, why in reasons.items()]
 
 
 # ---- reasons to doubt
@@ -137,7 +149,9 @@ def _doubts_about_scores(rows: Sequence[Row]) -> list[str]:
         counts = _listed(stale, lambda row: row.scored)
         found.append(f"{_names(stale)}: scored on only {counts} images; run stage=score on them.")
     for key, name in (("fid_warning", "FID"), ("geneval_warning", "GenEval")):
-        for text, members in _by_reason(rows, lambda row, key=key: str(row.metrics.get(key, ""))).items():
+        # a dash has its reason already
+        doubted = [row for row in rows if name.lower() not in row.withheld]
+        for text, members in _by_reason(doubted, lambda row, key=key: str(row.metrics.get(key, ""))).items():
             found.append(f"{name}{'' if len(members) == len(rows) else f' of {_names(members)}'}: {text}")
     return found
 

@@ -31,6 +31,7 @@ class Point:
     quality: float
     lossless: bool
     error: float | None = None  # half the length of the error bar
+    ranked: bool = True  # rests on enough images for the Pareto line
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, np.ndarray]:
@@ -50,10 +51,11 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
-    """Return the points that no other point beats in both latency and quality, by latency."""
+    """Return the ranked points that no other ranked point beats in both latency and quality, by latency."""
     best, kept = math.inf, []
     sign = 1 if lower_is_better else -1
-    for point in sorted(points, key=lambda point: (point.latency_s, sign * point.quality)):
+    ranked = [point for point in points if point.ranked]
+    for point in sorted(ranked, key=lambda point: (point.latency_s, sign * point.quality)):
         if sign * point.quality < best:
             best = sign * point.quality
             kept.append(point)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evaluation.bootstrap import t_quantile
-from evaluation.declared import declared
+from evaluation.declared import declared, shown, withheld
 from evaluation.run_folder import Id
-from evaluation.score import read_scores
+from evaluation.score import MetricInfo, read_scores
 from sweeps.comparable import quality_reference, same_weights
 from sweeps.runs import ImageCost, Machine, Run
 from sweeps.speedup import SpeedUp, speed_up_over_ar
@@ -76,9 +77,19 @@ class Row:
         """Number of images in metrics.json, 0 before the run was scored."""
         return int(self.run.metrics.get("n_images", 0))
 
-    @property
+    @cached_property
     def metrics(self) -> Mapping[str, Any]:
-        return self.run.metrics
+        """The numbers of metrics.json, without those that rest on too few images to be shown."""
+        return shown(self.run.metrics, self._declared)
+
+    @cached_property
+    def withheld(self) -> Mapping[str, str]:
+        """{name: why not} of the numbers of metrics.json that are not shown."""
+        return withheld(self.run.metrics, self._declared)
+
+    @cached_property
+    def _declared(self) -> Mapping[str, MetricInfo]:
+        return declared([self.run.folder])
 
 
 def make_rows(runs: Sequence[Run], machine: Machine | None) -> list[Row]:

@@ -121,6 +121,8 @@ def _number_column(info: MetricInfo, rows: Sequence[Row]) -> Column:
     def text(row: Row) -> str:
         """Return the value with its spread, and with its own N where that is not the row's."""
         value, spread = row.metrics.get(info.name), row.metrics.get(info.spread)
+        if info.name in row.withheld:
+            return "–"
         if value is None:
             return ""
         words = [f"{value:.{info.digits}f}"]

@@ -11,6 +11,7 @@ from evaluation.metrics.features import save_npz
 from tests.helpers.runs import MODEL, a_run, gaussian
 
 N, D, TOKENS = 24, 6, 16
+SCORED = 100  # images of a run with features: as many as a KID takes
 SPEC = MODEL | {"rows": 4, "columns": 4, "vocabulary": 8, "adapter": None}
 PAPER = {"rule": "paper", "lossless": False}
 
@@ -22,7 +23,7 @@ def make(
     seed: int,
     shift: float = 0.0,
     forwards: int = 8,
-    ids: range = range(N),
+    ids: range | None = None,
     metric: dict[str, Any] | None = None,
     digest: str = "base",
     adapter: str | None = None,
@@ -34,6 +35,7 @@ def make(
     shift: nats per token added, and a quarter of the shift of the features; forwards: passes of an image, one more at
     odd prompts. refilled: batch size of a run with refill.
     """
+    ids = ids or range(SCORED if metric else N)
     rng = np.random.default_rng(seed)
     prompts = np.random.default_rng(7).normal(30, 5, 200)[list(ids)]
     nll = prompts + rng.normal(0, 1, len(ids)) + shift * TOKENS

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from evaluation.run_folder import run_folders
+from evaluation.metrics.features import save_npz
+from evaluation.run_folder import RunFolder, run_folders
+from evaluation.score import score
+from sjd2.config import instantiate
 from sjd2.errors import UserError
 from sweeps.compare.group import compare_folders, stage
 from sweeps.tables import figures
+from sweeps.tables.table import make_tables
 from sweeps.tables.table import stage as table_stage
-from tests.helpers.compared_runs import PAPER, N, make
+from tests.helpers.compared_runs import PAPER, SCORED, N, make
 
 
 def compared(tmp_path: Path) -> tuple[str, dict[str, Any]]:
@@ -39,11 +45,11 @@ def test_a_shifted_run_is_found_and_an_equal_one_is_not(tmp_path: Path, metric: 
         assert equal[name]["low"] < 0 < equal[name]["high"]
         assert lossy[name]["differs"]
         assert lossy[name]["low"] > 0
-        assert (equal[name]["prompts"], equal[name]["level"]) == (N, 0.99)
+        assert (equal[name]["prompts"], equal[name]["level"]) == (SCORED, 0.99)
     assert lossy["nll_per_token"]["mean"] == pytest.approx(0.4, abs=0.05)  # nats per token, not per image
     assert "0 of 1 lossless differ from AR; 1 of 1 lossy differ from AR (sjd2 rule=paper)." in text
-    assert "| sjd | yes | 24 |" in text
-    assert "| sjd2 rule=paper | **no** | 24 |" in text
+    assert "| sjd | yes | 100 |" in text
+    assert "| sjd2 rule=paper | **no** | 100 |" in text
     assert "99.5 %" in text
     assert "KID on features of six numbers." in text
 
@@ -78,7 +84,7 @@ def test_different_n_use_the_prompts_of_both(tmp_path: Path) -> None:
 
 def test_missing_features_leave_kid_out(tmp_path: Path, metric: dict[str, Any]) -> None:
     make(tmp_path, "ar", seed=1, metric=metric)
-    make(tmp_path, "sjd", seed=2)
+    make(tmp_path, "sjd", seed=2, ids=range(SCORED))
     text, group = compared(tmp_path)
     (row,) = group["against_ar"]
     assert "kid" not in row
@@ -86,6 +92,32 @@ def test_missing_features_leave_kid_out(tmp_path: Path, metric: dict[str, Any]) 
     assert "Δ KID" not in text
     assert "No KID for sjd: sjd-2 holds no features" in text
     assert not row["nll_per_token"]["differs"]
+
+
+def test_few_images_give_no_kid(tmp_path: Path, metric: dict[str, Any]) -> None:
+    make(tmp_path, "ar", seed=1, metric=metric)
+    make(tmp_path, "sjd", seed=2, ids=range(SCORED - 1), metric=metric)
+    text, group = compared(tmp_path)
+    assert "kid" not in group["against_ar"][0]
+    assert "No KID for sjd: 99 common images are too few, a KID takes 100." in text
+
+
+def test_table_and_comparison_give_one_kid(tmp_path: Path, metric: dict[str, Any]) -> None:
+    runs = [
+        RunFolder(tmp_path / "runs" / make(tmp_path, name, seed=s, metric=metric))
+        for s, name in enumerate(("ar", "sjd"))
+    ]
+    scorer = instantiate(OmegaConf.create(metric))
+    for run in runs:
+        hashes = np.array([record["tokens_sha256"][:16] for record in run.records()])
+        with np.load(run.path / "features-six.npz") as kept:
+            save_npz(run.path / "features-six.npz", dict(kept) | {"tokens": hashes})
+        score(run, {"fid": scorer})
+    text = make_tables([run.path for run in runs], tmp_path / "tables")
+    ar, sjd = csv.DictReader((tmp_path / "tables" / "table.csv").open())
+    _, group = compared(tmp_path)
+    assert group["against_ar"][0]["kid"]["mean"] == pytest.approx(float(sjd["kid"]) - float(ar["kid"]), abs=1e-12)
+    assert "KID is the mean over random subsets (torchmetrics), here and in stage=compare." in text
 
 
 def test_adapters_and_other_weights(tmp_path: Path) -> None:

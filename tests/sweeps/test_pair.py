@@ -17,7 +17,7 @@ from sjd2.errors import UserError
 from sweeps.compare.group import stage
 from sweeps.compare.pair import compare_pair
 from tests.helpers.cli import Cli
-from tests.helpers.compared_runs import N, make
+from tests.helpers.compared_runs import SCORED, N, make
 
 
 def compared(tmp_path: Path, first: str, second: str) -> tuple[str, dict[str, Any]]:
@@ -35,12 +35,12 @@ def test_a_copy_is_equal_in_everything(tmp_path: Path, metric: dict[str, Any]) -
     name = make(tmp_path, "sjd", seed=2, metric=metric)
     shutil.copytree(tmp_path / "runs" / name, tmp_path / "runs" / "copy")
     text, found = compared(tmp_path, name, "copy")
-    assert found["tokens"] == {"images": N, "equal": N, "first": None}
+    assert found["tokens"] == {"images": SCORED, "equal": SCORED, "first": None}
     assert not any(measure["differs"] for measure in found["measures"])
     assert all(measure["mean"] == 0 for measure in found["measures"])
     assert {"KID (six numbers)", "FID (six numbers)", "NLL per token"} <= measures(found).keys()
     assert found["settings"] == found["provenance"] == {}
-    assert f"Tokens: equal in all {N} common images." in text
+    assert f"Tokens: equal in all {SCORED} common images." in text
     assert "Settings: equal." in text
     assert "Provenance: equal." in text
 

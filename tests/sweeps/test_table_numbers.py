@@ -73,7 +73,7 @@ def test_scores_stand_with_what_made_them(tmp_path: Path) -> None:
     )
     shown = cells(text, "sjd")
     assert shown["FID (net) ↓"] == "12.35" or shown["FID (net) ↓"] == "12.34"
-    assert shown["KID ↓"] == "0.0123 ± 0.0020"
+    assert shown["KID ↓"] == "–"
     assert shown["CLIP score (ViT-B-32) ↑"] == "31.20"
     assert shown["alignment ↑"] == "0.810"
     assert shown["step compression"] == "4.00 (3.90)"
@@ -83,6 +83,36 @@ def test_scores_stand_with_what_made_them(tmp_path: Path) -> None:
     assert "ceiling (VQ reconstructions) 0.970" in text
     assert "chance level 0.310 to 0.330" in text
     assert "Warning: FID: N=4 is few for 64 features." in text
+    assert "– for the KID: below 100 images its sampling error exceeds most differences between decoders." in text
+    assert {"kid", "kid_std"} & rows[1].keys() == set()
+
+
+def test_scores_of_too_few_images_are_dashes(tmp_path: Path) -> None:
+    wide = {"protocol": {"fid": "fid: Frechet distance in float64 on 64 features of a net"}}  # before fid_features
+    few = {
+        "fid": 12.3,
+        "fid_features": 64,
+        "kid": 0.0123,
+        "kid_std": 0.002,
+        "fid_warning": "N=127 is few",
+        "n_images": 127,
+    }
+    runs = [
+        ar(tmp_path / "runs", metrics=few | {"n_images": 128}),
+        make(tmp_path / "runs", "sjd", metrics=few),
+        make(tmp_path / "runs", "scd", metrics={"fid": 12.3, "n_images": 99, "kid": 0.0123} | wide),
+    ]
+    text, rows = table(tmp_path, *runs)
+    shown = {name: (cells(text, name)["FID ↓"], cells(text, name)["KID ↓"]) for name in ("ar", "sjd", "scd")}
+    assert shown == {
+        "ar": ("12.30 (N=128)", "0.0123 ± 0.0020 (N=128)"),
+        "sjd": ("–", "0.0123 ± 0.0020 (N=127)"),
+        "scd": ("–", "–"),
+    }
+    assert [row["fid"] for row in rows] == ["12.3", "", ""]
+    assert "– for the FID of scd, sjd: below 128 images" in text
+    assert "– for the KID of scd: below 100 images" in text
+    assert "Warning: FID of ar: N=127 is few" in text  # said once where there is a number, not beside a dash
 
 
 def test_paired_differences_of_scores(tmp_path: Path) -> None:
