@@ -17,12 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.console import GROUPS, guarded, show_logs
+from harness.console import GROUPS, answer, guarded, show_logs, spoken
 from harness.ranks import takes_part
 from harness.settings import STAGES, TYPES, check_settings, resolve
 from sjd2 import __version__
 from sjd2.config import CONF, INSTALLED
 from sjd2.errors import UserError
+from sjd2.files import read_json
 
 
 def main() -> int:
@@ -39,7 +40,8 @@ def main() -> int:
     if not INSTALLED:  # jobs on other machines import from the same checkout
         paths = [str(CONF.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    code = guarded(_launch)
+    with spoken("json" if "output=json" in sys.argv else "auto"):
+        code = guarded(_launch)
     callback = sys.modules.get("sweeps.multirun.callback")
     return code or int(callback is not None and callback.Tables.failed > 0)
 
@@ -63,7 +65,11 @@ def dispatch(cfg: DictConfig) -> Path:
 
     show_logs()
     set_threads(cfg)
-    return resolve(STAGES[cfg.stage].function)(cfg)
+    with spoken(cfg.output):  # where a yaml asks for json
+        folder = resolve(STAGES[cfg.stage].function)(cfg)
+    if cfg.output == "json" and not STAGES[cfg.stage].tables:
+        answer(read_json(folder / "metrics.json", {}) | {"folder": str(folder)})
+    return folder
 
 
 def _launch() -> None:

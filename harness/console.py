@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import itertools
+import json
 import logging
 import os
 import re
@@ -36,6 +38,18 @@ def program() -> str:
 def say(text: str) -> None:
     """Print one line at once, also through a pipe."""
     print(text.replace(CHECKOUT, program()), flush=True)
+
+
+@contextlib.contextmanager
+def spoken(output: str) -> Iterator[None]:
+    """Where `output` is json, leave stdout to the one JSON value of the command: everything else goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if output == "json" else contextlib.nullcontext():
+        yield
+
+
+def answer(value: Any) -> None:
+    """Print the JSON value of a command, past what `spoken` redirects."""
+    print(json.dumps(value, indent=1, ensure_ascii=False), file=sys.__stdout__, flush=True)
 
 
 def show_logs() -> None:

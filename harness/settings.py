@@ -16,22 +16,29 @@ from sjd2.errors import UserError, choose, unknown
 
 
 class Stage(NamedTuple):
-    """function: dotted path, imported when the stage runs. does: one line of `--help`."""
+    """function: dotted path, imported when the stage runs. does: one line of `--help`. tables: whether it shows some."""
 
     function: str
     does: str
+    tables: bool = False
 
 
 STAGES = {
-    "sample": Stage("harness.stages.sample", "make a run and its AR baseline, score both, print their table (default)"),
+    "sample": Stage(
+        "harness.stages.sample", "make a run and its AR baseline, score both, print their table (default)", tables=True
+    ),
     "score": Stage("harness.stages.score", "score an existing run folder again: run_dir=FOLDER"),
-    "table": Stage("sweeps.multirun.callback.stage", "tables and plots of all run folders, or of one"),
+    "table": Stage("sweeps.multirun.callback.stage", "tables and plots of all run folders, or of one", tables=True),
     "compare": Stage(
-        "sweeps.compare.group.stage", "all runs pairwise: with AR in distribution, with each other in passes"
+        "sweeps.compare.group.stage",
+        "all runs pairwise: with AR in distribution, with each other in passes",
+        tables=True,
     ),
     "report": Stage("sweeps.report.page.stage", "one self-contained page: table, plots, images, a race of the traces"),
     "tune": Stage(
-        "sweeps.tune.search.stage", "a decoder's settings for least latency under a bound on quality: tune=NAME"
+        "sweeps.tune.search.stage",
+        "a decoder's settings for least latency under a bound on quality: tune=NAME",
+        tables=True,
     ),
     "finetune": Stage("harness.stages.finetune", "train one recipe: finetune=RECIPE"),
     "bench": Stage("benchmarks.bench.run", "speed of passes and of whole runs"),
@@ -57,8 +64,10 @@ TYPES: dict[str, Any] = {
     "paper": str | None,
     "device": str,
     "dtype": str,
+    "output": str,
 }
 RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool, "graph": bool}
+OUTPUTS = ("auto", "text", "markdown", "json")
 AT_LEAST = {"limit": 1, "seed": 0, "batch_size": 1, "trace": 0, "runtime.threads": 1, "runtime.grace_s": 0}
 
 
@@ -68,6 +77,7 @@ def check_settings(cfg: DictConfig) -> None:
     _check_values(cfg.runtime, RUNTIME, prefix="runtime.")
     choose("stage", cfg.stage, STAGES)
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
+    choose("output", cfg.output, OUTPUTS)
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
     if cfg.against is not None and cfg.stage != "compare":

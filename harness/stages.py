@@ -32,17 +32,18 @@ def sample(cfg: DictConfig) -> Path:
             job.make_baseline(base, base_plan, metrics=metrics, models=models, ranks=ranks)
         if single and ranks.main:
             runs = [plan.run.path] if base_plan is None else [base_plan.run.path, plan.run.path]
-            _print_table(runs, Path(cfg.runs_dir) / "tables" / plan.run.path.name, cfg.paper)
+            _print_table(runs, Path(cfg.runs_dir) / "tables" / plan.run.path.name, cfg)
         failed = False
     finally:
         tracker.finish(failed=failed)
+    say(f"images: {plan.run.path / 'grid.png'}")
     say(f"run folder: {plan.run.path}")
     return plan.run.path
 
 
-def _print_table(runs: list[Path], out: Path, paper: str | None) -> None:
+def _print_table(runs: list[Path], out: Path, cfg: DictConfig) -> None:
     make_tables, show = resolve("sweeps.tables.table.make_tables"), resolve("sweeps.tables.table.show")
-    show(make_tables(runs, out, paper=paper))
+    show(make_tables(runs, out, paper=cfg.paper), out / "table.md", cfg.output)
 
 
 def score(cfg: DictConfig) -> Path:

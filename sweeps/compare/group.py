@@ -26,10 +26,11 @@ from sweeps.compare.distances import DistanceGaps, fid_settings
 from sweeps.compare.pair import compare_pair
 from sweeps.runs import Run, read_runs
 from sweeps.speedup import SpeedUp, speed_up_over_ar
-from sweeps.tables.formats import Table, markdown, show
+from sweeps.tables.formats import Table, markdown
 from sweeps.tables.notes import ADAPTER
 from sweeps.tables.rows import nll_per_token
 from sweeps.tables.table import speedup_numbers, title
+from sweeps.tables.terminal import show
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ def stage(cfg: DictConfig) -> Path:
         # two pairs of folders may share their names
         pair = hashlib.sha256(f"{first.resolve()} {second.resolve()}".encode()).hexdigest()[:6]
         out = out / f"{first.resolve().name}-{second.resolve().name}-{pair}"
-        show(compare_pair((first, second), out, settings))
+        show(compare_pair((first, second), out, settings), out / "two.md", cfg.output)
         return out
-    show(compare_folders(run_folders(cfg.runs_dir), out, settings))
+    show(compare_folders(run_folders(cfg.runs_dir), out, settings), out / "compare.md", cfg.output)
     return out

@@ -34,14 +34,14 @@ PATIENCE_S = 60.0  # the longest that Ray may take from one job to the next
 QUIET_S = 20.0  # a result missing after the queue was empty for so long will not come; file systems take less
 
 
-def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None) -> int:
+def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None, output: str = "auto") -> int:
     """Write the table of one multirun into its folder, print it, and return the number of failed jobs."""
     jobs = statuses(sweep)
     failed = [job for job in jobs if job["status"] != "ok"]
     runs = with_baselines([Path(job["run_dir"]) for job in jobs if job["status"] == "ok" and job.get("run_dir")])
     if runs or failed:  # neither, e.g. after stage=bench
-        show(make_tables(runs, sweep, failed, published=published, paper=paper or _paper(sweep)))
-        print(f"table: {sweep / 'table.md'}")
+        text = make_tables(runs, sweep, failed, published=published, paper=paper or _paper(sweep))
+        show(text, sweep / "table.md", output)
     return len(failed)
 
 
@@ -84,7 +84,8 @@ class Tables(Callback):
         """Build the table; a failure to do so is reported and counted, never raised."""
         sweep, Tables.sweep = Path(config.hydra.sweep.dir), None
         try:
-            Tables.failed = tabulate(sweep, published=self.published, paper=config.get("paper"))
+            wanted = {"paper": config.get("paper"), "output": config.get("output", "auto")}
+            Tables.failed = tabulate(sweep, published=self.published, **wanted)
         except (UserError, OSError) as error:
             Tables.failed += 1
             print(f"no table: {sentence(error)}", file=sys.stderr)
@@ -150,7 +151,7 @@ def stage(cfg: DictConfig) -> Path:
     sweep = None if cfg.run_dir is None else Path(cfg.run_dir)
     if sweep is None or not is_sweep(sweep):
         return table.stage(cfg)
-    tabulate(sweep, published=True, paper=cfg.paper)
+    tabulate(sweep, published=True, paper=cfg.paper, output=cfg.output)
     return sweep
 
 

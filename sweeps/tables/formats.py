@@ -1,4 +1,4 @@
-"""Write tables of text as Markdown and LaTeX, and show them on a terminal.
+"""Write tables of text as Markdown and LaTeX; terminal.py shows them on a terminal.
 
 The cells of a `Table` are for readers; numbers for programs go to the CSV (table.py). `**text**` is bold.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -114,16 +113,3 @@ def csv_cells(tables: Sequence[Table]) -> str:
         lines.writerow(["table", *table.header])
         lines.writerows([table.title, *row] for row in table.rows)
     return buffer.getvalue()
-
-
-def show(text: str) -> None:
-    """Print a Markdown page without its images: laid out by rich on a terminal, as it is elsewhere."""
-    text = "\n".join(line for line in text.split("\n") if not line.startswith("!["))
-    text = re.sub(r"\n{3,}", "\n\n", text).strip()
-    if not sys.stdout.isatty():
-        print(text.replace("&lt;", "<"), flush=True)
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown(text))

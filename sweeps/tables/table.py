@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,18 @@ from omegaconf import DictConfig
 
 from evaluation.declared import declared
 from evaluation.score import MetricInfo
-from harness.console import say
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
 from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
 from sweeps.speedup import SpeedUp
-from sweeps.tables.formats import Table, latex, markdown, show
+from sweeps.tables.formats import Table, latex, markdown
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
 from sweeps.tables.published import Published, select
 from sweeps.tables.rows import Row, make_rows
+from sweeps.tables.terminal import show
 
 __all__ = ["make_tables", "show", "with_baselines"]
 
@@ -300,7 +301,7 @@ def make_tables(
     published: bool = False,
     paper: str | None = None,
 ) -> str:
-    """Write table.md, table.tex, table.csv and the plots of these runs into `out`; return the Markdown.
+    """Write table.md, .tex, .csv, .json and the plots of these runs into `out`; return the Markdown.
 
     failed: status.json of jobs without a run; they, and unreadable folders, become rows with their reason.
     published: add the published numbers of the same model. paper: also write this table of the SJD2 paper beside ours.
@@ -332,7 +333,9 @@ def make_tables(
         tables.append(Table("Failed", ["job", "reason"], [], failed=jobs))
     lines += [{"label": label, "status": "failed", "reason": reason} for label, reason in jobs]
     text = "\n".join(markdown(table) for table in tables)
-    for name, content in (("md", text), ("tex", "\n".join(map(latex, tables))), ("csv", to_csv(lines))):
+    numbers = json.dumps(lines, indent=1, ensure_ascii=False) + "\n"
+    written = {"md": text, "tex": "\n".join(map(latex, tables)), "csv": to_csv(lines), "json": numbers}
+    for name, content in written.items():
         write_atomically(out / f"table.{name}", content.encode())
     return text if paper is None else f"{text}\n{make_paper_table(paper, runs, out)}"
 
@@ -340,6 +343,6 @@ def make_tables(
 def stage(cfg: DictConfig) -> Path:
     """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; return the folder written to."""
     out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
-    show(make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True, paper=cfg.paper))
-    say(f"tables: {out}")
+    text = make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True, paper=cfg.paper)
+    show(text, out / "table.md", cfg.output)
     return out

@@ -251,7 +251,8 @@ class Search:
         if failed := [run for run in self.in_turns(cfgs, self.tune.judge) if isinstance(run, str)]:
             raise UserError(failed[0])
         runs = [self.make(cfg, self.tune.judge, self.metrics) for cfg in cfgs]
-        show(make_tables(list(dict.fromkeys(run.path for run in runs)), self.out / "judged"))
+        judged = self.out / "judged"
+        show(make_tables(list(dict.fromkeys(run.path for run in runs)), judged), judged / "table.md", self.cfg.output)
         file = write_decoder(best, overrides, self.out, self.tune)
         for line in self.verdict(*runs):
             say(line)

@@ -141,6 +141,7 @@ def test_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: 
     runs = tmp_path / "runs"
     cfg = OmegaConf.create(
         {"runs_dir": str(runs), "run_dir": None, "against": None, "paper": None, "evaluation": {"metrics": {}}}
+        | {"output": "auto"}
     )
     make(tmp_path, "sjd", seed=2)
     with pytest.raises(UserError, match="needs two runs"):

@@ -114,7 +114,7 @@ def test_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     runs = tmp_path / "runs"
     first, second = make(tmp_path, "sjd", seed=2), make(tmp_path, "ar", seed=3)
     cfg = OmegaConf.create({"runs_dir": str(runs), "run_dir": str(runs / first), "against": str(runs / second)})
-    cfg.evaluation = {"metrics": {}}
+    cfg.evaluation, cfg.output = {"metrics": {}}, "auto"
     out = stage(cfg)
     assert out.parent == runs / "tables"
     assert out.name.startswith(f"{first}-{second}-")

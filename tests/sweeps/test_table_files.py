@@ -21,7 +21,7 @@ from sweeps.tables import figures
 from sweeps.tables.formats import Table, escape, latex, markdown
 from sweeps.tables.plots import Point, pareto_front
 from sweeps.tables.rows import make_rows
-from sweeps.tables.table import make_tables, show
+from sweeps.tables.table import make_tables
 from tests.helpers.table_runs import CPU, ar, cells, make, table
 
 
@@ -157,11 +157,6 @@ def test_latex_table_has_as_many_cells_as_columns() -> None:
 def test_markdown_rows_are_one_line_each() -> None:
     text = markdown(Table("t", ["a", "b"], [["x|y", "1\n2"]], failed=[("j", "r")]))
     assert "| x\\|y | 1 2 |\n| j | failed: r |\n" in text
-
-
-def test_show_prints_plain_text_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    show("## t\n\n| a |\n| :--- |\n| 1 |\n\n![grid](grid.png)\n")
-    assert capsys.readouterr().out == "## t\n\n| a |\n| :--- |\n| 1 |\n"
 
 
 def test_pareto_front() -> None:
