@@ -182,7 +182,7 @@ class ZipEngine(Engine):
         attn_mask = (seen & inside) | (column < 0)[:, None]
         x = self.model.embed(plan.token).repeat(count, 1, 1)
         hidden = self.model.forward(x, state.image_start[:, None] + feed.clamp(min=0), self.cache, attn_mask)
-        return self.sampling.probs(self.model.logits(hidden))
+        return self.probs(self.model.logits(hidden))
 
     def _test(self, plan: PassPlan, probs: Tensor, drawn: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
         """Adapt the window: take a row's first token only if it passes under one more column (the paper's adaptive window).

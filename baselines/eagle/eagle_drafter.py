@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from baselines.eagle.head import SETTINGS, WEIGHTS, EagleHead, PairCache, read_settings
+from sjd2.decoding.finite import FaultSource
 from sjd2.decoding.interfaces import Draft, Drafter, PassResult, State
 from sjd2.decoding.noise import Purpose
 from sjd2.decoding.sampling import SamplingParams, without
@@ -215,6 +216,7 @@ class EagleDrafter(Drafter):
         """Grow the tree by cumulative probability: candidates are the top_k of each distribution, so they count as one-hot."""
         rows, k, device, window = len(last), self.settings.top_k, last.device, state.window
         q = state.sampling.probs(self.model.logits(ahead[:, None]))  # [B, 1, V]
+        state.watch(q, FaultSource.DRAFT)
         best = q.log().topk(k)
         tokens, scores = best.indices[:, 0], best.values[:, 0]  # all candidates so far [B, A]
         parents = torch.full_like(tokens, -1)
@@ -227,6 +229,7 @@ class EagleDrafter(Drafter):
                 state.memory.cache, tokens.gather(1, chosen), states, level, seen, (depth - 1) * k
             )  # [R, k, D]
             q = state.sampling.probs(self.model.logits(states))
+            state.watch(q, FaultSource.DRAFT)
             best = q.log().topk(k)  # [B, k, k]
             grown = (scores.gather(1, chosen)[..., None] + best.values).flatten(1)
             begin = tokens.shape[1]

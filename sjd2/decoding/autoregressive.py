@@ -39,7 +39,7 @@ class AutoregressiveEngine(Engine):
         x = self.model.embed(state.tokens.gather(1, last))
         positions = state.image_start[:, None] + self.per_branch(last)
         hidden = self.model.forward(self.per_branch(x), positions, self.cache)
-        p = self.sampling.probs(self.model.logits(hidden))  # [B, 1, V]
+        p = self.probs(self.model.logits(hidden))  # [B, 1, V]
         token = state.impose(state.sampler.draw(p, next_position, Purpose.SAMPLE), next_position)
         state.tokens.scatter_(1, next_position, token)  # a finished row's goes to the slot after the image
         num_new = (state.committed < self.total).long()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.decoder import BaseDecoder
+from sjd2.decoding.finite import FaultSource, finite_rows, not_finite
 from sjd2.decoding.interfaces import Rows
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.sampling import SAMPLERS, SamplingParams
@@ -99,6 +100,7 @@ class Engine:
         zeros = torch.zeros(self.num_rows, dtype=torch.long, device=device)
         noise = Noise(zeros.clone(), self.dtype)
         return {
+            "length": self.total,
             "tokens": torch.zeros(self.num_rows, self.total + slack, dtype=torch.long, device=device),
             "committed": zeros + self.total,
             "iteration": zeros.clone(),
@@ -106,11 +108,18 @@ class Engine:
             "image_start": zeros.repeat(self.branches),
             "noise": noise,
             "sampler": SAMPLERS[self.sampling.sampler](noise),
+            "finite": torch.ones(len(FaultSource), self.num_rows, dtype=torch.bool, device=device),
         }
 
     def per_branch(self, x: Tensor) -> Tensor:
         """Repeat rows for each guidance branch: [B, ...] -> [R, ...]."""
         return x.repeat(self.branches, *[1] * (x.dim() - 1))
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Return the target distribution of a pass, and note rows where it is not finite: [R, S, V] -> [B, S, V]."""
+        p = self.sampling.probs(logits)
+        self.state.watch(p, FaultSource.MODEL)
+        return p
 
     # ---- rows enter
 
@@ -125,6 +134,7 @@ class Engine:
         if longest > self.prompt:
             self.capacity, self.prompt = self.capacity + longest - self.prompt, longest
             self.grow()
+        self.state.finite.index_fill_(1, index, True)
         for branch, prompt in enumerate(prompts[: self.branches]):
             self._prefill(prompt, index + branch * self.num_rows)
         self.place(index, prompts[: self.branches], self._first_token(index, prompts[: self.branches]))
@@ -145,6 +155,7 @@ class Engine:
     def _prefill(self, prompt: Prompt, rows: Tensor) -> None:
         """Run a prompt into model rows [b]."""
         count, width = prompt.embeds.shape[:2]
+        self.state.finite[FaultSource.PROMPT, rows % self.num_rows] &= prompt.embeds.isfinite().flatten(1).all(1)
         scratch = self.model.cache(count, width)
         positions = torch.arange(width, device=rows.device).expand(count, -1)
         prompt.hidden = self.model.forward(prompt.embeds, positions, scratch)
@@ -161,6 +172,7 @@ class Engine:
             for prompt in prompts
         ]
         p = self.sampling.probs(self.model.logits(torch.cat(ends)[:, None]))  # [b, 1, V]
+        state.finite[FaultSource.MODEL, index] = finite_rows(p)
         position = torch.full((count, 1), self.first, device=index.device)
         sampler = type(state.sampler)(Noise(state.noise.seeds[index], state.noise.dtype))
         return state.impose(sampler.draw(p, position, Purpose.SAMPLE), position)[:, 0]
@@ -168,9 +180,15 @@ class Engine:
     # ---- rows leave
 
     def finished(self) -> list[int]:
-        """Return the rows that have all their tokens (waits for the device), and learn how long the rows really are."""
-        found = torch.cat([self.state.committed, self.cache.lengths.amax()[None]]).cpu()
-        committed, longest = found.split([self.num_rows, 1])
+        """Return the rows that have all their tokens (waits for the device), and learn how long the rows really are.
+
+        Raises `UserError` if a row was drawn from a distribution that is not finite.
+        """
+        state = self.state
+        found = torch.cat([state.committed, self.cache.lengths.amax()[None], state.finite.flatten().long()]).cpu()
+        committed, longest, finite = found.split([self.num_rows, 1, state.finite.numel()])
+        if not finite.all():
+            raise not_finite(finite.view(state.finite.shape) > 0, self.model, self.sampling)
         self.cache.bound = int(longest)  # the host's own bound grows by a whole window per pass
         return (committed >= self.total).nonzero()[:, 0].tolist()
 

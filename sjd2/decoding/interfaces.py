@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from sjd2.decoding.finite import FaultSource, finite_rows
 from sjd2.decoding.noise import Noise
 from sjd2.decoding.sampling import Sampler, SamplingParams
 from sjd2.decoding.shapes import CHAIN, AcceptedPath, Shape
@@ -49,6 +50,7 @@ class Draft:
 class Rows:
     """The rows in flight, as every engine has them."""
 
+    length: int  # N
     tokens: Tensor  # [B, N + slack] the committed tokens; what lies beyond them means nothing
     committed: Tensor  # [B] number of tokens committed
     iteration: Tensor  # [B] the row's own pass counter
@@ -56,6 +58,12 @@ class Rows:
     image_start: Tensor  # [R] the position id of the image's first token in each model row
     noise: Noise
     sampler: Sampler
+    finite: Tensor  # [3, B] bool, by `FaultSource`: whether all that the row was drawn from was finite
+
+    def watch(self, probs: Tensor, source: FaultSource) -> None:
+        """Note unfinished rows whose probabilities [B, ..., V] are not finite; drafters with a network call it."""
+        done = self.committed >= self.length
+        self.finite[source].logical_and_(finite_rows(probs) | done)
 
     def forced_at(self, positions: Tensor) -> Tensor:
         """Return the forced id of each position, -1 where free: [B, S] -> [B, S]."""

@@ -18,6 +18,7 @@ from sjd2.errors import UserError, choose
 if TYPE_CHECKING:
     from sjd2.decoding.interfaces import Verifier
 
+LEAST, MOST = 1e-30, 1e30  # of a factor of logits, which are float32: its largest number is 3e38
 TINY_MASS = 1e-12  # a residual below this is rounding: p and q are equal, and a rejection has probability 0
 
 
@@ -42,10 +43,16 @@ class SamplingParams:
         for name in ("guidance_scale", "temperature", "top_p"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} must be a finite number, got {getattr(self, name)}.")
+            if getattr(self, name) > MOST:
+                raise UserError(f"{name} must be {MOST:g} at most, got {getattr(self, name):g}.")
         if self.guidance_scale < 0:
             raise UserError(f"guidance_scale must be 0 or more, got {self.guidance_scale}; 1 switches guidance off.")
         if self.temperature < 0:
             raise UserError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if 0 < self.temperature < LEAST:
+            raise UserError(
+                f"temperature={self.temperature} makes logits overflow; use 0 for greedy decoding, or {LEAST} or more."
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}; 1 switches it off.")
         if self.top_k < 0:
@@ -61,12 +68,15 @@ class SamplingParams:
         return self.guidance_scale != 1.0
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Turn logits [R, S, V] into probabilities [B, S, V]; rows B..2B-1 are the unconditional ones."""
+        """Turn logits [R, S, V] into probabilities [B, S, V]; rows B..2B-1 are the unconditional ones.
+
+        Where a logit is NaN or infinitely large, all V probabilities are NaN (`finite.finite_rows`).
+        """
         if self.guided:
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, self.guidance_scale)
         if self.temperature == 0:
-            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+            return _greedy(logits)
         if self.temperature != 1:
             logits = logits / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
@@ -75,6 +85,12 @@ class SamplingParams:
         if self.top_p < 1:
             logits = _nucleus(logits, self.top_p)
         return logits.softmax(-1)
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    best = logits.argmax(-1, keepdim=True)  # a NaN where there is one
+    probs = torch.nn.functional.one_hot(best[..., 0], logits.shape[-1]).to(logits.dtype)
+    return probs.masked_fill(~logits.gather(-1, best).isfinite(), torch.nan)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.engine import Engine, Prompt
+from sjd2.decoding.finite import FaultSource
 from sjd2.decoding.interfaces import Draft, PassResult, State
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.shapes import AcceptedPath, gather_slots
@@ -79,6 +80,8 @@ class WindowEngine(Engine):
         """Run one pass over all rows: propose, forward, verify, commit, refine, shift."""
         state = self.begin_pass()
         draft = self.drafter.propose(self.carried, self.fresh, state)  # tokens [B, S], q [B, S-1, V], shape
+        if draft.probs is not None:
+            state.watch(draft.probs, FaultSource.DRAFT)
         hidden, p = self.forward(draft)  # [R, S, D]; [B, S, V]: the next-token distribution at every slot
         test = verify(self.verifier, draft, p, state)
         path = draft.shape.accepted_path(test.accepted, self.rule.clean(draft))
@@ -105,7 +108,7 @@ class WindowEngine(Engine):
         if draft.level is not None and self.drafter.timesteps is not None:
             timesteps = Timesteps(self.drafter.timesteps, self.per_branch(draft.level), state.image_start)
         hidden = self.model.forward(self.per_branch(x), positions, self.cache, attn_mask, gate, timesteps)
-        return hidden, self.sampling.probs(self.model.logits(hidden))
+        return hidden, self.probs(self.model.logits(hidden))
 
     def next_token(self, test: Verification, path: AcceptedPath) -> Tensor:
         """Draw the token after the accepted path: [B]."""

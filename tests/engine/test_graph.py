@@ -15,9 +15,11 @@ from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Keep, Resample
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
+from sjd2.errors import UserError
 from tests.helpers import tape
 from tests.helpers.bounded_spans import as_on_a_gpu
 from tests.helpers.decoders import AR, GRID, KINDS, PROMPTS, SAMPLING, sjd, sjd2
+from tests.helpers.fault import Fault
 from tests.helpers.toy import Toy, adapted_toy
 
 SEEDS = list(range(1, len(PROMPTS) + 1))
@@ -47,7 +49,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_replayed_passes_give_the_tokens_of_the_plain_engine(model: Toy, name: str, nets: dict[str, str]) -> None:
+def test_replayed_passes_give_the_tokens_of_the_plain_engine(
+    model: Toy, name: str, nets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = Fault(model)
+    monkeypatch.setattr(model, "logits", fault)
     decoder, graphs = DECODERS[name](nets), Graphs(tape.record)
     plain = generate(model, decoder, model.encode(PROMPTS), SEEDS, sampling=SAMPLING)
     with as_on_a_gpu():
@@ -63,6 +69,10 @@ def test_replayed_passes_give_the_tokens_of_the_plain_engine(model: Toy, name: s
     assert torch.equal(then.tokens, plain.tokens[2:4])
     assert torch.equal(again.tokens, plain.tokens[:2])
     assert [s.accepted for s in again.samples] == [s.accepted for s in plain.samples[:2]]
+    with as_on_a_gpu(), pytest.raises(UserError, match="the model's distribution is not finite"):
+        # noted in a replayed pass, reported when the host next looks
+        generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=graphs,
+                 on_step=fault.after(1, torch.nan))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["sjd2"])

@@ -99,7 +99,7 @@ def drafted(tokens: list[int], window: int, context: int = 2, grid: TokenGrid = 
     state = State(
         tokens=board, committed=count, cached=count - 1, iteration=count, forced=forced, noise=noise,
         sampler=CdfSampler(noise), model=SimpleNamespace(layout=grid), sampling=SamplingParams(), window=window,
-        image_start=count,
+        image_start=count, length=grid.length, finite=torch.ones(3, 1, dtype=torch.bool),
     )  # fmt: skip
     fresh = torch.zeros(1, 1, dtype=torch.bool)
     filled = Lookup(context=context).propose(Draft(board[:, n - 1 : n]), fresh, state)
