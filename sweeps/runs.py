@@ -75,6 +75,11 @@ class Run:
         return bool(decoder.get("lossless")) and decoder.get("rule") != "paper"
 
     @property
+    def exact_rule(self) -> bool:
+        """Whether this is SJD2 with the exact rule; the papers' SJD2 is rule=paper."""
+        return self.identity["decoder"].get("rule") == "exact" and self.decoder != "denoise"  # which verifies nothing
+
+    @property
     def sampling(self) -> tuple[tuple[str, Any], ...]:
         """The sampling parameters that decide the target distribution; `sampler`, how it is drawn from, is not one."""
         return tuple(sorted((key, value) for key, value in self.identity["law"].items() if key != "sampler"))

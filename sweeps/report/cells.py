@@ -9,19 +9,11 @@ from typing import Any
 
 from sweeps.runs import Machine
 from sweeps.tables.formats import Table
-from sweeps.tables.published import Published, select
+from sweeps.tables.published import Published, printed_field, select
 from sweeps.tables.rows import Row
 from sweeps.tables.table import columns, csv_row
 
 BARS = ("step_compression", "speedup")  # columns whose cells show a bar of the length of their number
-PRINTED = {  # column -> field of published.csv
-    "step_compression": "step_compression",
-    "speedup": "latency_speedup",
-    "latency_s_median": "latency_s",
-    "fid": "fid",
-    "clip_score": "clip_score",
-    "geneval_overall": "geneval_overall",
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ def main_grid(rows: Sequence[Row], machine: Machine | None, failed: Sequence[tup
     model = str(rows[0].run.config["model"]["name"])
     cells = []
     for row, numbers in zip(rows, values, strict=True):
-        printed = select(model, {row.run.decoder})
+        printed = [] if row.run.exact_rule else select(model, {row.run.decoder})
         cells.append([_cell(c.text(row), c.key, numbers, most, printed) for c in shown])
     return Grid(
         header=[column.title for column in shown],
@@ -72,10 +64,10 @@ def main_grid(rows: Sequence[Row], machine: Machine | None, failed: Sequence[tup
 def _cell(text: str, key: str, numbers: dict[str, Any], most: dict[str, float], printed: Sequence[Published]) -> Cell:
     main, more, bold = _split(text) if key != "label" else (text, "", False)
     value = numbers.get(key, "")
-    printed = [row for row in printed if key in PRINTED and getattr(row, PRINTED[key]) is not None]
-    sources = [
-        f"{getattr(row, PRINTED[key]):g}: {row.method}, {row.dataset} ({row.arxiv}, {row.table})" for row in printed
-    ]
+    theirs = printed_field(key)
+    found = [(row, getattr(row, theirs)) for row in printed] if theirs is not None else []
+    found = [(row, number) for row, number in found if number is not None]
+    sources = [f"{number:g}: {row.method}, {row.dataset} ({row.arxiv}, {row.table})" for row, number in found]
     return Cell(
         text=main,
         more=more,
@@ -83,7 +75,7 @@ def _cell(text: str, key: str, numbers: dict[str, Any], most: dict[str, float], 
         key=key,
         bold=bold,
         bar=float(value) / most[key] if key in most and value != "" and most[key] > 0 else 0.0,
-        printed=_range([getattr(row, PRINTED[key]) for row in printed]),
+        printed=_range([number for _, number in found]),
         sources="; ".join(sources),
     )
 

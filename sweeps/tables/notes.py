@@ -39,7 +39,7 @@ def notes(rows: Sequence[Row], machine: Machine | None) -> list[str]:
         found.append(LOSSY)
     if any(row.nll_difference or row.compression_error or "kid_std" in row.metrics for row in rows):
         found.append(INTERVALS)
-    found += _scores(rows) + _withheld(rows)
+    found += _scores(rows) + withheld_reasons(rows)
     if any(row.other_adapter for row in rows):
         found.append(ADAPTER)
     doubts = [*_doubts_about_n(rows), *_doubts_about_scores(rows), *_doubts_about_times(rows, machine)]
@@ -106,7 +106,7 @@ def _scores(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _withheld(rows: Sequence[Row]) -> list[str]:
+def withheld_reasons(rows: Sequence[Row]) -> list[str]:
     """Say why a score is a dash, once for all runs."""
     reasons: dict[str, list[str]] = {}
     for name, info in declared(row.run.folder for row in rows).items():

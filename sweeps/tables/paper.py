@@ -1,53 +1,72 @@
-"""Tables of the SJD2 paper (arXiv 2510.08994) with our value beside every published one, blank where there is none.
+"""Tables of the SJD2 paper (arXiv 2510.08994) and our values, blank where there is none.
 
-`paper="Table 1"` on the command line, or set by experiment=, chooses the table. Our runs are matched by model, prompts,
-decoder and whether the weights are fine-tuned. On a model that the paper does not have (the embedded one) they are
-matched by decoder alone, and the heading says so.
+`paper="Table 1"` on the command line, or set by experiment=, chooses the table. Runs of the paper's models stand beside
+the published row of the same model, prompts, method and tuning. Another model (the embedded one) has rows of its own
+below those of its method. SJD2 is the paper's rule=paper; the exact rule has rows of its own too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.declared import declared
 from sjd2.errors import unknown
 from sjd2.files import write_atomically
 from sweeps.comparable import groups, table_machine
 from sweeps.runs import Run, path_tail
 from sweeps.tables.formats import Table, csv_cells, latex, markdown
-from sweeps.tables.published import Published, read
+from sweeps.tables.notes import withheld_reasons
+from sweeps.tables.published import Published, printed_field, read
 from sweeps.tables.rows import Row, make_rows
 
 ARXIV = "2510.08994"
-# published column, heading, our metric, and the format of ours
-METRICS = (
-    ("steps", "passes", "forwards_mean", ".1f"),
-    ("step_compression", "step compression", "step_compression", ".2f"),
-    ("latency_s", "latency s", "latency_s_median", ".2f"),
-    ("latency_speedup", "speed-up", "speedup", ".2f"),
-    ("fid", "FID", "fid", ".2f"),
-    ("clip_score", "CLIP score", "clip_score", ".2f"),
-    ("geneval_single_object", "single", "geneval_single_object", ".2f"),
-    ("geneval_two_object", "two", "geneval_two_object", ".2f"),
-    ("geneval_counting", "counting", "geneval_counting", ".2f"),
-    ("geneval_colors", "colors", "geneval_colors", ".2f"),
-    ("geneval_position", "position", "geneval_position", ".2f"),
-    ("geneval_color_attr", "attribute", "geneval_color_attr", ".2f"),
-    ("geneval_overall", "GenEval", "geneval_overall", ".2f"),
-    ("memory_gb", "memory GB", "peak_memory_gb", ".1f"),
-    ("gflops_per_token", "GFLOP/token", "gflops_per_token", ".3g"),
-)
-ALL_ATTRIBUTES = ("", "all attributes right", "alignment_all", ".2f")  # of the embedded model alone
 METHODS = {name: name.lower() for name in ("AR", "Jacobi", "SJD", "EAGLE", "LANTERN", "ZipAR", "SJD2")}
 BLANK = (
     "Blank: not printed in the paper, or not run here. Ours was measured on the machine and prompts of its run; the paper's "
     "latency and memory depend on its hardware, its FID and CLIP score on its code, networks and reference images."
 )
+DERIVED = {"step_compression": "steps", "latency_speedup": "latency_s"}  # published field -> what AR's is divided by it
+COUNTERPART = (
+    "GenEval's detector does not apply to such images. All attributes right, the share of images that show everything "
+    "the caption names, is the embedded model's counterpart."
+)
+DERIVED_NOTE = "*: not printed; computed here from the passes or seconds of the paper's AR row."
 DENOISING_ONLY = "SJD2 denoising only"
 MODELS = {"lumina-mgpt (768 px)": "lumina", "emu3": "emu3", "janus-pro-1b": "janus"}
 SIZES = {"lumina": ("768", "768x768"), "emu3": ("720", "720x720"), "janus": ("384",)}  # that the paper uses
 DATASETS = {"COCO2017": "coco2017", "COCO2014": "coco2014", "GenEval": "geneval", "COCO subset": "coco2017"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of the table: its name in table.csv, its heading, and the format of ours."""
+
+    name: str
+    title: str
+    form: str
+
+    @property
+    def field(self) -> str:
+        """The published number of the same meaning, '' without one."""
+        return printed_field(self.name) or ""
+
+
+COSTS = (
+    Number("forwards_mean", "passes", ".1f"),
+    Number("step_compression", "step compression", ".2f"),
+    Number("latency_s_median", "latency s", ".2f"),
+    Number("speedup", "speed-up", ".2f"),
+)
+OF_MACHINE = Number("peak_memory_gb", "memory GB", ".1f"), Number("gflops_per_token", "GFLOP/token", ".3g")
+ALL_ATTRIBUTES = Number("alignment_all", "all attributes right", ".2f")  # of the embedded model alone
+
+
+def numbers() -> list[Number]:
+    """Return every number that the paper prints and we measure: costs, and what the metrics declare."""
+    scores = [info for info in declared([]).values() if info.title and printed_field(info.name)]
+    return [*COSTS, *(Number(info.name, info.title, f".{info.digits}f") for info in scores), *OF_MACHINE]
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,6 @@ class RunFilter:
 
     def fits(self, run: Run, *, stand_in: bool) -> bool:
         """Return whether a run matches; stand_in: its model is not one of the paper's, so only the method counts."""
-        # the paper's SJD2 is rule=paper; ours with the exact rule is listed too, and labelled
         if run.decoder.removesuffix("-paper") != self.decoder or (
             self.tuned is not None and (run.adapter is not None) != self.tuned
         ):
@@ -137,87 +155,139 @@ def _stand_ins(runs: Sequence[Run]) -> list[str | None]:
 
 
 def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand_in: str | None) -> Table:
-    mine = [row for row in rows if stand_in is None or row.run.config["model"]["name"] == stand_in]
-    shown = [metric for metric in METRICS if any(getattr(row, metric[0]) is not None for row in published)]
-    header = ["method", "model", "prompts"]
+    models = MODELS.values() if stand_in is None else (stand_in,)
+    mine = [row for row in rows if row.run.config["model"]["name"] in models]
+    shown = [n for n in numbers() if any(_printed(entry, n, published) for entry in published)]
     notes = [BLANK]
-    if stand_in and any(theirs.startswith("geneval") for theirs, *_ in shown):
-        shown.append(ALL_ATTRIBUTES)
-        notes.append(
-            "GenEval's detector does not apply to such images. All attributes right, the share of images that show everything "
-            "the caption names, is the embedded model's counterpart."
-        )
-    for theirs, title, _, _ in shown:
-        header += [f"{title}, published"] * bool(theirs) + [f"{title}, ours"]
-    header += ["ours", "source"]
-    found = [(entry, [row for row in mine if _fits(entry, row, stand_in)]) for entry in published]
-    cells = [line for entry, fit in found for line in _lines(entry, fit, shown, stand_in is not None)]
-    own = f"ours: {stand_in}, not one of the paper's models" if stand_in else "ours: the same models"
-    own_models = [row for row in mine if stand_in or row.run.config["model"]["name"] in MODELS.values()]
-    unmatched = [row for row in own_models if not any(row in fit for _, fit in found)]
-    if unmatched:
+    if stand_in:
+        shown = [n for n in numbers() if n in shown or (n in COSTS and any(_ours(row, n) for row in mine))]
+        if any(number.field.startswith("geneval") for number in shown):
+            shown.append(ALL_ATTRIBUTES)
+            notes.append(COUNTERPART)
+    found = {entry: [row for row in mine if _fits(entry, row, stand_in)] for entry in published}
+    make = _rows_apart if stand_in else _rows_beside
+    header, cells = make(found, shown, published)
+    notes += [DERIVED_NOTE] * any(cell.endswith("*") for line in cells for cell in line)
+    notes += withheld_reasons(mine)
+    if unmatched := [row for row in mine if not any(row in fit for fit in found.values())]:
         who = ", ".join(map(_run, unmatched))
         notes.append(f"No published row matches {who}: another method, model, size, prompt list or tuning.")
+    own = f"ours: {stand_in}, not one of the paper's models" if stand_in else "ours: the same models"
     return Table(f"SJD2 paper, {name} ({own})", header, cells, notes)
 
 
-def _run(row: Row) -> str:
-    return f"{row.run.label} ({_who(row)})"
+Found = Mapping[Published, Sequence[Row]]  # our runs of every published row
+
+
+def _rows_beside(
+    found: Found, shown: Sequence[Number], published: Sequence[Published]
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells with a published and an own column for each number; the exact rule has its own rows."""
+    header = ["method", "model", "prompts"]
+    header += [f"{number.title}, {whose}" for number in shown for whose in ("published", "ours")] + ["ours", "source"]
+    cells = []
+    for entry, fit in found.items():
+        same = [row for row in fit if not row.run.exact_rule]
+        for row in [*(same or [None]), *(row for row in fit if row.run.exact_rule)]:
+            printed = row is None or not row.run.exact_rule
+            values = [
+                cell
+                for number in shown
+                for cell in (
+                    _printed(entry, number, published) if printed else "",
+                    "" if row is None else _ours(row, number),
+                )
+            ]
+            label = entry.method if row is None else _label(entry.method, row.run)
+            cells.append([label, entry.model, entry.dataset, *values, "" if row is None else _who(row)])
+            cells[-1].append(_source(entry) if printed else "")
+    return header, cells
+
+
+def _rows_apart(
+    found: Found, shown: Sequence[Number], published: Sequence[Published]
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells with one column for each number: a method's published rows, then ours of another model."""
+    header = ["method", "model", "prompts", *(number.title for number in shown), "source"]
+    cells = []
+    for method in dict.fromkeys(_method(entry) for entry in published):
+        entries = [entry for entry in published if _method(entry) == method]
+        for entry in entries:
+            values = [_printed(entry, number, published) for number in shown]
+            cells.append([entry.method, entry.model, entry.dataset, *values, _source(entry)])
+        for row in {id(row): row for entry in entries for row in found[entry]}.values():
+            model, prompts = row.run.config["model"]["name"], _prompts(row)
+            values = [_ours(row, number) for number in shown]
+            cells.append([_label(method, row.run), model, prompts, *values, f"ours, {_count(row)}"])
+    return header, cells
 
 
 def _fits(entry: Published, row: Row, stand_in: str | None) -> bool:
     return run_filter(entry).fits(row.run, stand_in=stand_in is not None)
 
 
-def _lines(
-    entry: Published, found: Sequence[Row], shown: Sequence[tuple[str, str, str, str]], stand_in: bool
-) -> list[list[str]]:
-    """Return one line per run that corresponds to the published row, or one with blanks if there is none."""
-    lines = []
-    for row in found or [None]:
-        values = [cell for metric in shown for cell in _pair(entry, row, metric)]
-        label = entry.method if row is None else _label(entry, row.run)
-        source = f"{entry.arxiv}, {entry.table}" + (f", {entry.hardware}" if entry.hardware else "")
-        lines.append([label, entry.model, entry.dataset, *values, "" if row is None else _who(row, stand_in), source])
-    return lines
+def _method(entry: Published) -> str:
+    return entry.method.partition(" (")[0]
 
 
-def _who(row: Row, stand_in: bool = False) -> str:
-    """Return what our values are of: model, adapter, prompts and number of images (and that of the scores, if different).
-
-    For a model that is not one of the paper's only the method counts, so its adapter is not named.
-    """
-    tuned = row.run.adapter is not None and not stand_in
-    model = row.run.config["model"]["name"] + (" with adapter" if tuned else "")
-    scored = f", scores of {row.scored}" if row.scored not in (0, row.n) else ""
-    return f"{model}, {(row.run.config.get('prompts') or {}).get('name')}, N={row.n}{scored}"
+def _source(entry: Published) -> str:
+    return f"{entry.arxiv}, {entry.table}" + (f", {entry.hardware}" if entry.hardware else "")
 
 
-def _label(entry: Published, run: Run) -> str:
-    """Return the published name, with what distinguishes our run from the paper's or from others in the row."""
-    own = [] if run.label == run.decoder else [run.label]
-    if run.identity["decoder"].get("rule") == "exact" and run.decoder != "denoise":  # which verifies no draft token
-        own.append("rule=exact")
-    return f"{entry.method} ({', '.join(own)})" if own else entry.method
+def _run(row: Row) -> str:
+    return f"{row.run.label} ({_who(row)})"
 
 
-def _pair(entry: Published, row: Row | None, metric: tuple[str, str, str, str]) -> list[str]:
-    """Return the published value and ours as text; ours alone if no paper has such a value."""
-    theirs, _, ours, form = metric
-    value, mine = getattr(entry, theirs) if theirs else None, None if row is None else _ours(row, ours)
-    cells = ["" if value is None else f"{value:g}", "" if mine is None else f"{mine:{form}}"]
-    return cells if theirs else cells[1:]
+def _who(row: Row) -> str:
+    """Return what our values are of: model, adapter, prompts and number of images (and that of the scores, if different)."""
+    model = row.run.config["model"]["name"] + (" with adapter" if row.run.adapter is not None else "")
+    return f"{model}, {_prompts(row)}, {_count(row)}"
 
 
-def _ours(row: Row, name: str) -> float | None:
-    """Return our value of a metric: costs from the row (timed on one machine only), scores from metrics.json."""
+def _prompts(row: Row) -> str:
+    return str((row.run.config.get("prompts") or {}).get("name"))
+
+
+def _count(row: Row) -> str:
+    return f"N={row.n}" + (f", scores of {row.scored}" if row.scored not in (0, row.n) else "")
+
+
+def _label(method: str, run: Run) -> str:
+    """Return the published name, with what distinguishes our run from the paper's or from others of the method."""
+    words = [word for word in run.label.split()[1:] if not word.startswith("rule=")]
+    if run.exact_rule:
+        words.insert(0, "exact rule, lossless")
+    elif run.identity["decoder"].get("rule") == "paper":
+        words.insert(0, "the paper's rule, lossy")
+    return f"{method} ({', '.join(words)})" if words else method
+
+
+def _printed(entry: Published, number: Number, published: Sequence[Published]) -> str:
+    """Return a published value as text; with a star if it follows from the paper's AR row; '' without one."""
+    value = getattr(entry, number.field) if number.field else None
+    if value is not None:
+        return f"{value:g}"
+    of = DERIVED.get(number.field, "")
+    place = (entry.model, entry.dataset, entry.table, entry.hardware)
+    ar = [e for e in published if e.method == "AR" and (e.model, e.dataset, e.table, e.hardware) == place]
+    if not of or not ar or getattr(entry, of) is None or getattr(ar[0], of) is None:
+        return ""
+    return f"{getattr(ar[0], of) / getattr(entry, of):.3g}*"
+
+
+def _ours(row: Row, number: Number) -> str:
+    """Return our value as text: costs from the row (timed on one machine only), scores from metrics.json."""
     costs = {
         "forwards_mean": row.passes,
         "step_compression": row.compression,
         "latency_s_median": row.latency_s,
         "speedup": row.speedup.ratio if row.speedup else None,
     }
-    if name == "peak_memory_gb" and row.latency_s is None:  # not measured on the table's machine
-        return None
-    value = costs[name] if name in costs else row.metrics.get(name)
-    return None if value is None else float(value)
+    if number.name in row.withheld:
+        return "–"
+    if number.name == "peak_memory_gb" and row.latency_s is None:  # not measured on the table's machine
+        return ""
+    value = costs[number.name] if number.name in costs else row.metrics.get(number.name)
+    if number.name == "speedup" and row.speedup is not None:
+        return row.speedup.text()
+    return "" if value is None else f"{float(value):{number.form}}"

@@ -13,6 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSV = Path(__file__).with_name("published.csv")
+CALLED = {  # column of table.csv -> field of `Published` where the two names differ
+    "forwards_mean": "steps",
+    "latency_s_median": "latency_s",
+    "speedup": "latency_speedup",
+    "peak_memory_gb": "memory_gb",
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,12 @@ class Published:
         )
 
 
+def printed_field(name: str) -> str | None:
+    """Return the field of `Published` that holds a column of table.csv; None if papers do not print it."""
+    field = CALLED.get(name, name)
+    return field if Published.__annotations__.get(field) == "float | None" else None
+
+
 def read(path: Path = CSV) -> list[Published]:
     """Return every published row, in the order of the file."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -94,7 +106,7 @@ def _method(text: str) -> str:
 
 def select(model: str, decoders: Iterable[str], rows: Iterable[Published] | None = None) -> list[Published]:
     """Return the rows of this model (`lumina`, `emu3` ...) and these decoders, without those of a single image."""
-    names = {_squash(name) for name in decoders}
+    names = {_squash(name.removesuffix("-paper")) for name in decoders}  # `sjd2-paper` is what papers call SJD2
     key = _squash(model).split(" ")[0]
     kept = [
         row

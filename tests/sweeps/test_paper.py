@@ -16,12 +16,14 @@ from sweeps.runs import read_run
 from sweeps.tables import paper
 from sweeps.tables.published import read
 from tests.helpers.cli import Cli
-from tests.helpers.table_runs import make
+from tests.helpers.table_runs import ar, make
 
 
-def lumina(runs_dir: Path, decoder: str, *, adapter: str | None = None, prompts: str = "coco2017") -> Path:
-    """Make a run of a model called lumina on a published prompt set."""
-    path = make(runs_dir, decoder, n=3, model={"name": "lumina", "adapter": adapter}, prompts=prompts)
+def lumina(
+    runs_dir: Path, decoder: str, *, adapter: str | None = None, prompts: str = "coco2017", **parts: str
+) -> Path:
+    """Make a run of a model called lumina on a published prompt set; parts: of the decoder."""
+    path = make(runs_dir, decoder, n=3, model={"name": "lumina", "adapter": adapter}, prompts=prompts, parts=parts)
     config = OmegaConf.load(path / "config.yaml")
     config.prompts.name = prompts
     OmegaConf.save(config, path / "config.yaml")
@@ -35,7 +37,7 @@ def cells(table: str, runs: list[Path], out: Path) -> list[dict[str, str]]:
 
 def test_every_printed_figure_of_the_paper_stands_in_some_table(tmp_path: Path) -> None:
     rows = [row for row in read() if row.arxiv == paper.ARXIV]
-    known = {column for column, *_ in paper.METRICS}
+    known = {number.field for number in paper.numbers()}
     for row in rows:
         figures = {k for k, v in vars(row).items() if isinstance(v, float)}
         assert figures <= known, row
@@ -88,16 +90,39 @@ def test_the_embedded_model_stands_in_for_the_papers_and_says_so(tmp_path: Path)
     text = paper.make_paper_table("Table 3", [read_run(make(tmp_path / "runs", "ar"))], tmp_path / "out")
     assert "not one of the paper's models" in text
     rows = list(csv.DictReader((tmp_path / "out" / "paper.csv").open()))
-    assert {r["model"] for r in rows if r["passes, ours"]} == {"Lumina-mGPT (768 px)", "Emu3"}
-    assert all(not r["passes, ours"] for r in rows if r["method"] != "AR")
+    assert [r["model"] for r in rows if r["source"].startswith("ours")] == ["toy"]  # in no row of another model
+    assert [r["passes"] for r in rows if r["model"] == "Emu3"] == ["8193", "3537", "1470"]
+
+
+def test_exact_and_lossy_sjd2_have_rows_of_their_own_beside_costs_of_either(tmp_path: Path) -> None:
+    runs = [
+        ar(tmp_path / "runs"),
+        make(tmp_path / "runs", "sjd2", accepted=(1, 7, 8), model={"adapter": "w"}, parts={"rule": "exact"}),
+        make(tmp_path / "runs", "sjd2-paper", lossless=False, model={"adapter": "w"}, parts={"rule": "paper"}),
+    ]
+    rows = {(r["method"], r["model"]): r for r in cells("Table 3", runs, tmp_path / "out")}
+    exact, lossy = rows["SJD2 (exact rule, lossless)", "toy"], rows["SJD2 (the paper's rule, lossy)", "toy"]
+    assert (exact["step compression"], lossy["step compression"]) == ("5.33", "4.00")
+    assert "×" in exact["speed-up"]
+    assert rows["AR", "toy"]["speed-up"] == "1.00×"
+    paper_s = rows["SJD2", "Lumina-mGPT (768 px)"]
+    assert (paper_s["passes"], paper_s["step compression"], paper_s["speed-up"]) == ("596", "3.95*", "2.63*")
+    assert "*: not printed; computed here" in (tmp_path / "out" / "paper.md").read_text()
+    own = [lumina(tmp_path / "own", "sjd2", adapter="tuned", rule=rule) for rule in ("paper", "exact")]
+    rows = {(r["method"], r["model"]): r for r in cells("Table 1", own, tmp_path / "b") if "2017" in r["prompts"]}
+    exact, lossy = (
+        rows[f"SJD2 ({rule})", "Lumina-mGPT (768 px)"] for rule in ("exact rule, lossless", "the paper's rule, lossy")
+    )
+    assert (exact["passes, published"], lossy["passes, published"]) == ("", "592")
+    assert exact["passes, ours"] == lossy["passes, ours"] == "4.0"
+    assert rows["SJD2", "Emu3"]["passes, ours"] == ""
 
 
 def test_geneval_has_a_counterpart_on_the_embedded_model(tmp_path: Path) -> None:
     runs = [make(tmp_path / "runs", "ar", metrics={"alignment_all": 0.75}, model={"adapter": "w"})]
     rows = {r["method"]: r for r in cells("Table 2", runs, tmp_path / "out")}
-    assert rows["AR (SJD2-tuned weights)"]["all attributes right, ours"] == "0.75"
-    assert rows["AR (not tuned)"]["all attributes right, ours"] == ""  # the run has an adapter
-    assert all(row["GenEval, ours"] == "" for row in rows.values())
+    assert rows["AR"]["all attributes right"] == "0.75"
+    assert rows["AR"]["GenEval"] == rows["AR (not tuned)"]["all attributes right"] == ""
     assert "all attributes right, ours" not in cells("Table 2", [lumina(tmp_path / "runs", "ar")], tmp_path / "2")[0]
 
 
