@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from math import ceil, sqrt
 
@@ -13,8 +14,23 @@ import numpy as np
 from PIL import Image
 
 from evaluation.run_folder import Snapshot
+from harness.console import say
+from sjd2.errors import first_line
 from sjd2.files import write_atomically
 from sjd2.models.layout import TokenGrid
+
+log = logging.getLogger(__name__)
+
+
+def draw_grids(run: Snapshot, layout: TokenGrid, window: int, most: int) -> None:
+    """Write grid.png and acceptance.png; one that cannot be drawn is reported and left out: scoring does not need it."""
+    draws = {"grid.png": lambda: image_grid(run, most), "acceptance.png": lambda: acceptance_map(run, layout, window)}
+    for name, draw in draws.items():
+        try:
+            draw()
+        except Exception as error:  # the images are made, and a plot is no reason to stop before their scores
+            log.debug("%s", name, exc_info=True)
+            say(f"skipped {name}: {first_line(error)}")
 
 
 def image_grid(run: Snapshot, most: int) -> None:
@@ -56,6 +72,7 @@ def acceptance_map(run: Snapshot, layout: TokenGrid, window: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams["text.usetex"] = False  # whatever the user's matplotlibrc says
     mean = np.mean([waiting(record["accepted"], window) for record in records], axis=0)
     free = np.asarray(layout.free)
     plot, axes = pyplot.subplots(figsize=(4.8, 4), layout="constrained")

@@ -18,7 +18,7 @@ from evaluation.declared import declared, shown
 from evaluation.run_folder import RunFolder, Snapshot
 from evaluation.score import NOTE, Metric, score
 from harness.console import GROUPS
-from harness.grids import acceptance_map, image_grid
+from harness.grids import draw_grids
 from harness.plan import Plan
 from harness.ranks import ALONE, Ranks
 from harness.sample import Job, sample
@@ -77,8 +77,7 @@ def make_run(
             return {}
         run = Snapshot(plan.run)
         if made or not (run.path / "acceptance.png").is_file():
-            image_grid(run, GRID)
-            acceptance_map(run, plan.spec.layout, plan.decoder.lookahead + 1)
+            draw_grids(run, plan.spec.layout, plan.decoder.lookahead + 1, GRID)
         numbers = measure(run, metrics, settings.evaluation)
     mirror(run, numbers, tracker)
     return numbers

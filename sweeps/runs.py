@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from evaluation.metrics.speed import seconds_per_image
 from evaluation.run_folder import Id, Record, RunFolder, Snapshot, record_id, run_folders
@@ -19,6 +20,7 @@ from sjd2.errors import UserError
 if TYPE_CHECKING:
     from sjd2.models.layout import TokenGrid
 
+UNREADABLE = (UserError, LookupError, TypeError, ValueError, OSError, YAMLError)  # what a damaged run folder raises
 Machine = tuple[str, int | None]  # (hardware, CPU threads of torch)
 
 
@@ -174,8 +176,12 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     for path in dict.fromkeys(Path(path).resolve() for path in paths):
         try:
             run = read_run(path)
-        except UserError as error:
-            unreadable.append((path.name, str(error)))
+        except UNREADABLE as error:
+            text = " ".join(str(error).split())
+            reason = (
+                text if isinstance(error, UserError) else f"its files cannot be read ({type(error).__name__}: {text})"
+            )
+            unreadable.append((path.name, reason))
             continue
         if run.images:
             runs.append(run)
@@ -196,12 +202,20 @@ def _holds_images(path: Path) -> bool:
 
 
 def _decoder(path: Path) -> str | None:
-    return RunFolder(path).identity.get("decoder", {}).get("name")
+    return _identity(path).get("decoder", {}).get("name")
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Return what decides a run's tokens, {} where its settings cannot be read: a table names the folder and the reason."""
+    try:
+        return RunFolder(path).identity
+    except UNREADABLE:
+        return {}
 
 
 def _family(path: Path) -> str:
     """Return what a run and its baseline share, as text."""
-    identity = RunFolder(path).identity
+    identity = _identity(path)
     model = {key: value for key, value in identity.get("model", {}).items() if key != "adapter"}
     settings = [identity.get(key) for key in ("law", "prompts", "batch_size", "refill", "dtype", "seed")]
     return repr((sorted(model.items(), key=str), settings))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sweeps.runs import Machine
-from sweeps.tables.formats import Table
+from sweeps.tables.formats import Table, split_bold
 from sweeps.tables.published import Published, printed_field, select
 from sweeps.tables.rows import Row
 from sweeps.tables.table import columns, csv_row
@@ -90,7 +90,8 @@ def _range(values: Sequence[float]) -> str:
 
 def _split(text: str) -> tuple[str, str, bool]:
     """Split '2.43 ± 0.01 (...)' into the number and the rest; '**lossy**' is bold."""
-    plain, bold = text.replace("**", ""), "**" in text
+    words, rest = split_bold(text)
+    plain, bold = words + rest, bool(words)
     found = re.match(r"(\S+)\s+([(±+\[].*)", plain)
     return (found[1], found[2], bold) if found else (plain, "", bold)
 

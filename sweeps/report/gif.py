@@ -107,7 +107,7 @@ def _frame(
     tile = size.head + size.side + size.foot
     frame = Image.new("RGB", (width, top + down * (tile + gap)), PAPER)
     pen = ImageDraw.Draw(frame)
-    prompt = textwrap.wrap(race.prompt(key), max(20, int((width - 2 * gap) / (size.font * 0.55))))
+    prompt = textwrap.wrap(" ".join(race.prompt(key).split()), max(20, int((width - 2 * gap) / (size.font * 0.55))))
     text = prompt[0] + (" ..." if len(prompt) > 1 else "")
     pen.text((gap, gap), text, fill=INK, font=font)
     clock = f"{moment:.2f} s" + ("" if speed == 1 else f"   replayed at {speed:g}x real time")
@@ -170,6 +170,7 @@ def _partial(race: Race, lane: Lane, heat: Heat, shown: Image.Image, cells: int,
 
 
 def _cut(pen: ImageDraw.ImageDraw, text: str, width: int, font: Font) -> str:
+    text = " ".join(text.split())
     if pen.textlength(text, font=font) <= width:
         return text
     while text and pen.textlength(text + "...", font=font) > width:

@@ -6,7 +6,7 @@ Its numbers are those of table.csv, which is written beside it; images are data 
 
 from __future__ import annotations
 
-import re
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from omegaconf import DictConfig
 
 from harness.console import say
-from sjd2.errors import UserError
+from sjd2.errors import UserError, first_line
 from sjd2.files import write_atomically
 from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
@@ -42,12 +42,14 @@ from sweeps.tables.figures import (
     same_seeds,
     waiting_maps,
 )
-from sweeps.tables.formats import failure
+from sweeps.tables.formats import failure, split_bold
 from sweeps.tables.notes import notes
 from sweeps.tables.paper import paper_tables
 from sweeps.tables.plots import COLUMNS_MAX, pareto_front
 from sweeps.tables.rows import Row, make_rows
 from sweeps.tables.table import csv_row, difference_table, failed_row, published_table, title, to_csv
+
+log = logging.getLogger(__name__)
 
 LIMIT = 12_000_000  # bytes of the page
 SIDES = (320, 224, 160, 112)  # pixels of an image; the first that keeps the page below LIMIT
@@ -122,7 +124,11 @@ def make_report(
     write_atomically(out / "table.csv", to_csv(numbers).encode())
     (out / "race.gif").unlink(missing_ok=True)  # left by earlier runs
     if race := next((section.race for section in sections if section.race is not None), None):
-        write_gif(race, out / "race.gif")
+        try:
+            write_gif(race, out / "race.gif")
+        except Exception as error:  # the page is complete without it
+            log.debug("race.gif", exc_info=True)
+            say(f"skipped race.gif: {first_line(error)}")
     return out / "report.html"
 
 
@@ -143,8 +149,9 @@ def make_section(group: Sequence[Run], failed: Sequence[tuple[str, str]] = ()) -
     for name, part in PARTS.items():
         try:
             part(section)
-        except UserError as error:
-            section.notes.append(f"Warning: skipped {name}: {error}")
+        except Exception as error:  # the numbers do not wait for a part that cannot be drawn
+            log.debug("%s", name, exc_info=True)
+            section.notes.append(f"Warning: skipped {name}: {first_line(error)}")
     return section
 
 
@@ -306,8 +313,9 @@ def render_page(
 
 
 def _bold(text: str) -> Markup:
-    """Return a note with its `**words**` bold, all else escaped."""
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text))))
+    """Return a note with the `**words**` at its beginning bold, all else escaped."""
+    bold, rest = split_bold(text)
+    return Markup("<b>{}</b>{}" if bold else "{}{}").format(bold, rest)
 
 
 def _pace(race: Race | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,15 @@ from evaluation.declared import declared
 from evaluation.run_folder import Id
 from evaluation.score import FEWEST
 from sjd2.config import instantiate
-from sjd2.errors import UserError
+from sjd2.errors import first_line
 from sweeps.runs import Run
 from sweeps.tables.plots import COLUMNS_MAX, Point, acceptance_histogram, acceptance_maps, comparison_grid, pareto
 from sweeps.tables.rows import Row
 
 if TYPE_CHECKING:
     from sjd2.models.layout import TokenGrid
+
+log = logging.getLogger(__name__)
 
 GRID_ROWS = 6  # prompts in the image grid
 MAP_IMAGES = 256  # images averaged in an acceptance map
@@ -48,8 +51,9 @@ def draw_plots(rows: Sequence[Row], out: Path, *, suffix: str, title: str) -> Pl
             caption = {"pareto": _pareto, "grid": _grid, "acceptance": _maps, "accepted": _histogram}[name](
                 rows, path, title
             )
-        except UserError as error:
-            plots.notes.append(f"Skipped {path.name}: {error}")
+        except Exception as error:  # the numbers do not wait for a plot that cannot be drawn
+            log.debug("%s", path, exc_info=True)
+            plots.notes.append(f"Skipped {path.name}: {first_line(error)}")
             continue
         if caption:
             plots.files.append((caption, path.name))

@@ -1,6 +1,7 @@
 """Write tables of text as Markdown and LaTeX; terminal.py shows them on a terminal.
 
-The cells of a `Table` are for readers; numbers for programs go to the CSV (table.py). `**text**` is bold.
+The cells of a `Table` are for readers; numbers for programs go to the CSV (table.py). A cell or note may begin with
+`**words**` in bold, and a note holds commands between backticks; every other text is shown as it stands.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ LATEX = {
 }
 
 
+LATIN = 0x180  # the first character after Latin Extended-A
+BOLD = re.compile(r"\*\*([^*]+)\*\*")
+
+
 @dataclass
 class Table:
     """Cells for readers, and the notes below them; `failed` holds (job, reason)."""
@@ -50,16 +55,17 @@ class Table:
 
 def markdown(table: Table, level: int = 2) -> str:
     """Return a table as Markdown: heading, rows, failed jobs, notes, plots."""
-    lines = [f"{'#' * level} {table.title}", ""] if table.title else []
+    lines = [f"{'#' * level} {literal(table.title)}", ""] if table.title else []
     width = len(table.header)
     rows = [list(row) for row in table.rows]
     rows += [[label, failure(reason), *[""] * (width - 2)] for label, reason in table.failed]
     lines += [_pipe(table.header), "|" + "|".join([" :--- "] + [" ---: "] * (width - 1)) + "|"]
     lines += [_pipe(row) for row in rows]
     for note in table.notes:
-        lines += ["", _plain(note)]
+        lines += ["", _note(note)]
     for caption, name in table.plots:
-        lines += ["", f"![{caption}]({name})"]
+        alt = re.sub(r"[\[\]]", r"\\\g<0>", literal(caption))
+        lines += ["", f"![{alt}]({name})"]
     return "\n".join(lines) + "\n"
 
 
@@ -69,24 +75,48 @@ def failure(reason: str) -> str:
 
 
 def _pipe(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
 
 
-def _plain(text: str) -> str:
-    """Put text on one line, without what Markdown would read as HTML."""
-    return " ".join(text.split()).replace("<", "&lt;")
+def _cell(text: str) -> str:
+    bold, rest = split_bold(text)
+    return (f"**{literal(bold)}**" * bool(bold) + literal(rest)).replace("|", "\\|")
+
+
+def _note(text: str) -> str:
+    bold, rest = split_bold(text)
+    parts = (part if index % 2 else literal(part) for index, part in enumerate(re.split(r"(`[^`]+`)", rest)))
+    line = f"**{literal(bold)}**" * bool(bold) + "".join(parts)
+    return re.sub(r"^(\d*)([#+>.)-]+ )", r"\1\\\2", line)  # else a heading, a list, a quotation
+
+
+def split_bold(text: str) -> tuple[str, str]:
+    """Split one line into the words it begins with in bold, '' if there are none, and the rest."""
+    text = " ".join(text.split())
+    found = BOLD.match(text)
+    return (found[1], text[found.end() :]) if found else ("", text)
+
+
+def literal(text: str) -> str:
+    """Put text on one line and escape what Markdown (GitHub's too: `$` is mathematics) would read as markup."""
+    text = re.sub(r"\\(?=[!-/:-@\[-`{-~]|$)|[*`$~]|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", re.sub(r"\s+", " ", text))
+    return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
+
+
+def unescape(text: str) -> str:
+    """Undo `literal`, for those who read a page of Markdown to show it otherwise."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text).replace("&lt;", "<").replace("&amp;", "&")
 
 
 def escape(text: str) -> str:
-    """Return text for LaTeX: special characters escaped, `**text**` bold, unknown symbols as '?'."""
-    parts = re.split(r"\*\*(.+?)\*\*", " ".join(text.split()))
-    parts = ["".join(LATEX.get(c, c if c.isascii() else _fold(c)) for c in part) for part in parts]
-    return "".join(rf"\textbf{{{part}}}" if index % 2 else part for index, part in enumerate(parts))
+    """Return text for LaTeX: special characters escaped, `**words**` at its beginning bold, unknown symbols as '?'."""
+    bold, rest = ("".join(LATEX.get(c, c if c.isascii() else _fold(c)) for c in part) for part in split_bold(text))
+    return (rf"\textbf{{{bold}}}" if bold else "") + rest
 
 
 def _fold(character: str) -> str:
-    """Keep letters, which inputenc knows; replace symbols that plain LaTeX has no glyph for."""
-    return character if character.isalpha() else "?"
+    """Keep Latin letters, which inputenc knows; replace what plain LaTeX has no glyph for."""
+    return character if character.isalpha() and ord(character) < LATIN else "?"
 
 
 def latex(table: Table) -> str:

@@ -1,13 +1,17 @@
 """Draw plots: quality against latency, where tokens waited, tokens per pass, the same seeds side by side.
 
-Every function takes plain numbers and arrays, writes one PNG and returns its path; none knows a run folder.
-matplotlib is imported inside, so that `--help` and tab completion stay fast. Needs no display.
+Every function takes plain numbers and arrays, writes one PNG and returns its path; none knows a run folder. Texts are
+drawn as they stand: no mathematics between dollar signs, no LaTeX. matplotlib is imported inside, so that `--help` and
+tab completion stay fast. Needs no display.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +19,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sjd2.files import write_atomically
+
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+
+FONTS = (  # tried, where installed, for characters that matplotlib's own font lacks
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)
+GLYPH = re.compile(r"Glyph (\d+) .*missing from font")  # matplotlib's warning
 COLUMNS_MAX = 8  # decoders in one image grid or row of maps: more would shrink the images to stamps
 
 
@@ -45,9 +67,35 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **sett
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    others = [name for name in FONTS if name in there]
+    ticks = {
+        id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels("both")
+    }
+    for text in figure.findobj(Text):
+        if id(text) not in ticks:  # these are matplotlib's own: 10^-1
+            text.set_parse_math(False)
+            text.set_usetex(False)
+            if not text.get_text().isascii():
+                text.set_fontfamily([*text.get_fontfamily(), *others])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    if lacking := sorted({found[1] for warning in caught if (found := GLYPH.match(str(warning.message)))}, key=int):
+        characters = "".join(chr(int(code)) for code in lacking)
+        log.info("%s: no font here has %s, drawn as boxes; Noto Sans CJK has most.", path.name, characters)
     return path
+
+
+def _legend(place: Axes | Figure, entries: Mapping[str, Artist], **settings: Any) -> None:
+    """Add a legend; matplotlib itself leaves labels out that begin with an underscore."""
+    legend = place.legend(list(entries.values()), [str(number) for number in range(len(entries))], **settings)
+    for text, label in zip(legend.get_texts(), entries, strict=True):
+        text.set_text(label)
 
 
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
@@ -62,10 +110,12 @@ def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Poin
     return kept
 
 
-def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_better: bool | None) -> None:
+def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_better: bool | None) -> dict[str, Artist]:
+    """Draw one panel; return what its legend explains."""
+    entries: dict[str, Artist] = {}
     for index, point in enumerate(points):
         colour = f"C{index % 10}"
-        axis.errorbar(
+        entries[point.label if point.lossless else f"{point.label} (lossy)"] = axis.errorbar(
             point.latency_s,
             point.quality,
             yerr=point.error,
@@ -75,7 +125,6 @@ def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_bett
             markerfacecolor=colour if point.lossless else "white",
             capsize=3,
             linestyle="none",
-            label=point.label if point.lossless else f"{point.label} (lossy)",
         )
     if lower_is_better is not None:
         line = pareto_front(points, lower_is_better=lower_is_better)
@@ -84,6 +133,7 @@ def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_bett
     axis.set(xlabel="latency of an image, median (s)", ylabel=f"{title}{arrow}")
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
+    return entries
 
 
 def pareto(panels: Mapping[str, tuple[Sequence[Point], bool | None]], path: Path, *, caption: str) -> Path:
@@ -92,14 +142,10 @@ def pareto(panels: Mapping[str, tuple[Sequence[Point], bool | None]], path: Path
     The grey line joins the Pareto-optimal runs. Filled: lossless; hollow cross: lossy.
     """
     figure, axes = _figure(1.5 + 4.6 * len(panels), 4.6, 1, len(panels))
+    entries: dict[str, Artist] = {}
     for axis, (title, (points, lower)) in zip(axes[0], panels.items(), strict=True):
-        _pareto_panel(axis, title, points, lower)
-    entries = {
-        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize="small", frameon=False
-    )
+        entries |= _pareto_panel(axis, title, points, lower)
+    _legend(figure, entries, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     figure.suptitle(caption, fontsize="small")
     return _save(figure, path)
 
@@ -131,16 +177,17 @@ def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) ->
     """Draw for each decoder the share of passes that committed k tokens: {label: {k: passes}}."""
     figure, axes = _figure(6.5, 4)
     axis = axes[0, 0]
+    entries: dict[str, Artist] = {}
     for index, (name, histogram) in enumerate(counts.items()):
         total = sum(histogram.values())
         if total:
             lengths = sorted(length for length, passes in histogram.items() if passes)
             shares = [histogram[length] / total for length in lengths]
             style = ("-", "--", ":")[index // 10 % 3]
-            axis.plot(lengths, shares, marker=".", color=f"C{index % 10}", linestyle=style, label=name)
+            (entries[name],) = axis.plot(lengths, shares, marker=".", color=f"C{index % 10}", linestyle=style)
     axis.set(xlabel="tokens committed by a pass", ylabel="share of passes", yscale="log")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    _legend(axis, entries, fontsize="small")
     return _save(figure, path)
 
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from rich.cells import cell_len
 
 from harness.console import answer
+from sweeps.tables.formats import unescape
 
 COSTS = ("lossless", "passes", "step compression", "latency s", "speed-up")  # of the first block, in this order
 OTHER_COSTS = ("N", "batch", "images/s")  # after them; N and batch only where they differ between the rows
 # what no line break separates: "[low, high]", "± 0.02", "+ 61.0", "score ↑", "latency s"
 ATOM = re.compile(r"\[[^\]]*\]\S*|[±+−/] \S+|\S+(?: (?:[↑↓]|s)(?!\S))?")
 SOURCE = re.compile(r" \(.*\)(?= [↑↓]$)")  # which network made a score; the notes name it too
+BOLD = re.compile(r"(?<!\\)\*\*(.*?)(?<!\\)\*\*")
 GAP = 2  # blanks between two columns
 FAILED = ("failed: ", "has not started", "was stopped", "is still running")
 
@@ -65,7 +67,7 @@ def _print_blocks(text: str, file: Path | None) -> None:
     tables, notes = read_page(_plain(text))
     for table in tables:
         for line in layout(table, shutil.get_terminal_size().columns):
-            parts = re.split(r"\*\*(.*?)\*\*", line)  # every second one is bold
+            parts = [unescape(part) for part in BOLD.split(line)]  # every second one is bold
             console.print(Text.assemble(*((part, "bold" if place % 2 else "") for place, part in enumerate(parts))))
         console.print()
     if file is not None:
@@ -92,13 +94,12 @@ def read_page(text: str) -> tuple[list[PageTable], list[str]]:
 
 
 def _grid(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> PageTable:
-    table = PageTable(title, [SOURCE.sub("", cell.replace("\\|", "|")) for cell in header])
+    table = PageTable(title, [SOURCE.sub("", cell) for cell in header])
     for row in rows:
-        cells = [cell.replace("\\|", "|") for cell in row]
-        if len(cells) > 1 and cells[1].startswith(FAILED) and not any(cells[2:]):
-            table.failed.append((cells[0], cells[1]))
+        if len(row) > 1 and row[1].startswith(FAILED) and not any(row[2:]):
+            table.failed.append((row[0], row[1]))
         else:
-            table.rows.append(cells)
+            table.rows.append(list(row))
     return table
 
 
@@ -193,4 +194,4 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def _width(text: str) -> int:
-    return cell_len(text.replace("**", ""))
+    return cell_len(unescape(BOLD.sub(r"\1", text)))

@@ -30,7 +30,7 @@ from sweeps.tables.published import select
 from tests.helpers.cli import Cli
 from tests.helpers.table_runs import ar, make
 
-EVIL = '<script>alert("x")</script> & "quotes" </script>'
+EVIL = '<script>alert("x")</script> & "quotes" </script> $100_$ {{ 1 + 1 }} **b** 猫 $200'
 AR = [(0.1 * step, step + 1) for step in range(1, 16)]
 JUMPS = [(0.25, 4), (0.5, 8), (0.75, 16)]
 
@@ -208,6 +208,18 @@ def test_a_heavy_page_gets_smaller_images(tmp_path: Path, monkeypatch: pytest.Mo
     large = len(report(tmp_path, path)[0].text)
     monkeypatch.setattr(page, "LIMIT", large - 1)
     assert len(report(tmp_path, path)[0].text) < 0.8 * large
+
+
+def test_a_race_that_cannot_be_drawn_leaves_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(page, "write_gif", broken)
+    monkeypatch.setitem(page.PARTS, "quality", broken)
+    found, rows = report(tmp_path, traced(ar(tmp_path / "runs"), AR))
+    checked(found, rows)
+    assert found.data
+    assert "Skipped quality: no font" in found.text
 
 
 def test_unreadable_images_leave_the_numbers(tmp_path: Path) -> None:

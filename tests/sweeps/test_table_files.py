@@ -10,18 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 from PIL import Image
 
 from sjd2.errors import UserError
 from sweeps.multirun import callback
 from sweeps.runs import read_run
-from sweeps.tables import figures
+from sweeps.tables import figures, plots
 from sweeps.tables.formats import Table, escape, latex, markdown
 from sweeps.tables.plots import Point, pareto_front
 from sweeps.tables.rows import make_rows
 from sweeps.tables.table import make_tables
+from sweeps.tables.terminal import show
+from tests.helpers.separators import MARKUP
 from tests.helpers.table_runs import CPU, ar, cells, make, table
 
 
@@ -140,8 +144,8 @@ def test_latex_escapes() -> None:
         r"a\_b \& 50\% \$x\$ \#1 \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{} \textless{}1\textgreater{}"
     )
     assert (
-        escape("2.0 ± 0.1, 3×, Δ ↓ **lossy** †")
-        == r"2.0 $\pm$ 0.1, 3$\times$, $\Delta$ $\downarrow$ \textbf{lossy} $\dagger$"
+        escape("**lossy** 2.0 ± 0.1, 3×, Δ ↓ †")
+        == r"\textbf{lossy} 2.0 $\pm$ 0.1, 3$\times$, $\Delta$ $\downarrow$ $\dagger$"
     )
 
 
@@ -157,6 +161,29 @@ def test_latex_table_has_as_many_cells_as_columns() -> None:
 def test_markdown_rows_are_one_line_each() -> None:
     text = markdown(Table("t", ["a", "b"], [["x|y", "1\n2"]], failed=[("j", "r")]))
     assert "| x\\|y | 1 2 |\n| j | failed: r |\n" in text
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_a_text_of_a_user_is_shown_as_it_stands(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cell, a note, the title and a reason; as a reader of Markdown sees it, on a terminal, in LaTeX."""
+    wanted = " ".join(text.split())
+    made = Table(text, ["a", text], [["1", text], ["2", "**lossy**"]], [f"{text}: x", "**x**: y"], [("job", text)])
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown(made))
+    seen = [
+        "".join("**" if child.type.startswith("strong") else child.content for child in token.children)
+        for token in tokens
+        if token.type == "inline"
+    ]
+    cells = ["a", wanted, "1", wanted, "2", "**lossy**", "job", f"failed: {wanted}"]
+    assert seen == [wanted, *cells, f"{wanted}: x".replace("`", ""), "**x**: y"]  # a note may show a command as code
+    monkeypatch.setenv("COLUMNS", "300")
+    show(markdown(made), tmp_path / "table.md", "text")
+    assert capsys.readouterr().out.count(wanted) == 4  # all but the note, which the file has
+    assert latex(made).replace(r"\{", "").replace(r"\}", "").count("{") == latex(made).count("}") - latex(made).count(
+        r"\}"
+    )
 
 
 def test_pareto_front() -> None:
@@ -188,6 +215,37 @@ def test_plots_are_drawn_and_earlier_ones_are_removed(tmp_path: Path) -> None:
     text, _ = table(tmp_path, ar(runs))  # nothing to compare any more
     assert {path.name for path in out.glob("*.png")} == {"grid.png"}
     assert "pareto" not in text
+
+
+@pytest.mark.usefixtures("with_plots")
+def test_prompts_labels_and_titles_are_drawn_as_they_stand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Dollar signs are no mathematics; characters without a glyph are named."""
+    caplog.set_level("INFO")
+    texts = (*MARKUP, "_hidden from legends")
+    points = [Point(text, place, 5.0, place % 2 == 0, 0.1) for place, text in enumerate(texts, 1)]
+    plots.pareto({texts[0]: (points, True)}, tmp_path / "p.png", caption=texts[0])
+    image = np.zeros((4, 4, 3), np.uint8)
+    plots.comparison_grid({text: [image, None] for text in texts}, texts[:2], tmp_path / "g.png", note=texts[0])
+    plots.acceptance_maps({text: np.ones(4) for text in texts[:4]}, 2, 2, tmp_path / "m.png")
+    plots.acceptance_histogram({text: {1: 2, 3: 1} for text in texts}, tmp_path / "h.png")
+    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert "no font here has" in caplog.text
+
+
+@pytest.mark.usefixtures("with_plots")
+def test_a_plot_that_cannot_be_drawn_costs_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no room for axes")
+
+    monkeypatch.setattr(figures, "comparison_grid", broken)
+    bad = make(tmp_path / "runs", "scd")
+    line = (bad / "samples.jsonl").read_text().replace('"prefill"', '"pre"')
+    (bad / "samples.jsonl").write_text(line)
+    text, rows = table(tmp_path, ar(tmp_path / "runs"), make(tmp_path / "runs", "sjd"), bad)
+    assert "Skipped grid.png: no room for axes" in text
+    assert "(accepted.png)" in text
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
+    assert "its files cannot be read (KeyError: 'prefill')" in text
 
 
 def test_the_pareto_plot_mixes_neither_networks_nor_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
