@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
 from sweeps.report.charts import lines
+from sweeps.tables.figures import scores
 from sweeps.tables.rows import Row
 
 MEASURES = (  # heading, value of a row
     ("step compression", lambda row: row.compression),
     ("latency of an image, median (s)", lambda row: row.latency_s),
-    ("FID (lower is better)", lambda row: row.metrics.get("fid") if row.scored == row.n else None),
     ("NLL/token, difference to AR", lambda row: row.nll_difference.mean if row.nll_difference else None),
 )
 
@@ -41,6 +42,19 @@ def make_ablations(rows: Sequence[Row]) -> list[Ablation]:
     return [_ablation(members) for members in families.values() if len({_place(row) for row in members}) > 1]
 
 
+def _scores(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
+    """Return heading and value of every score that a metric declared."""
+    better = {True: "higher is better", False: "lower is better"}
+    return [
+        (f"{info.title} ({better[bool(info.higher_is_better)]})", partial(_score, name))
+        for name, info in scores(rows).items()
+    ]
+
+
+def _score(name: str, row: Row) -> float | None:
+    return row.metrics.get(name) if row.scored == row.n else None
+
+
 def _place(row: Row) -> tuple[int, int]:
     decoder = row.run.identity["decoder"]
     return int(decoder["window"]), int(decoder.get("steps") or 0)
@@ -60,7 +74,7 @@ def _ablation(rows: Sequence[Row]) -> Ablation:
     outer = steps if by_window else windows
     word = "steps" if by_window else "window"
     plots = []
-    for title, value in MEASURES:
+    for title, value in [*MEASURES, *_scores(rows)]:
         series = {}
         for colour, fixed in enumerate(outer):
             line = [(cell, row) for cell, row in sorted(cells.items()) if cell[1 if by_window else 0] == fixed]

@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluation.declared import declared
 from evaluation.run_folder import Id
-from evaluation.score import FEWEST
+from evaluation.score import FEWEST, MetricInfo
 from sjd2.config import instantiate
 from sjd2.errors import first_line
 from sweeps.runs import Run
@@ -60,17 +60,21 @@ def draw_plots(rows: Sequence[Row], out: Path, *, suffix: str, title: str) -> Pl
     return plots
 
 
+def scores(rows: Sequence[Row]) -> dict[str, MetricInfo]:
+    """Return the declared numbers that say how good images are: with a column of their own and a better direction."""
+    known = declared(row.run.folder for row in rows).items()
+    return {name: info for name, info in known if info.title and not info.group and info.higher_is_better is not None}
+
+
 def quality_panels(rows: Sequence[Row]) -> dict[str, tuple[list[Point], bool | None]]:
     """Return {quality: (points, lower is better)} of the scores comparable between these runs, at most PANELS.
 
     If no score is comparable: the difference in likelihood to AR, where neither sign is better: it shows a bias.
     """
     panels: dict[str, tuple[list[Point], bool | None]] = {}
-    known = declared(row.run.folder for row in rows)
+    known = scores(rows)
     sources = {info.source for info in known.values() if info.source}
     for key, info in known.items():
-        if not info.title or info.group or info.of_machine or info.higher_is_better is None:
-            continue
         # scores at different N or of different networks cannot share an axis
         fit = [row for row in rows if key in row.metrics and row.scored == row.n]
         alike = {(row.n if info.biased else 0, *(row.metrics.get(source) for source in sources)) for row in fit}

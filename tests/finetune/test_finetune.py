@@ -61,6 +61,15 @@ def test_it_learns_and_loads_back(name: str, tmp_path: Path) -> None:
     assert same == before.adapter.gated
 
 
+def test_no_steps_give_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
+    recipe(0).run(model=Toy(GRID), out=tmp_path, log=None, device="cpu", seed=0)
+    tuned, plain = Toy(GRID), Toy(GRID)
+    tuned.adapter = Adapter.load(tmp_path / "final", tuned)
+    x, positions = plain.embed(torch.randint(0, 12, (2, 9))), torch.arange(9).expand(2, -1)
+    noisy = torch.ones(2, 9, dtype=torch.bool)
+    assert torch.equal(tuned.forward(x, positions, None, None, noisy), plain.forward(x, positions, None))
+
+
 def test_a_killed_fine_tuning_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole, cut = Toy(GRID), Toy(GRID)
     recipe(6).run(model=whole, out=tmp_path / "whole", log=None, device="cpu", seed=0)
@@ -125,6 +134,7 @@ def test_levels_climb_inside_windows_and_restart() -> None:
         ({"corrupt": 2.0}, "corrupt"),
         ({"levels": (0,)}, "levels"),
         ({"longest": 2}, "longest"),
+        ({"steps": -1}, "finetune.steps must be 0 or more, got -1"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_fix(more: dict, words: str) -> None:
