@@ -1,0 +1,70 @@
+"""Projections of one input as one matrix product: queries, keys and values; gate and up.
+
+The modules stay where they are, so that PEFT, state dicts and fine-tunings find them; their weights become views of one
+matrix. The first that a layer calls computes all, the others hand out their part.
+
+# O outputs, D width
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from sjd2.models.base import ImageModel
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order in which the layers call them
+
+
+class Product:
+    """One product for several linear layers; it keeps the outputs that the layer has not taken yet."""
+
+    def __init__(self, parts: list[nn.Linear]) -> None:
+        self.sizes = [part.out_features for part in parts]
+        self.weight = torch.cat([part.weight.data for part in parts])  # [O, D]
+        biases = [part.bias.data for part in parts if part.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        for name, whole in (("weight", self.weight), ("bias", self.bias)):
+            if whole is not None:
+                for part, view in zip(parts, whole.split(self.sizes), strict=True):
+                    setattr(part, name, nn.Parameter(view, requires_grad=getattr(part, name).requires_grad))
+        self.parts, self.given, self.outputs = parts, None, []
+        for number, part in enumerate(parts):
+            part.forward = functools.partial(self.part, number)
+
+    def part(self, number: int, x: Tensor) -> Tensor:
+        """Return the output of one of the layers: [..., D] -> [..., O]."""
+        if number == 0:
+            self.given, self.outputs = x, list(linear(x, self.weight, self.bias).split(self.sizes, -1))
+        elif self.given is not x:  # a layer of its own after all
+            return linear(x, self.parts[number].weight, self.parts[number].bias)
+        output = self.outputs[number]
+        if number == len(self.parts) - 1:
+            self.given, self.outputs = None, []
+        return output
+
+
+def join_projections(model: ImageModel) -> int:
+    """Join the projections of every layer that are plain linear layers; return how many products that saves in a pass.
+
+    Quantised layers stay as they are, and so does everything in float64, whose sums may not depend on the device's choice.
+    """
+    if model.dtype == torch.float64:
+        return 0
+    saved = 0
+    for block in model.transformer.modules():
+        for names in GROUPS:
+            found: list[Any] = [getattr(block, name, None) for name in names]
+            found = [getattr(module, "base_layer", module) for module in found]  # under PEFT's
+            if all(map(_plain, found)) and len({(x.weight.device, x.weight.dtype, x.bias is None) for x in found}) == 1:
+                Product(found)
+                saved += len(found) - 1
+    return saved
+
+
+def _plain(module: nn.Module | None) -> bool:
+    return type(module) is nn.Linear and "forward" not in vars(module)
