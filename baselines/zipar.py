@@ -9,7 +9,7 @@ raster; a token sees the prompt and what is decoded before it in raster order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,10 +31,12 @@ class RasterCache(RowCache):
 
     entries: Tensor
 
-    def window(self, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None) -> Tensor:
+    def window(
+        self, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None, past: bool = False
+    ) -> dict[str, Any]:
         assert attn_mask is not None  # ZipAR gives every pass its whole mask
         self.slots, self.span = self.entries, attn_mask.shape[2]
-        return additive(attn_mask, dtype)[:, None]
+        return {"attention_mask": additive(attn_mask, dtype)[:, None]}
 
 
 @dataclass(kw_only=True)

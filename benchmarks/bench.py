@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from benchmarks.result_file import result_file
 from harness.console import say
+from harness.job import Models
 from harness.plan import make_plan
 from harness.provenance import start_entry
 from harness.sample import synchronize
@@ -159,7 +160,7 @@ def run(cfg: DictConfig) -> Path:
     prompts = plan.prompts.texts[: max(IMAGES, cfg.limit or 0)]
     if len(prompts) < max(BATCHES):
         raise UserError(f"stage=bench needs at least {max(BATCHES)} prompts, but the list has {len(prompts)}.")
-    model = plan.spec.load(plan.device, plan.dtype)
+    model = Models().load(plan)
     sampling = replace(plan.sampling, sampler="cdf")
     ar, scd = window_decoder(1), window_decoder(32)
     result: dict[str, Any] = start_entry(model.device, dtype=plan.dtype, model=plan.spec.name)

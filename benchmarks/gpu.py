@@ -32,6 +32,7 @@ from benchmarks.timing import Budget
 from harness.provenance import start_entry
 from harness.sample import synchronize
 from sjd2.errors import UserError, choose
+from sjd2.models.fusion import fuse
 
 BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small
 # by importance; the parts after sjd2 find its adapter in the model and must not use the transformer
@@ -44,6 +45,8 @@ def measure_model(plan: Architecture, device: torch.device, peak: Peaks, budget:
     row: Row = {"name": plan.name, "title": plan.title, "skipped": [], "seconds": {}}
     begin = time.perf_counter()
     model = plan.build(device, getattr(torch, options.dtype))
+    why = fuse(model)
+    row["attention_kernel"] = "fused" if model.fused else f"sdpa: {why or 'no GPU'}"
     synchronize(device)
     row["seconds"]["build"] = time.perf_counter() - begin
     graphs = device.type == "cuda" and "graph" in options.variants
@@ -175,13 +178,18 @@ def table(result: Row) -> str:
         f"{peak['flops'] / 1e12:.0f} TFLOP/s{data_sheet}; torch {result['packages']['torch']}, "
         f"transformers {result['packages']['transformers']}, {result['seconds']:.0f} s."
     )
-    lines += ["", "| model | batch | slots | eager ms | host ms | graph ms | roof ms | of the roof |", "|" + "---|" * 8]
+    lines += [
+        "",
+        "| model | batch | slots | attention | eager ms | host ms | graph ms | roof ms | of the roof |",
+        "|" + "---|" * 9,
+    ]
     for model in result["models"]:
         for row in model.get("passes", []):
             best = row.get("graph_ms", row["ms"])
+            times = " | ".join(_milliseconds(row, key) for key in ("ms", "host_ms", "graph_ms", "roof_ms"))
             lines.append(
-                f"| {model['title']} | {row['batch']} | {row['slots']} | {row['ms']:.2f} | {row['host_ms']:.2f} | "
-                f"{_milliseconds(row, 'graph_ms')} | {row['roof_ms']:.2f} | {row['roof_ms'] / best:.0%} |"
+                f"| {model['title']} | {row['batch']} | {row['slots']} | {row['attention']} | {times} | "
+                f"{row['roof_ms'] / best:.0%} |"
             )
     lines += [
         "",

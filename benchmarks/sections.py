@@ -34,6 +34,7 @@ from sjd2.errors import first_line
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import RowCache
+from sjd2.models.window_attention import set_attention, window_attention
 
 SLOTS, FEW_SLOTS = (1, 16, 32, 64, 96, 128), (1, 16)  # full size; --small
 STEPS = 25  # denoising steps of the paper's setting of SJD2
@@ -61,7 +62,17 @@ class Bench:
     # ---- passes of the transformer and its image head
 
     def passes(self, batch: int) -> Iterator[Row]:
-        """Yield a row per window: milliseconds of forward and image head, both guidance branches, against the roof."""
+        """Yield a row per window: milliseconds of forward and image head, both guidance branches, against the roof.
+
+        Where the model's attention is fused, each window is measured once more with SDPA.
+        """
+        fused = self.model.fused
+        for way in (True, False) if fused else (False,):
+            set_attention(self.model, fused=way)
+            yield from self._windows(batch, "fused" if way else "sdpa")
+        set_attention(self.model, fused=fused)
+
+    def _windows(self, batch: int, attention: str) -> Iterator[Row]:
         rows, model = 2 * batch, self.model
         cache = self._filled(rows, max(self.slots))
         for slots in self.slots:
@@ -73,8 +84,8 @@ class Bench:
 
             need = work(model, rows, slots, self.context)
             yield {
-                "batch": batch, "slots": slots, **self._both(run), "roof_ms": need.milliseconds(self.peak),
-                "gigabytes": need.bytes / 1e9, "teraflop": need.flops / 1e12,
+                "batch": batch, "slots": slots, "attention": attention, **self._both(run),
+                "roof_ms": need.milliseconds(self.peak), "gigabytes": need.bytes / 1e9, "teraflop": need.flops / 1e12,
             }  # fmt: skip
 
     def _filled(self, rows: int, slots: int) -> RowCache:
@@ -154,17 +165,17 @@ class Bench:
         """Yield a row per window, kernel and way of sharing keys: milliseconds of one layer's attention under a mask.
 
         repeated: keys and values copied for each head of a group, as transformers does under a mask. folded: the heads of a
-        group become further slots that attend to the one set of keys they share.
+        group become further slots that attend to the one set of keys they share. fused: the kernel of window_attention.py.
         """
         config, rows = text_config(self.model), 2 * batch
         heads, own = config.num_attention_heads, config.num_key_value_heads
         width, shared = config.hidden_size // heads, heads // own
         settings = {"device": self.device, "dtype": self.model.dtype}
         for slots in self.slots:
-            cache = self.model.cache(rows, self.context + slots)
+            cache = RowCache(1, rows, self.context + slots, self.device)
             cache.bound = self.context
             cache.lengths.fill_(self.context)
-            mask = cache.window(slots, self.model.dtype)
+            mask = cache.window(slots, self.model.dtype)["attention_mask"]
             query = torch.randn(rows, heads, slots, width, **settings)
             key, value = (torch.randn(rows, own, cache.span, width, **settings) for _ in range(2))
 
@@ -178,6 +189,14 @@ class Bench:
                 q = q.unflatten(1, (own, shared)).flatten(2, 3)
                 return scaled_dot_product_attention(q, k, v, attn_mask=m)
 
+            cache.fused = True
+            window = cache.window(slots, self.model.dtype).get("window")
+
+            def fused(q: Tensor = query, k: Tensor = key, v: Tensor = value, w: Any = window) -> Tensor:
+                return window_attention(q, k, v, w.lengths, w.seen, q.shape[-1] ** -0.5)
+
+            if self.model.fused:
+                yield {"batch": batch, "slots": slots, "way": "fused", "kernel": "triton", **self._both(fused)}
             for way, call in {"repeated": repeated, "folded": folded}.items():
                 if shared == 1 and way == "folded":
                     continue

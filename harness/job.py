@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation.declared import declared, shown
 from evaluation.run_folder import RunFolder, Snapshot
 from evaluation.score import NOTE, Metric, score
-from harness.console import GROUPS
+from harness.console import GROUPS, say
 from harness.grids import draw_grids
 from harness.plan import Plan
 from harness.ranks import ALONE, Ranks
 from harness.sample import Job, sample
 from harness.tracking import About, NoTracker, Tracker
 from sjd2.config import compose
-from sjd2.decoding.cuda_graph import Graphs
+from sjd2.decoding.cuda_graph import Graphs, obstacle
 from sjd2.files import write_atomically
 from sjd2.models.base import ImageModel
 
@@ -47,7 +48,33 @@ class Models:
             if plan.device.startswith("cuda:"):
                 torch.cuda.set_device(plan.device)  # what a library puts on "cuda" lands there too
             self._loaded[key] = plan.spec.load(plan.device, plan.dtype)
+        fuse_loudly(self._loaded[key], plan.fused)
         return self._loaded[key]
+
+
+def fuse_loudly(model: ImageModel, wanted: bool) -> None:
+    """Fuse what the model computes on a GPU, or not; say why where it cannot, and what took long."""
+    from sjd2.models.fusion import fuse  # imports half of transformers
+
+    begin = time.perf_counter()
+    why = fuse(model, wanted)
+    if (seconds := time.perf_counter() - begin) > 2:
+        say(f"the attention kernel was compiled and compared with SDPA in {seconds:.0f} s.")
+    if why is not None:
+        say(f"attention runs as torch's SDPA, not as one kernel: {why}.")
+
+
+def recorder(cfg: DictConfig, plan: Plan) -> Graphs | None:
+    """Return what records passes as CUDA graphs: by default on a GPU, and it says why where that is not done.
+
+    runtime.graph=true records whatever can be tried, runtime.graph=false nothing.
+    """
+    if cfg.runtime.graph is False or not plan.device.startswith("cuda"):
+        return None
+    why = None if cfg.runtime.graph else obstacle(plan.spec, plan.decoder)
+    if why is not None:
+        say(f"passes run as they are, not as CUDA graphs: {why}.")
+    return Graphs() if why is None else None
 
 
 def make_run(
@@ -99,7 +126,7 @@ def _job(cfg: DictConfig, plan: Plan, models: Models) -> Job:
         trace=cfg.trace,
         grace_s=cfg.runtime.grace_s,
         flops=cfg.runtime.flops,
-        graphs=Graphs() if cfg.runtime.graph else None,
+        graphs=recorder(cfg, plan),
         launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
     )
 

@@ -40,6 +40,7 @@ class Plan:
     prompts: Prompts
     device: str
     dtype: str
+    fused: bool  # attention in one kernel where the model and the device have it
 
 
 def set_threads(cfg: DictConfig) -> None:
@@ -79,7 +80,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     check_writable(run.path, "run_dir")
     settings["id"] = run.identity.get("id", settings["id"])  # a run begun by an older release keeps the id it has
     parts = {"spec": spec, "decoder": decoder, "sampling": sampling, "prompts": prompts}
-    return Plan(run=run, identity=settings, device=device, dtype=dtype, **parts)
+    return Plan(run=run, identity=settings, device=device, dtype=dtype, fused=cfg.runtime.fused, **parts)
 
 
 def model_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def _entry(job: Job, model: ImageModel, ranks: Ranks) -> dict[str, Any]:
         entry["gflops_per_token"] = gflops_per_token(model, job.decoder, job.prompts[0], job.sampling, job.seed)
     if job.graphs is not None:  # times with and without are those of two machines
         entry["hardware"] += " with CUDA graphs"
+    if model.fused:
+        entry["hardware"] += " and fused attention" if job.graphs is not None else " with fused attention"
     if ranks.world > 1:
         entry["ranks"] = ranks.world
         if model.device.type == "cpu":  # they share its cores, so their times are those of another machine

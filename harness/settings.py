@@ -66,7 +66,8 @@ TYPES: dict[str, Any] = {
     "dtype": str,
     "output": str,
 }
-RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool, "graph": bool}
+RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool}
+RUNTIME |= {"graph": bool | None, "fused": bool}
 OUTPUTS = ("auto", "text", "markdown", "json")
 AT_LEAST = {"limit": 1, "seed": 0, "batch_size": 1, "trace": 0, "runtime.threads": 1, "runtime.grace_s": 0}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -29,6 +30,7 @@ from sjd2.devices import resolve_device, resolve_dtype
 from sjd2.errors import UserError, choose, unknown
 from sjd2.models.base import ImageModel
 
+logger = logging.getLogger(__name__)
 PARTS = ("drafter", "verifier", "refiner")  # of a decoder, each a config group of its own: conf/decoder/<part>/
 
 
@@ -103,11 +105,18 @@ def load(
     """Load a model of conf/model; `settings` are keys of its yaml, e.g. adapter=None, weights="FOLDER".
 
     device: cpu, cuda, cuda:1, mps, or auto. dtype: a torch dtype, its name, or auto: bfloat16 on cuda, else float32.
+    On a GPU the passes of a decoder attend in one kernel where that is possible; a warning says where it is not.
     Raises `UserError` for an unknown name, a wrong setting, a device that is not available, or missing weights.
     """
+    from sjd2.models.fusion import fuse  # imports half of transformers
+
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    return instantiate(_compose("model", name, settings)).load(device, dtype)
+    model = instantiate(_compose("model", name, settings)).load(device, dtype)
+    why = fuse(model)
+    if why is not None:
+        logger.warning("attention runs as torch's SDPA, not as one kernel: %s.", why)
+    return model
 
 
 def decoder(name: str = "sjd2", *, model: str | None = None, **settings: Any) -> BaseDecoder:

@@ -15,6 +15,11 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "HYDRA_FULL_ERROR", "SJD2_TRACE"):
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull  # an account of whoever runs the tests must not be used
 
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU, slowly
+
 from tests.helpers.cli import cli  # noqa: E402
 from tests.helpers.process_state import seed_everything, unchanged  # noqa: E402
 

@@ -11,6 +11,7 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,8 +42,8 @@ def read_settings(folder: Path) -> EagleSettings:
 class PairCache(RowCache):
     """The head's cache; `shift` [R] leads from an image pair's entry to its position, 0 for most models (`starts`)."""
 
-    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        super().__init__(1, rows, capacity, device)
+    def __init__(self, rows: int, capacity: int, device: torch.device, *, fused: bool = False) -> None:
+        super().__init__(1, rows, capacity, device, fused=fused)
         self.shift = torch.zeros_like(self.lengths)
 
 
@@ -90,7 +91,8 @@ class EagleHead(nn.Module):
 
         Its `bound` is the caller's to keep.
         """
-        return PairCache(rows, capacity, self._model[0].device)
+        model = self._model[0]
+        return PairCache(rows, capacity, model.device, fused=model.fused)
 
     def forward(
         self,
@@ -98,17 +100,20 @@ class EagleHead(nn.Module):
         states: Tensor,
         positions: Tensor,
         cache: Cache | None = None,
-        mask: Tensor | None = None,
+        **attention: Any,
     ) -> Tensor:
-        """Predict the next states: embeds, states [R, S, D], positions [R, S], additive mask -> [R, S, D]."""
+        """Predict the next states: embeds, states [R, S, D], positions [R, S] -> [R, S, D].
+
+        attention: an `attention_mask`, or what the cache's `window` returned.
+        """
         x = self.fc(torch.cat([embeds, states], -1))
         out = self.layer(
             x,
-            attention_mask=mask,
             position_ids=positions,
             use_cache=cache is not None,
             position_embeddings=self._model[0].transformer.rotary_emb(x, position_ids=positions),
             **{self._cache_argument: cache},
+            **attention,
         )
         return self.norm(out[0] if isinstance(out, tuple) else out)
 
@@ -126,9 +131,9 @@ class EagleHead(nn.Module):
         following[index, last] = self._model[0].embed(token)
         states = states.masked_fill((lengths == 0)[:, None, None], 0.0)
         scratch = self.cache(count, width)
-        mask = scratch.window(width, embeds.dtype)
+        attention = scratch.window(width, embeds.dtype)
         positions = torch.arange(width, device=embeds.device).expand(count, -1)
-        out = self(following, states, positions, scratch, mask)
+        out = self(following, states, positions, scratch, **attention)
         scratch.lengths = lengths
         cache.take_rows(rows, scratch, index)
         cache.shift[rows] = self.image_start(lengths) - lengths
@@ -141,9 +146,9 @@ class EagleHead(nn.Module):
         beyond is overwritten by the next call. Rows of count 0 get a state that means nothing.
         """
         size, branches = tokens.shape[1], len(states) // len(tokens)
-        mask = cache.window(size, states.dtype)
+        attention = cache.window(size, states.dtype)
         embeds = self._model[0].embed(tokens).repeat(branches, 1, 1)
-        out = self(embeds, states, cache.slots + cache.shift[:, None], cache, mask)
+        out = self(embeds, states, cache.slots + cache.shift[:, None], cache, **attention)
         count = count.repeat(branches)
         cache.lengths = cache.lengths + count
         return out[torch.arange(len(out), device=out.device), (count - 1).clamp(min=0)]
@@ -160,12 +165,11 @@ class EagleHead(nn.Module):
         size, branches = tokens.shape[1], len(states) // len(tokens)
         base = cache.lengths
         seen = seen.expand(len(tokens), -1, -1).repeat(branches, 1, 1)
-        attn_mask = _tree_mask(cache, base, seen)
         cache.lengths = base + before
-        mask = cache.window(size, states.dtype, attn_mask)
+        attention = cache.window(size, states.dtype, seen, past=True)
         positions = (base + cache.shift)[:, None] + depth.expand(len(tokens), -1).repeat(branches, 1) - 1
         embeds = self._model[0].embed(tokens).repeat(branches, 1, 1)
-        out = self(embeds, states, positions, cache, mask)
+        out = self(embeds, states, positions, cache, **attention)
         cache.lengths = base
         return out
 
@@ -190,12 +194,3 @@ class EagleHead(nn.Module):
             raise UserError(f"the EAGLE head {folder} does not fit this model (e.g. {min(wrong)}).")
         head.load_state_dict({name: tensor.to(model.dtype) for name, tensor in stored.items()})
         return head.eval().requires_grad_(False)
-
-
-def _tree_mask(cache: RowCache, base: Tensor, seen: Tensor) -> Tensor:
-    """Return what tree nodes see of the whole cache: base [R] committed entries, seen [R, S, T] -> bool [R, S, span]."""
-    nodes = seen.shape[2]
-    span = cache.reach(nodes)
-    inside = torch.arange(span, device=base.device) - base[:, None]  # [R, span], a node where 0 <= inside < T
-    index = inside.clamp(0, nodes - 1)[:, None].expand(-1, seen.shape[1], -1)
-    return (inside < 0)[:, None] | (seen.gather(2, index) & ((inside >= 0) & (inside < nodes))[:, None])

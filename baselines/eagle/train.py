@@ -82,7 +82,7 @@ def predict(head: EagleHead, pairs: HeadPairs, depth: int, noise: Tensor | None 
         torch.cat([pairs.prompt_states, states], 1),
         torch.cat([prompt, positions], 1),
         cache,
-        additive(attn_mask, dtype)[:, None],
+        attention_mask=additive(attn_mask, dtype)[:, None],
     )[:, width:]
     outs = [out]
     before = (prompt < pairs.lengths[:, None] - 1)[:, None].expand(-1, n, -1)
@@ -92,7 +92,7 @@ def predict(head: EagleHead, pairs: HeadPairs, depth: int, noise: Tensor | None 
         seen = torch.cat([before, (age >= k) & ~unseen, drafts], 2)
         fed = torch.cat([states[:, :1], out[:, :-1]], 1)
         cache = cache.following()
-        out = head(pairs.embeds, fed, positions, cache, additive(seen, dtype)[:, None])
+        out = head(pairs.embeds, fed, positions, cache, attention_mask=additive(seen, dtype)[:, None])
         outs.append(out)
     return outs
 

@@ -1,4 +1,4 @@
-"""Passes as CUDA graphs: recorded once for each bound of the rows' lengths, then replayed by a single launch.
+"""Passes as CUDA graphs: recorded once, or for each bound of the rows' lengths, then replayed by a single launch.
 
 An eager pass of a 7B model is some 2000 launches, for which the host needs longer than the device for its work. A pass reads
 nothing on the host and all its control is data (tests/engine/test_syncs.py), so it can be recorded as it is; what remains is
@@ -21,8 +21,10 @@ from sjd2.decoding.engine import Engine
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache
+from sjd2.models.spec import ModelSpec
 
-BUCKET = 256  # tokens between two bounds: each is a graph, and a pass reads up to so many entries for nothing
+# tokens between two bounds of a cache that is not fused: each is a graph, and a pass reads up to so many entries for nothing
+BUCKET = 256
 WARM = 3  # passes before the first recording: kernels are loaded, and tensors that were None get their shape
 PROMPT = 64  # room for prompts is made in such steps, because a larger cache makes all graphs void
 
@@ -78,7 +80,8 @@ class Replayed(Engine):
             self.graphs.clear()
             self.room = self.cache.capacity
         bound, most = self.cache.bound, self.prompt + self.total
-        level = self.cache.bound = min(-(-bound // BUCKET) * BUCKET, most)
+        # one graph serves the whole image where attention reads the lengths on the device
+        level = self.cache.bound = most if self.cache.fused else min(-(-bound // BUCKET) * BUCKET, most)
         if level not in self.graphs:  # as it is: kernels of new shapes are loaded, which cannot happen in a recording
             self.graphs[level] = None
             self._fix()
@@ -123,6 +126,7 @@ class Replayed(Engine):
     def serves(self, model: ImageModel, decoder: BaseDecoder, rows: int, sampling: SamplingParams) -> bool:
         """Return whether this is an engine of just these."""
         same = self.model is model and self.adapter is model.adapter and self.decoder is decoder
+        same = same and self.cache.fused == model.fused
         return same and self.num_rows == rows and self.sampling == sampling
 
 
@@ -140,6 +144,17 @@ def _tensors(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
     elif is_dataclass(value):
         for field in fields(value):
             yield from _tensors(value, field.name)
+
+
+def obstacle(spec: ModelSpec, decoder: BaseDecoder) -> str | None:
+    """Return why the passes of a decoder cannot be recorded on a GPU, or None."""
+    if getattr(spec, "device_map", None) is not None:
+        return "model.device_map may spread the layers over several devices"
+    if getattr(spec, "quantisation", None) is not None:
+        return f"the layers of model.quantisation={spec.quantisation} have not been recorded yet"
+    if not engine_class(decoder).replayable:
+        return f"{decoder.name} plans its passes on the host"
+    return None
 
 
 class Graphs:

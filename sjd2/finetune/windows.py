@@ -100,9 +100,9 @@ class Past(Cache):
         """Return the past of the next pass: this one, followed by the keys and values of the pass that used it."""
         return Past([_PastLayer(*layer.whole) for layer in self.past])
 
-    def window(self, width: int, dtype: torch.dtype, attn_mask: Tensor) -> Tensor:
-        """Return the additive mask of a pass: attn_mask [R, S, P + S] -> [R, 1, S, P + S]."""
-        return additive(attn_mask, dtype)[:, None]
+    def window(self, width: int, dtype: torch.dtype, attn_mask: Tensor) -> dict[str, Any]:
+        """Return what `RowCache.window` does, an additive mask: attn_mask [R, S, P + S] -> [R, 1, S, P + S]."""
+        return {"attention_mask": additive(attn_mask, dtype)[:, None]}
 
 
 def both_branches(model: ImageModel, prompts: list[str]) -> tuple[Tensor, Tensor]:

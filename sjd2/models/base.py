@@ -57,6 +57,7 @@ class ImageModel:
         self._cache_argument = cache_argument(type(transformer))
         self.layout = layout
         self.adapter: Adapter | None = None  # where a fine-tuning is loaded
+        self.fused = False  # whether passes over a cache attend in one kernel (window_attention.py)
         self.head_module: nn.Module | None = None  # output weights, for fine-tunings that change all weights
 
     def __repr__(self) -> str:
@@ -96,7 +97,8 @@ class ImageModel:
 
     def cache(self, rows: int, capacity: int) -> RowCache:
         """Return an empty cache for `rows` model rows of up to `capacity` tokens."""
-        return RowCache(self.transformer.config.get_text_config().num_hidden_layers, rows, capacity, self.device)
+        layers = self.transformer.config.get_text_config().num_hidden_layers
+        return RowCache(layers, rows, capacity, self.device, fused=self.fused)
 
     def forward(
         self,
@@ -117,20 +119,20 @@ class ImageModel:
         if timesteps is not None:
             x, positions, attn_mask, gate = timesteps.append(x, positions, attn_mask, gate)
         if cache is not None:
-            mask = cache.window(x.shape[1], x.dtype, attn_mask)
+            attention = cache.window(x.shape[1], x.dtype, attn_mask)
         elif attn_mask is not None:
-            mask = additive(attn_mask, x.dtype)[:, None]
+            attention = {"attention_mask": additive(attn_mask, x.dtype)[:, None]}
         else:
             size = x.shape[1]
             mask = additive(torch.ones(size, size, dtype=torch.bool, device=x.device).tril(), x.dtype)
-            mask = mask.expand(len(x), 1, size, size)
+            attention = {"attention_mask": mask.expand(len(x), 1, size, size)}
         if self.adapter is not None:
             self.adapter.set_gate(gate)
         hidden = self.transformer(
             inputs_embeds=x,
             position_ids=positions,
-            attention_mask=mask,
             use_cache=cache is not None,
             **{self._cache_argument: cache},
+            **attention,
         ).last_hidden_state.to(x.device)
         return hidden[:, :num_slots] if timesteps is not None else hidden

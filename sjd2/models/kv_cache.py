@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +60,9 @@ class _RowLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.owner.fused:  # one launch instead of two, and no index of every number
+            torch.ops.sjd2.window_store(self.keys, self.values, key_states, value_states, self.owner.slots)
+            return self.keys, self.values
         index = self.owner.slots[:, None, :, None].to(key_states.device)  # layers may lie on several GPUs
         self.keys.scatter_(2, index.expand_as(key_states), key_states)
         self.values.scatter_(2, index.expand_as(value_states), value_states)
@@ -75,19 +80,39 @@ class _RowLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # the name before transformers 5.20
 
 
+@dataclass(frozen=True)
+class Window:
+    """What the slots of a pass see: lengths [R] entries of the cache, then a tail of T that ends with the slots themselves.
+
+    seen [1 or R, S, 1 + T]: whether a slot sees the entries before the tail, then which entries of the tail it sees.
+    """
+
+    lengths: Tensor
+    seen: Tensor
+
+    def over(self, span: int) -> Tensor:
+        """Return the same as a mask over the first `span` entries of each row: bool [R, S, span]."""
+        tail, slots = self.seen.shape[2] - 1, self.seen.shape[1]
+        seen = self.seen.expand(len(self.lengths), -1, -1)
+        own = torch.arange(span, device=self.lengths.device) - self.lengths[:, None]  # [R, span] place in the tail
+        within = seen.gather(2, own.clamp(0, tail - 1).add(1)[:, None].expand(-1, slots, -1))
+        return torch.where((own < 0)[:, None], seen[:, :, :1], within & (own < tail)[:, None])
+
+
 class RowCache(Cache):
     """A static cache for a transformers model in which every row has its own length (`lengths` [R]).
 
     `bound` is the host's upper bound of the longest row. Where the host `reads` lengths at no cost (on a CPU) a pass takes the
     exact value; on a GPU the decoder keeps the bound, so that no pass waits for the device, and spans are rounded up to keep
-    the number of shapes small.
+    the number of shapes small. A `fused` cache needs neither: window_attention.py reads the lengths on the device.
     """
 
     layers: list[_RowLayer]
 
-    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device, *, fused: bool = False) -> None:
         super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
         self.reads = device.type == "cpu"
+        self.fused = fused
         self.capacity = self._room(capacity)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.slots = self.lengths[:, None]
@@ -97,33 +122,39 @@ class RowCache(Cache):
     def _room(self, capacity: int) -> int:
         return capacity if self.reads else _rounded(capacity)  # so that the last span is a multiple too
 
-    def reach(self, width: int) -> int:
-        """Return how many entries a pass of `width` slots has to look at: the longest row's and its own."""
-        if self.reads:
-            return int(self.lengths.max()) + width
-        return min(self.capacity, _rounded(self.bound + width))
+    def window(
+        self, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None, past: bool = False
+    ) -> dict[str, Any]:
+        """Open the next `width` slots of every row and return what a transformers model has to be told of them, by keyword.
 
-    def window(self, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None) -> Tensor:
-        """Open the next `width` slots of every row and return the additive mask [R, 1, S, span].
-
-        A slot sees the row's `lengths` cached entries and, within the window, what `attn_mask` [R, S, S] allows (None:
-        causally). A slot that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). A wider `attn_mask`
-        [R, S, span] is the whole mask, cached entries included (fine-tuning). The mask is float: a bool mask costs three
-        more operations a layer, and is wrong in eager attention.
+        attn_mask [R, S, T] (None: causal among the slots): which of the last T entries a slot sees, the pass' own S at the
+        end. Whatever lies before is seen by all slots with `past`; else by those that see the first of the T, so that a slot
+        that does not see slot 0 sees no cached entry either (SJD2's timestep tokens). That is a `Window` where the cache is
+        fused, else an additive mask [R, 1, S, span]: float, as a bool mask costs three more operations a layer, and is wrong
+        in eager attention.
         """
-        whole = attn_mask if attn_mask is not None and attn_mask.shape[2] > width else None
-        self.span = self.reach(width) if whole is None else whole.shape[2]
-        columns = torch.arange(self.span, device=self.lengths.device)
-        self.slots = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
+        device = self.lengths.device
+        self.slots = self.lengths[:, None] + torch.arange(width, device=device)
+        if attn_mask is None and not self.fused:
+            self.span = self._reach(self.lengths, width)
+            seen = torch.arange(self.span, device=device) <= self.slots[..., None]
+            return {"attention_mask": additive(seen, dtype)[:, None]}
         if attn_mask is None:
-            seen = columns <= self.slots[..., None]
-        elif whole is not None:
-            seen = whole
-        else:
-            inside = columns - self.lengths[:, None]  # [R, span], a slot of the window where 0 <= inside < width
-            within = attn_mask.gather(2, inside.clamp(0, width - 1)[:, None].expand(-1, width, -1))
-            seen = torch.where((inside < 0)[:, None], attn_mask[:, :, :1], within & (inside < width)[:, None])
-        return additive(seen, dtype)[:, None]
+            attn_mask = torch.ones(1, width, width, dtype=torch.bool, device=device).tril()
+        tail = attn_mask.shape[2]
+        first = torch.ones_like(attn_mask[:, :, :1]) if past else attn_mask[:, :, :1]
+        window = Window(self.lengths + (width - tail), torch.cat([first, attn_mask], 2))
+        if self.fused:
+            self.span = self.capacity
+            return {"attention_mask": None, "window": window}
+        self.span = self._reach(window.lengths, tail)
+        return {"attention_mask": additive(window.over(self.span), dtype)[:, None]}
+
+    def _reach(self, before: Tensor, tail: int) -> int:
+        """Return how many entries a pass has to look at: the longest row's and the tail's."""
+        if self.reads:
+            return int(before.max()) + tail
+        return min(self.capacity, _rounded(self.bound + tail))
 
     def compact(self, path: Tensor) -> None:
         """Move the entries of an accepted tree path to the front of the pass: slots path [R, L] -> slots 1..L.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -255,10 +256,10 @@ def test_spans_are_buckets_close_to_the_longest_row(
 ) -> None:
     window, found = RowCache.window, []
 
-    def noted(cache: RowCache, width: int, dtype: torch.dtype, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
-        mask = window(cache, width, dtype, attn_mask)
+    def noted(cache: RowCache, width: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        attention = window(cache, width, *args, **kwargs)
         found.append((cache.span, int(cache.lengths.max()) + width))
-        return mask
+        return attention
 
     decoder = api.decoder(name, model="tiny")
     engine = begun(wide["cuda"], decoder, CDF)
