@@ -41,7 +41,7 @@ def withheld(metrics: Mapping[str, Any], known: Mapping[str, MetricInfo]) -> dic
     found = {}
     for name in known.keys() & metrics.keys():
         info, n = known[name], int(metrics.get("n_images", 0))
-        if n < (need := images_needed(info, metrics)):
+        if n < (need := images_needed(info, " ".join(metrics.get("protocol", {}).values()))):
             found[name] = f"below {need} images {info.fewest_why}"
     return found
 
@@ -53,10 +53,7 @@ def shown(metrics: Mapping[str, Any], known: Mapping[str, MetricInfo]) -> dict[s
     return {key: value for key, value in metrics.items() if key not in gone}
 
 
-def images_needed(info: MetricInfo, metrics: Mapping[str, Any]) -> int:
-    """Return how many images a number needs to be shown; metrics: of the run, for what the need is a multiple of."""
-    if not info.fewest_per:
-        return info.fewest
-    # runs scored before `fid_features` was written name the width in their protocol
-    said = re.search(r" on (\d+) features ", str(metrics.get("protocol", {}).get("fid", "")))
-    return info.fewest * int(metrics.get(info.fewest_per) or (said[1] if said else 1))
+def images_needed(info: MetricInfo, protocol: str) -> int:
+    """Return how many images a number needs to be shown; protocol: of its metric, as in metrics.json."""
+    count = re.search(rf"\b(\d+) {info.fewest_per}\b", protocol) if info.fewest_per else None
+    return info.fewest * int(count[1] if count else 1)

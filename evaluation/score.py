@@ -62,7 +62,7 @@ class MetricInfo:
     of_machine: bool = False  # seconds or bytes, which say nothing beside those of another machine
     biased: bool = False  # its expectation depends on N: values of different N do not compare
     fewest: int = 0  # images below which it is not shown: tables, plots, W&B print a dash and `fewest_why` instead
-    fewest_per: str = ""  # key of a number that multiplies `fewest`, e.g. of features
+    fewest_per: str = ""  # what `fewest` is for one of; the metric's protocol counts it, e.g. "on 64 features"
     fewest_why: str = ""
 
 

@@ -236,7 +236,7 @@ class FeatureDistance(Metric):
             source="fid_extractor",
             biased=True,
             fewest=FEWEST_PER_FEATURE,
-            fewest_per="fid_features",
+            fewest_per="features",
             fewest_why="a covariance of so few images is singular or nearly so, and the distance mostly bias",
         ),
         MetricInfo(
@@ -250,7 +250,7 @@ class FeatureDistance(Metric):
         ),
         MetricInfo(name="kid_std", digits=4),
     )
-    details = ("fid_extractor", "fid_features", "fid_reference", "fid_warning")
+    details = ("fid_extractor", "fid_reference", "fid_warning")
 
     def __init__(
         self,
@@ -331,7 +331,6 @@ class FeatureDistance(Metric):
         del self._features  # and the network with it
         out: dict[str, Any] = {"fid": frechet(Statistics.of(features), reference.statistics)}
         out |= {"fid_extractor": f"{self.extractor.name} {self.extractor.digest()}", "fid_reference": reference.name}
-        out |= {"fid_features": self.extractor.width}
         if reference.features is not None and min(len(features), len(reference.features)) >= 4:
             out["kid"], out["kid_std"] = kernel_distance(features, reference.features, self.subsets)
         if len(features) < ENOUGH * self.extractor.width:

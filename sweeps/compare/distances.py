@@ -73,7 +73,7 @@ class DistanceGaps:
 def _images_needed(metric: FeatureDistance, kind: str) -> int:
     """Return how many images this distance takes, as in a table."""
     info = next(info for info in metric.numbers if info.name == kind)
-    return images_needed(info, {"fid_features": metric.extractor.width})
+    return images_needed(info, metric.protocol)
 
 
 def fid_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:

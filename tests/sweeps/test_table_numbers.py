@@ -88,15 +88,8 @@ def test_scores_stand_with_what_made_them(tmp_path: Path) -> None:
 
 
 def test_scores_of_too_few_images_are_dashes(tmp_path: Path) -> None:
-    wide = {"protocol": {"fid": "fid: Frechet distance in float64 on 64 features of a net"}}  # before fid_features
-    few = {
-        "fid": 12.3,
-        "fid_features": 64,
-        "kid": 0.0123,
-        "kid_std": 0.002,
-        "fid_warning": "N=127 is few",
-        "n_images": 127,
-    }
+    wide = {"protocol": {"fid": "fid: Frechet distance in float64 on 64 features of a net"}}
+    few = wide | {"fid": 12.3, "kid": 0.0123, "kid_std": 0.002, "fid_warning": "N=127 is few", "n_images": 127}
     runs = [
         ar(tmp_path / "runs", metrics=few | {"n_images": 128}),
         make(tmp_path / "runs", "sjd", metrics=few),
