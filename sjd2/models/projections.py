@@ -23,7 +23,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the or
 class Product:
     """One product for several linear layers; it keeps the outputs that the layer has not taken yet."""
 
-    def __init__(self, parts: list[nn.Linear]) -> None:
+    def __init__(self, parts: list[Any]) -> None:
         self.sizes = [part.out_features for part in parts]
         self.weight = torch.cat([part.weight.data for part in parts])  # [O, D]
         biases = [part.bias.data for part in parts if part.bias is not None]
@@ -38,7 +38,7 @@ class Product:
 
     def part(self, number: int, x: Tensor) -> Tensor:
         """Return the output of one of the layers: [..., D] -> [..., O]."""
-        if number == 0:
+        if number == 0 and self._serves():
             self.given, self.outputs = x, list(linear(x, self.weight, self.bias).split(self.sizes, -1))
         elif self.given is not x:  # a layer of its own after all
             return linear(x, self.parts[number].weight, self.parts[number].bias)
@@ -46,6 +46,11 @@ class Product:
         if number == len(self.parts) - 1:
             self.given, self.outputs = None, []
         return output
+
+    def _serves(self) -> bool:
+        """Return whether the layers' weights are still views of the matrix, and want no gradients of their own."""
+        first = self.parts[0].weight
+        return first.data_ptr() == self.weight.data_ptr() and not (torch.is_grad_enabled() and first.requires_grad)
 
 
 def join_projections(model: ImageModel) -> int:

@@ -102,14 +102,14 @@ def fuse_attention(model: ImageModel, wanted: bool = True) -> str | None:
         set_attention(model, fused=True)
         why = _fault(model)
         if why is not None:
-            model.transformer.set_attn_implementation(REFERENCE)
+            model.transformer.set_attn_implementation({"": REFERENCE})
             model.fused = False
     return why
 
 
 def set_attention(model: ImageModel, *, fused: bool) -> None:
     """Let the caches that are opened from now on be fused or not; the attention serves both kinds."""
-    model.transformer.set_attn_implementation(NAME)
+    model.transformer.set_attn_implementation({"": NAME})  # not its image tokeniser's
     model.fused = fused
 
 

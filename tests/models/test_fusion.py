@@ -96,6 +96,20 @@ def test_another_input_gets_a_product_of_its_own() -> None:
     assert torch.allclose(attention.k_proj(other), wanted, atol=1e-6)
 
 
+def test_weights_that_were_replaced_are_used() -> None:
+    model, other = Toy(GRID), Toy(GRID, seed=5)
+    join_projections(model)
+    model.transformer.load_state_dict(other.transformer.state_dict(), assign=True)
+    assert torch.allclose(states(model)[0], states(other)[0], atol=1e-5)
+
+
+def test_weights_in_training_get_their_gradients() -> None:
+    model = Toy(GRID)
+    join_projections(model)
+    model.forward(torch.randn(1, 4, 16), torch.arange(4)[None], None).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.transformer.layers.parameters())
+
+
 # ---- norms
 
 
