@@ -39,17 +39,17 @@ def declared(runs: Iterable[RunFolder]) -> dict[str, MetricInfo]:
 def withheld(metrics: Mapping[str, Any], known: Mapping[str, MetricInfo]) -> dict[str, str]:
     """Return {name: why not} of the numbers of a metrics.json that rest on too few images to be shown."""
     found = {}
-    for name in known.keys() & metrics.keys():
-        info, n = known[name], int(metrics.get("n_images", 0))
-        if n < (need := images_needed(info, " ".join(metrics.get("protocol", {}).values()))):
-            found[name] = f"below {need} images {info.fewest_why}"
+    for name, info in known.items():
+        need = images_needed(info, " ".join(metrics.get("protocol", {}).values()))
+        if name in metrics and metrics.get("n_images", 0) < need:
+            found[name] = f"fewer than {need} images, {info.fewest_why}"
     return found
 
 
 def shown(metrics: Mapping[str, Any], known: Mapping[str, MetricInfo]) -> dict[str, Any]:
-    """Return a metrics.json without the numbers that are withheld, and without their spreads."""
-    gone = withheld(metrics, known).keys()
-    gone |= {known[name].spread for name in gone}
+    """Return a metrics.json without the numbers that are withheld, and without their spreads and warnings."""
+    names = withheld(metrics, known).keys()
+    gone = names | {known[name].spread for name in names} | {f"{name}_warning" for name in names}
     return {key: value for key, value in metrics.items() if key not in gone}
 
 

@@ -63,7 +63,7 @@ class MetricInfo:
     biased: bool = False  # its expectation depends on N: values of different N do not compare
     fewest: int = 0  # images below which it is not shown: tables, plots, W&B print a dash and `fewest_why` instead
     fewest_per: str = ""  # what `fewest` is for one of; the metric's protocol counts it, e.g. "on 64 features"
-    fewest_why: str = ""
+    fewest_why: str = ""  # follows "fewer than N images, "
 
 
 @dataclass(frozen=True)

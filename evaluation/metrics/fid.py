@@ -237,7 +237,7 @@ class FeatureDistance(Metric):
             biased=True,
             fewest=FEWEST_PER_FEATURE,
             fewest_per="features",
-            fewest_why="a covariance of so few images is singular or nearly so, and the distance mostly bias",
+            fewest_why="whose covariance is singular or nearly so and the distance mostly bias",
         ),
         MetricInfo(
             name="kid",
@@ -246,7 +246,7 @@ class FeatureDistance(Metric):
             higher_is_better=False,
             spread="kid_std",
             fewest=FEWEST,
-            fewest_why="its sampling error exceeds most differences between decoders",
+            fewest_why="too few to tell decoders apart",
         ),
         MetricInfo(name="kid_std", digits=4),
     )

@@ -113,7 +113,7 @@ def withheld_reasons(rows: Sequence[Row]) -> list[str]:
         for why, members in _by_reason(rows, lambda row, name=name: row.withheld.get(name, "")).items():
             who = "" if len(members) == len([row for row in rows if row.scored]) else f" of {_names(members)}"
             reasons.setdefault(f"{info.title}{who}", []).append(why)
-    return [f"– for the {what}: {'; '.join(why)}." for what, why in reasons.items()]
+    return [f"{what} is –: {'; '.join(why)}." for what, why in reasons.items()]
 
 
 # ---- reasons to doubt
@@ -149,9 +149,7 @@ def _doubts_about_scores(rows: Sequence[Row]) -> list[str]:
         counts = _listed(stale, lambda row: row.scored)
         found.append(f"{_names(stale)}: scored on only {counts} images; run stage=score on them.")
     for key, name in (("fid_warning", "FID"), ("geneval_warning", "GenEval")):
-        # a dash has its reason already
-        doubted = [row for row in rows if name.lower() not in row.withheld]
-        for text, members in _by_reason(doubted, lambda row, key=key: str(row.metrics.get(key, ""))).items():
+        for text, members in _by_reason(rows, lambda row, key=key: str(row.metrics.get(key, ""))).items():
             found.append(f"{name}{'' if len(members) == len(rows) else f' of {_names(members)}'}: {text}")
     return found
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from evaluation import run_folder
 from evaluation.declared import declared
 from evaluation.run_folder import Id, Record, RunFolder, Snapshot, record_id
 from evaluation.score import INFO_FILE, Metric, MetricInfo, Scores, measure, read_scores, score
+from harness.job import mirror
+from harness.tracking import NoTracker
 from sjd2.config import instantiate
 from sjd2.files import ROOT
 from sjd2.models.tiny import scenes
@@ -136,6 +139,18 @@ def test_a_metric_of_somebody_s_own_reaches_every_table(tmp_path: Path, monkeypa
     compared = compare_pair((base, ours), tmp_path / "pair")
     assert "34.0000" not in compared
     assert "same protocol" in compared
+
+
+def test_the_tracker_gets_no_distance_of_few_images(tmp_path: Path) -> None:
+    class Kept(NoTracker):
+        def summary(self, values: Mapping[str, Any]) -> None:
+            self.values = values
+
+    tracker, run = Kept(), a_run(tmp_path, pixels(2))
+    numbers = {"n_images": 2, "fid": 9.0, "fid_warning": "few", "kid": 0.1, "kid_std": 0.1, "clip_score": 30.0}
+    numbers["protocol"] = {"fid": "fid: Frechet distance in float64 on 64 features of a net"}
+    mirror(Snapshot(run), numbers, tracker)
+    assert tracker.values == {"n_images": 2, "clip_score": 30.0}
 
 
 def test_declarations_stay_as_long_as_the_values(tmp_path: Path) -> None:

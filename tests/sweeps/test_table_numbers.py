@@ -83,7 +83,7 @@ def test_scores_stand_with_what_made_them(tmp_path: Path) -> None:
     assert "ceiling (VQ reconstructions) 0.970" in text
     assert "chance level 0.310 to 0.330" in text
     assert "Warning: FID: N=4 is few for 64 features." in text
-    assert "– for the KID: below 100 images its sampling error exceeds most differences between decoders." in text
+    assert "KID is –: fewer than 100 images, too few to tell decoders apart." in text
     assert {"kid", "kid_std"} & rows[1].keys() == set()
 
 
@@ -103,8 +103,8 @@ def test_scores_of_too_few_images_are_dashes(tmp_path: Path) -> None:
         "scd": ("–", "–"),
     }
     assert [row["fid"] for row in rows] == ["12.3", "", ""]
-    assert "– for the FID of scd, sjd: below 128 images" in text
-    assert "– for the KID of scd: below 100 images" in text
+    assert "FID of scd, sjd is –: fewer than 128 images, whose covariance" in text
+    assert "KID of scd is –: fewer than 100 images" in text
     assert "Warning: FID of ar: N=127 is few" in text  # said once where there is a number, not beside a dash
 
 
