@@ -146,7 +146,7 @@ def test_the_tracker_gets_no_distance_of_few_images(tmp_path: Path) -> None:
         def summary(self, values: Mapping[str, Any]) -> None:
             self.values = values
 
-    tracker, run = Kept(), a_run(tmp_path, pixels(2))
+    tracker, run = Kept(), a_run(tmp_path, pixels(2), seed=0)
     numbers = {"n_images": 2, "fid": 9.0, "fid_warning": "few", "kid": 0.1, "kid_std": 0.1, "clip_score": 30.0}
     numbers["protocol"] = {"fid": "fid: Frechet distance in float64 on 64 features of a net"}
     mirror(Snapshot(run), numbers, tracker)
