@@ -8,6 +8,7 @@ to have every tensor that outlives a pass at a fixed address.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.dispatch import engine_class
 from sjd2.decoding.engine import Engine
 from sjd2.decoding.sampling import SamplingParams
+from sjd2.errors import first_line
 from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache
 from sjd2.models.spec import ModelSpec
@@ -29,6 +31,7 @@ WARM = 3  # passes before the first recording: kernels are loaded, and tensors t
 PROMPT = 64  # room for prompts is made in such steps, because a larger cache makes all graphs void
 
 Replay = Callable[[], Any]
+logger = logging.getLogger(__name__)
 
 
 class CudaGraphs:
@@ -87,10 +90,27 @@ class Replayed(Engine):
             self._fix()
             self._work()
         else:
-            graph = self.graphs[level] = self.graphs[level] or self.record(self._work)
+            graph = self.graphs[level] = self.graphs[level] or self._recorded()
             graph()
         self.history.append(self.num_new.clone())
         self.cache.bound = min(bound + self.decoder.window, most)
+
+    def _recorded(self) -> Replay:
+        """Record a pass; where the device refuses, leave everything as it was and return the pass itself, from now on."""
+        owners = {name: getattr(self, name) for name in self.persistent}
+        kept, passes, bound = list(self._kept()), len(self.history), self.cache.bound
+        try:
+            return self.record(self._work)
+        except RuntimeError as error:  # of CUDA: nothing of the pass has been done
+            logger.warning("passes run as they are, not as CUDA graphs: %s.", first_line(error))
+        self.record = lambda work: work
+        for name, owner in owners.items():
+            setattr(self, name, owner)
+        for (owner, name), fixed in zip(kept, self.fixed, strict=True):
+            setattr(owner, name, fixed)
+        del self.history[passes:]
+        self.cache.bound = bound
+        return self._work
 
     def _fix(self) -> None:
         """Give every tensor that outlives a pass an address of its own, once."""

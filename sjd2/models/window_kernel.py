@@ -11,6 +11,7 @@ on the device how many there are, so nothing is masked, launched or recorded by 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,8 +164,17 @@ def store(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tenso
     )  # fmt: skip
 
 
-def tile(num_items: int, width: int, dtype: torch.dtype, shared_memory: int) -> dict[str, Any]:
-    """Return the shape of a program: query rows, entries at once, and how Triton compiles it for so many bytes.
+@dataclass(frozen=True)
+class Card:
+    """A GPU: its multiprocessors, the bytes of shared memory of each, and whether they multiply in groups of four warps."""
+
+    processors: int
+    shared_memory: int
+    grouped: bool
+
+
+def tile(num_items: int, width: int, dtype: torch.dtype, card: Card) -> dict[str, Any]:
+    """Return the shape of a program: query rows, entries at once, and how Triton compiles it for a card.
 
     tests/models/test_window_attention.py compiles all shapes for several cards and holds what they take against the limit.
     """
@@ -174,8 +184,8 @@ def tile(num_items: int, width: int, dtype: torch.dtype, shared_memory: int) -> 
     return {
         "TILE": rows,
         "BLOCK": 32 if large else 64,
-        "num_warps": 4,
-        "num_stages": 3 if not large and (rows < 64 or shared_memory >= 2**17) else 2,
+        "num_warps": 4 if rows < 64 or card.grouped else 8,  # with four a thread would spill
+        "num_stages": 3 if not large and (rows < 64 or card.shared_memory >= 2**17) else 2,
     }
 
 
@@ -185,18 +195,19 @@ def split(query: Tensor, keys: Tensor, shape: dict[str, Any]) -> int:
     _, shared, capacity, _ = keys.shape
     programs = -(-slots * (heads // shared) // shape["TILE"]) * rows * shared
     parts, most = 1, min(PARTS, -(-capacity // shape["BLOCK"]))
-    while parts * 2 <= most and programs * parts < WAVES * card(query.device)[0]:
+    while parts * 2 <= most and programs * parts < WAVES * card(query.device).processors:
         parts *= 2
     return parts
 
 
 @functools.cache
-def card(device: torch.device) -> tuple[int, int]:
-    """Return the multiprocessors of a GPU and the bytes of shared memory of each; a CPU is interpreted, as one of a kind."""
+def card(device: torch.device) -> Card:
+    """Return what a device is; a CPU, which interprets the kernels, is a small one."""
     if device.type != "cuda":
-        return 4, 2**16
+        return Card(processors=4, shared_memory=2**16, grouped=False)
     properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack shared memory
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    grouped = properties.major in (9, 10)  # Hopper, Blackwell of data centres
+    return Card(properties.multi_processor_count, properties.shared_memory_per_block_optin, grouped)
 
 
 def attend(
@@ -209,7 +220,7 @@ def attend(
     """
     rows, heads, slots, width = query.shape
     shared = keys.shape[1]
-    shape = tile(slots * (heads // shared), width, query.dtype, card(query.device)[1])
+    shape = tile(slots * (heads // shared), width, query.dtype, card(query.device))
     parts = split(query, keys, shape) if parts is None else parts
     out = query.new_empty(rows, slots, heads, width)
     partial = tops = totals = out

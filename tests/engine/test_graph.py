@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,23 @@ def test_replayed_passes_give_the_tokens_of_the_plain_engine(
         # noted in a replayed pass, reported when the host next looks
         generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=graphs,
                  on_step=fault.after(1, torch.nan))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ar", "sjd2", "eagle"])
+def test_a_device_that_cannot_record_runs_the_passes_as_they_are(
+    model: Toy, name: str, nets: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        tape.record(work)  # as on a GPU: the host has gone through the pass, the device has done nothing of it
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    decoder = DECODERS[name](nets)
+    plain = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING)
+    with as_on_a_gpu():
+        found = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=Graphs(refuse))
+    assert torch.equal(found.tokens, plain.tokens)
+    assert [s.accepted for s in found.samples] == [s.accepted for s in plain.samples]
+    assert caplog.text.count("not as CUDA graphs: operation not permitted when stream is capturing.") == 1
 
 
 @pytest.mark.parametrize("name", ["sjd2"])

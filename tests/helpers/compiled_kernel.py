@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sjd2.models.window_kernel import PARTS, _attend, _merge, _store, tile
+from sjd2.models.window_kernel import PARTS, Card, _attend, _merge, _store, tile
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may take
 NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -43,7 +43,7 @@ def build(kernel: Any, capability: int, types: dict[str, str], fixed: dict[str, 
 
 def compiled(capability: int, width: int, dtype: torch.dtype, slots: int) -> dict[str, Any]:
     """Compile the kernels as they would be launched on 32 heads, the entries split."""
-    shape, name = tile(slots, width, dtype, SHARED[capability]), NAMES[dtype]
+    shape, name = tile(slots, width, dtype, Card(132, SHARED[capability], capability == 90)), NAMES[dtype]
     options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
     fixed = {"WIDTH": width, "PADDED": max(16, triton.next_power_of_2(width))}
     types = dict.fromkeys(("query", "key", "value", "keys", "values"), name) | {"lengths": "*i64", "slots": "*i64"}
@@ -77,7 +77,7 @@ def stack(cubin: bytes) -> int:
 
 def main(capability: int, widths: list[int]) -> None:
     shapes = []
-    for dtype, width, slots in product(NAMES, widths, (1, 96)):
+    for dtype, width, slots in product(NAMES, widths, (96, 1)):
         for name, kernel in compiled(capability, width, dtype, slots).items():
             about = {"kernel": name, "dtype": str(dtype), "width": width, "slots": slots, "limit": SHARED[capability]}
             shapes.append(about | {"shared": kernel.metadata.shared, "spilled": stack(kernel.asm["cubin"])})
