@@ -57,11 +57,11 @@ def fuse_loudly(model: ImageModel, wanted: bool) -> None:
     from sjd2.models.fusion import fuse  # imports half of transformers
 
     begin = time.perf_counter()
-    why = fuse(model, wanted)
+    left_out = fuse(model, wanted)
     if (seconds := time.perf_counter() - begin) > 2:
         say(f"the attention kernel was compiled and compared with SDPA in {seconds:.0f} s.")
-    if why is not None:
-        say(f"attention runs as torch's SDPA, not as one kernel: {why}.")
+    for sentence in left_out:
+        say(f"{sentence}.")
 
 
 def recorder(cfg: DictConfig, plan: Plan) -> Graphs | None:

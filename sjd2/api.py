@@ -113,9 +113,8 @@ def load(
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     model = instantiate(_compose("model", name, settings)).load(device, dtype)
-    why = fuse(model)
-    if why is not None:
-        logger.warning("attention runs as torch's SDPA, not as one kernel: %s.", why)
+    for sentence in fuse(model):
+        logger.warning("%s.", sentence)
     return model
 
 

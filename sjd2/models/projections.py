@@ -56,7 +56,7 @@ class Product:
 def join_projections(model: ImageModel) -> int:
     """Join the projections of every layer that are plain linear layers; return how many products that saves in a pass.
 
-    Quantised layers stay as they are, and so does everything in float64, whose sums may not depend on the device's choice.
+    Layers that are quantised, or that accelerate moves between devices, stay as they are, and so does everything in float64.
     """
     if model.dtype == torch.float64:
         return 0
@@ -67,9 +67,14 @@ def join_projections(model: ImageModel) -> int:
             found = [getattr(module, "base_layer", module) for module in found]  # under PEFT's
             if all(map(_plain, found)) and len({(x.weight.device, x.weight.dtype, x.bias is None) for x in found}) == 1:
                 Product(found)
-                saved += len(found) - 1
+            saved += (len(found) - 1) * all(map(_joined, found))
     return saved
 
 
-def _plain(module: nn.Module | None) -> bool:
+def _plain(module: Any) -> bool:
     return type(module) is nn.Linear and "forward" not in vars(module)
+
+
+def _joined(module: Any) -> bool:
+    forward = vars(module).get("forward") if type(module) is nn.Linear else None
+    return isinstance(forward, functools.partial) and isinstance(getattr(forward.func, "__self__", None), Product)

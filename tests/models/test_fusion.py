@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.architectures import ARCHITECTURES
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import ImageModel
+from sjd2.models.fusion import fuse
 from sjd2.models.norms import fuse_norms
 from sjd2.models.projections import join_projections
 from tests.helpers.decoders import GRID
@@ -56,7 +57,9 @@ def test_every_family_takes_three_products_less_a_layer(name: str) -> None:
     assert torch.allclose(found, wanted, atol=1e-5)
     assert before.products - after.products == 3 * len(model.transformer.layers)
     assert model.transformer.state_dict().keys() == names
-    assert join_projections(model) == 0  # they are joined
+    weights = [parameter.data_ptr() for parameter in model.transformer.parameters()]
+    assert join_projections(model) == 3 * len(model.transformer.layers)  # they are joined, and stay where they are
+    assert weights == [parameter.data_ptr() for parameter in model.transformer.parameters()]
 
 
 @pytest.mark.parametrize("first", ["joined", "adapted"])
@@ -150,6 +153,28 @@ def test_a_copy_has_weights_of_its_own() -> None:
 
 
 # ---- both
+
+
+def test_what_is_left_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(Toy):
+        device = torch.device("cuda")
+
+    class Quantised(torch.nn.Linear):
+        """As bitsandbytes' layers are: a class of its own."""
+
+    model = Elsewhere(GRID)
+    for layer in model.transformer.layers:
+        for module in (layer.self_attn, layer.mlp):
+            for part in module.children():
+                if type(part) is torch.nn.Linear:
+                    part.__class__ = Quantised
+    monkeypatch.setattr("sjd2.models.fusion.fuse_attention", lambda model, wanted: "Triton is not installed")
+    assert fuse(model) == [
+        "projections run one by one: no layer has plain linear ones",
+        "attention runs as torch's SDPA, not as one kernel: Triton is not installed",
+    ]
+    monkeypatch.setattr("sjd2.models.fusion.fuse_attention", lambda model, wanted: None)
+    assert fuse(Elsewhere(GRID)) == fuse(Toy(GRID)) == fuse(model, wanted=False) == []
 
 
 def test_float64_stays_as_it_is() -> None:
