@@ -64,17 +64,18 @@ def _attend(
     BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Attend for one tile to one part of a row's entries; WHOLE: there is one part, which is divided here."""
-    row = tl.program_id(1) // (HEADS // GROUP)
-    shared = tl.program_id(1) % (HEADS // GROUP)
-    part = tl.program_id(2)
-    parts = tl.num_programs(2)
+    tiles = tl.cdiv(num_slots * GROUP, TILE)
+    row = tl.program_id(0) // tiles // (HEADS // GROUP)
+    shared = tl.program_id(0) // tiles % (HEADS // GROUP)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
     length = tl.load(lengths + row).to(tl.int32)
     total_entries = length + num_tail
     chunk = tl.cdiv(tl.cdiv(total_entries, parts), BLOCK) * BLOCK
     begin = part * chunk
     end = tl.minimum(begin + chunk, total_entries)
 
-    item = tl.program_id(0) * TILE + tl.arange(0, TILE)  # slot by slot, the heads of a group side by side
+    item = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)  # slot by slot, the heads of a group side by side
     slot, head = item // GROUP, shared * GROUP + item % GROUP
     real = slot < num_slots
     dim = tl.arange(0, PADDED)
@@ -141,8 +142,9 @@ def _store(
     SHARED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the keys and values of a tile of slots of one row and head to their entries."""
-    row, head = tl.program_id(1) // SHARED, tl.program_id(1) % SHARED
-    slot, dim = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, PADDED)
+    tiles = tl.cdiv(num_slots, TILE)
+    row, head = tl.program_id(0) // tiles // SHARED, tl.program_id(0) // tiles % SHARED
+    slot, dim = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE), tl.arange(0, PADDED)
     entry = tl.load(slots + row * num_slots + slot, mask=slot < num_slots, other=0)
     row = row.to(tl.int64)
     inside = (slot < num_slots)[:, None] & (dim < WIDTH)[None]
@@ -158,10 +160,11 @@ def store(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tenso
     rows, shared, num_slots, width = key.shape
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     rows_at_once = min(16, triton.next_power_of_2(num_slots))
-    _store[(triton.cdiv(num_slots, rows_at_once), rows * shared)](
-        key, value, keys, values, slots.contiguous(), *key.stride()[:3], *value.stride()[:3], keys.shape[2], num_slots,
-        SHARED=shared, WIDTH=width, PADDED=triton.next_power_of_2(width), TILE=rows_at_once,
-    )  # fmt: skip
+    with torch.cuda.device_of(key):  # Triton launches on the current device
+        _store[(triton.cdiv(num_slots, rows_at_once) * rows * shared,)](
+            key, value, keys, values, slots.contiguous(), *key.stride()[:3], *value.stride()[:3], keys.shape[2], num_slots,
+            SHARED=shared, WIDTH=width, PADDED=triton.next_power_of_2(width), TILE=rows_at_once,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,13 +232,15 @@ def attend(
         tops = query.new_empty(rows, slots, heads, parts, dtype=torch.float32)
         totals = torch.empty_like(tops)
     padded = max(16, triton.next_power_of_2(width))
-    grid = (triton.cdiv(slots * (heads // shared), shape["TILE"]), rows * shared, parts)
-    _attend[grid](
-        query, keys, values, lengths, seen.view(torch.uint8), partial, tops, totals,
-        *query.stride()[:3], seen.stride(0) if len(seen) > 1 else 0, keys.shape[2], slots, seen.shape[2] - 1, scale * LOG2E,
-        HEADS=heads, GROUP=heads // shared, WIDTH=width, PADDED=padded, WHOLE=parts == 1, **shape,
-    )  # fmt: skip
-    if parts > 1:
-        merged = (rows * slots * heads,)
-        _merge[merged](partial, tops, totals, out, parts, WIDTH=width, PADDED=padded, PARTS=PARTS, num_warps=2)
+    grid = (triton.cdiv(slots * (heads // shared), shape["TILE"]) * rows * shared, parts)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _attend[grid](
+            query, keys, values, lengths, seen.view(torch.uint8), partial, tops, totals,
+            *query.stride()[:3], seen.stride(0) if len(seen) > 1 else 0,
+            keys.shape[2], slots, seen.shape[2] - 1, scale * LOG2E,
+            HEADS=heads, GROUP=heads // shared, WIDTH=width, PADDED=padded, WHOLE=parts == 1, **shape,
+        )  # fmt: skip
+        if parts > 1:
+            merged = (rows * slots * heads,)
+            _merge[merged](partial, tops, totals, out, parts, WIDTH=width, PADDED=padded, PARTS=PARTS, num_warps=2)
     return out
