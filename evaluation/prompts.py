@@ -179,13 +179,17 @@ def _jsonl(text: str, path: Path) -> list[tuple[str, Any]]:
 def _prompt(entry: Any, path: Path, place: str, columns: tuple[str, ...]) -> str:
     if isinstance(entry, dict):
         found = next((name for name in columns if entry.get(name)), None)
+        if found is None and any(name in entry for name in columns):
+            raise _empty(path, place)
         if found is None:
             raise UserError(
                 f"prompts file '{path}', {place}: no '{columns[0]}' among its columns "
                 f"({', '.join(str(name) for name in entry)}); name the right one with prompts.column=NAME."
             )
         entry = entry[found]
-    if not isinstance(entry, str) or not entry.strip():
+    if isinstance(entry, str) and not entry.strip():
+        raise _empty(path, place)
+    if not isinstance(entry, str):
         raise UserError(f"prompts file '{path}', {place}: {entry!r} is no prompt.")
     try:
         entry.encode()
@@ -193,3 +197,9 @@ def _prompt(entry: Any, path: Path, place: str, columns: tuple[str, ...]) -> str
         half = f"\\u{ord(entry[error.start]):04x}"
         raise UserError(f"prompts file '{path}', {place}: {half} is half a surrogate pair, no character.") from error
     return entry
+
+
+def _empty(path: Path, place: str) -> UserError:
+    return UserError(
+        f"prompts file '{path}': {place} has an empty prompt; fill it in, or delete the {place.split(maxsplit=1)[0]}."
+    )

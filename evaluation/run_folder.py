@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -235,8 +235,9 @@ class RunFolder:
 class Snapshot:
     """A run folder as it is now, for what reads it several times: samples.jsonl is parsed once, on first use."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, ids: Collection[Id] | None = None) -> None:
+        """Take the folder; of its images only those of `ids`, where they are given."""
+        self.folder, self._ids = folder, None if ids is None else set(ids)
 
     @property
     def path(self) -> Path:
@@ -246,7 +247,7 @@ class Snapshot:
     @cached_property
     def records(self) -> list[Record]:
         """Return one record per image, sorted by id."""
-        return self.folder.records()
+        return [record for record in self.folder.records() if self._ids is None or record_id(record) in self._ids]
 
     @cached_property
     def ids(self) -> list[Id]:
@@ -261,7 +262,7 @@ class Snapshot:
     @cached_property
     def timings(self) -> list[Record]:
         """Return the lines of all retimings, as RunFolder.timings does."""
-        return self.folder.timings()
+        return [line for line in self.folder.timings() if self._ids is None or record_id(line) in self._ids]
 
     @cached_property
     def image_size(self) -> tuple[int, int] | None:

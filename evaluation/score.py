@@ -80,6 +80,7 @@ class Metric:
     numbers: tuple[MetricInfo, ...] = ()
     details: tuple[str, ...] = ()  # other keys it may write: texts, histograms
     batch_size: int = 32  # images per `update`
+    of_parts: bool = True  # whether some of a run's images can be scored alone; not where a tool of its own judges them
     protocol: str = ""  # one sentence on how the values come about; stage=compare takes two runs of equal ones only
 
     def check(self) -> None:
@@ -129,6 +130,15 @@ def score(run: RunFolder | Snapshot, metrics: Mapping[str, Metric]) -> dict[str,
     result = {"n_images": n_images, **out, "protocol": protocol}
     write_atomically(run.path / "metrics.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     return result
+
+
+def score_part(run: Snapshot, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Return what metrics.json would hold if the run had no other images than those of the snapshot; writes nothing."""
+    metrics = {name: metric for name, metric in metrics.items() if metric.of_parts}
+    found = {name: scores for name, scores in measure(run, metrics).items() if scores.values}
+    values = {key: value for scores in found.values() for key, value in scores.values.items()}
+    protocol = {name: metrics[name].protocol for name in found}
+    return {"n_images": len(run.records), **values, "protocol": protocol}
 
 
 def measure(run: Snapshot, metrics: Mapping[str, Metric]) -> dict[str, Scores]:

@@ -112,6 +112,11 @@ class TrainAttributes(JudgeRecipe):
 
     reference_pictures: int
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        fid = f"fid.extractor.weights={result} evaluation.metrics.fid.reference={result}/reference.npz"
+        return f"evaluation.metrics.alignment.weights={result} evaluation.metrics.{fid}"
+
     def build_training(self, model: None, *, out: Path, device: str, seed: int) -> Training:
         """Build a verifier; its metrics are the shares of right attributes on held-out images."""
         vq = load_vq(self.vq_weights, device)
@@ -196,6 +201,10 @@ class TrainClip(JudgeRecipe):
     text_width: int
     text_layers: int
     embed_dim: int
+
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        return f"evaluation.metrics.clip.model=local-dir:{result}"
 
     def build_training(self, model: None, *, out: Path, device: str, seed: int) -> Training:
         """Build a CLIP, written to out/final/ at each validation; its metrics are its scores on held-out images."""

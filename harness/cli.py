@@ -6,10 +6,8 @@ dotted path and imported when they run: sweeps/ and benchmarks/ build on this pa
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -17,12 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.console import GROUPS, answer, guarded, show_logs, spoken
+from harness.console import answer, guarded, show_logs, spoken
 from harness.ranks import takes_part
-from harness.settings import STAGES, TYPES, check_settings, resolve
+from harness.settings import STAGES, check_settings, resolve
+from harness.words import check_words
 from sjd2 import __version__
 from sjd2.config import CONF, INSTALLED
-from sjd2.errors import UserError
 from sjd2.files import read_json
 
 
@@ -61,6 +59,7 @@ def dispatch(cfg: DictConfig) -> Path:
         resolve("sweeps.tables.paper.check")(cfg.paper)
     if not takes_part(cfg.stage):
         return Path(cfg.runs_dir)
+    resolve("harness.checks.check_command")(cfg)
     from harness.plan import set_threads  # brings torch in
 
     show_logs()
@@ -74,24 +73,13 @@ def dispatch(cfg: DictConfig) -> Path:
 
 def _launch() -> None:
     """Run Hydra; where a launcher gives up because jobs died, the sweep's table reports them instead of its error."""
-    check_dashes(sys.argv[1:])
+    check_words(sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         callback = sys.modules.get("sweeps.multirun.callback")
         if callback is None or not callback.close(error):
             raise
-
-
-def check_dashes(words: Sequence[str]) -> None:
-    """Raise `UserError` for `--limit 5` and for -m between settings, which Hydra answers with the usage of its options."""
-    for word, following in itertools.pairwise([*words, ""]):
-        key, _, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and key.split(".")[0] in {*TYPES, *GROUPS}:
-            raise UserError(f"settings are written without dashes: {key}={value or following or 'VALUE'}.")
-    place = next((place for place, word in enumerate(words) if word in ("-m", "--multirun")), 0)
-    if all(any("=" in word for word in side) for side in (words[:place], words[place:])):
-        raise UserError("-m stands before all settings: python run.py -m key=a,b ...")
 
 
 def _help() -> None:

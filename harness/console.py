@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig
 
-from sjd2.config import compose
+from sjd2.config import choices, compose, conf_folders
 from sjd2.errors import UserError, unknown
 
 GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "tune", "logger", "runtime")
@@ -181,12 +182,14 @@ def _composition(error: BaseException) -> str:
     if found := re.search(r"Could not (?:find|load) '(.+?)/([^/']+)'", text):
         return f"unknown {found[1]} '{found[2]}'; {SEVERAL.format(key=found[1])}."
     if found := re.search(r"Ambiguous value for argument '(.+?)='?", text):
-        return f"{found[1]} has several values; {SEVERAL.format(key=found[1])}; one list is written {found[1]}=[a,b]."
+        several = f"{found[1]} has several values; {SEVERAL.format(key=found[1])}; one list is written {found[1]}=[a,b]"
+        return f"{several}, one text with a comma '{found[1]}=\"a,b\"'."
     if found := re.search(r"Could not override '(.+?)'", text):
         return _unknown_key(found[1])
     if (override := getattr(error, "override", None)) is not None:
-        reason = next(line for line in text.split("\n") if not line.startswith("Error parsing"))
-        return f"cannot read '{override}' ({reason}); write key=value, with quotes around spaces: 'key=\"a b\"'."
+        return _unreadable(
+            str(override), next(line for line in text.split("\n") if not line.startswith("Error parsing"))
+        )
     if "Could not append to config" in text and (found := re.search(r"already at '(.+?)'", text)):
         return f"'{found[1]}' exists already; write {found[1]}=... without the +."
     lines = [line.strip() for line in text.split("\n") if line.strip() and not line.startswith(("See http", "    "))]
@@ -194,20 +197,58 @@ def _composition(error: BaseException) -> str:
     return " ".join(lines) + cause
 
 
+def _unreadable(word: str, reason: str) -> str:
+    """Return the sentence for a word that Hydra's grammar refuses, quoted so that it reads the value as it stands."""
+    key, _, value = word.partition("=")
+    if value and not value.startswith(("[", "{")) and value.count('"') + value.count("'") == 0:
+        return f"cannot read the value of {key}; text with any of = , : ( ) [ ] {{ }} is quoted twice: '{key}=\"{value}\"'."
+    return f"cannot read '{word}' ({reason}); write key=value, with quotes around spaces: 'key=\"a b\"'."
+
+
 def _unknown_key(key: str) -> str:
     """Name the settings nearest to a key that does not exist, from the configuration without it."""
-    keys = list(setting_names(sys.argv[1:], without=key))
+    keys = [k for k in setting_names(sys.argv[1:], without=key) if not k.endswith("_target_")]
     parent, _, leaf = key.rpartition(".")
-    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    while parent and not any(k.startswith(f"{parent}.") for k in keys):  # the nearest part of the key that exists
+        parent = parent.rpartition(".")[0]
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent] if parent else []
     named = {k.rpartition(".")[2]: k for k in siblings}  # a long parent would make every sibling look alike
-    near = difflib.get_close_matches(key, [] if siblings else keys, n=1, cutoff=0.7)
-    near = near or [named[name] for name in difflib.get_close_matches(leaf, named, n=1, cutoff=0.6)]
-    leaves = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.85)
-    near = near or [k for k in keys if k.rpartition(".")[2] in leaves][:1]
-    hint = f", did you mean '{near[0]}'?" if near else "."
-    place = f"settings of {parent}" if parent and siblings else "settings"
+    folded = {k.lower(): k for k in keys}
+    near = [folded[k] for k in difflib.get_close_matches(key.lower(), [] if siblings else folded, n=1, cutoff=0.7)]
+    group = choices(key.replace(".", "/"))  # decoder.refiner, where the decoder has none
+    near = near or [named[name] for name in difflib.get_close_matches(leaf, [] if group else named, n=1, cutoff=0.6)]
+    leaves = difflib.get_close_matches(leaf, [] if siblings else [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.85)
+    owners = "" if near else _owners(key)
+    near = near or ([] if owners else [k for k in keys if k.rpartition(".")[2] in leaves][:1])
+    hint = f", did you mean '{near[0]}'?" if near else owners or "."
+    place = f"settings of {parent}" if siblings else "settings"
     listed = siblings or [k for k in keys if "." not in k]
     return f"unknown setting '{key}'{hint} Valid {place}: {', '.join(sorted(listed))}."
+
+
+def _owners(key: str) -> str:
+    """Return which choices of its group have a setting, as the middle of a sentence; '' if none has."""
+    *path, leaf = key.split(".")
+    if parts := choices("/".join([*path, leaf])):
+        return f", a group: {'/'.join([*path, leaf])}=NAME ({', '.join(parts)})."
+    for place in range(len(path), 0, -1):  # decoder.drafter.weights: in conf/decoder/drafter/, else in conf/decoder/
+        group, inner = "/".join(path[:place]), [*path[place:], leaf]
+        found = [name for name in choices(group) if _holds(group, name, inner)]
+        if found:
+            return f", a setting of {group}={', '.join(found)}."
+    return ""
+
+
+def _holds(group: str, name: str, path: Sequence[str]) -> bool:
+    """Return whether the yaml of a choice has a setting, whatever its defaults add."""
+    file = next(file for folder in conf_folders() if (file := folder / group / f"{name}.yaml").is_file())
+    node: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    node = node.get(group, node)  # with `# @package _global_` it holds the group itself
+    for key in path:
+        if not isinstance(node, dict) or key not in node:
+            return False
+        node = node[key]
+    return True
 
 
 def setting_names(arguments: Sequence[str], *, without: str) -> Iterator[str]:

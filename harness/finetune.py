@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from evaluation.identity import by_content, identity
+from evaluation.identity import by_content, difference, identity, same
 from evaluation.run_folder import RunFolder
 from harness.job import about
 from harness.plan import build_tracker, model_settings
@@ -27,6 +29,8 @@ from sjd2.finetune import distributed
 from sjd2.finetune.recipe import Recipe
 from sjd2.models.spec import ModelSpec
 
+OWN = re.compile(r"(model|device|dtype)[.=]")  # settings of a training that the use of its result needs too
+
 
 def train(cfg: DictConfig) -> Path:
     """Run the recipe of `finetune=` in <runs_dir>/finetune-<name>/ and return that folder; its result is in final/.
@@ -38,6 +42,16 @@ def train(cfg: DictConfig) -> Path:
         raise UserError(f"stage=finetune needs finetune=RECIPE. Valid: {recipes}.")
     with _one_voice(), distributed.processes(resolve_device(cfg.device)) as device:
         return _train(cfg, device)
+
+
+def usage(cfg: DictConfig, result: Path) -> str:
+    """Return the command that uses the result of a training, with the model settings of this one; '' if none does."""
+    settings = instantiate(cfg.finetune).usage(result)
+    kept = [
+        word for word in HydraConfig.get().overrides.task if OWN.match(word) and not word.startswith("model.adapter")
+    ]
+    shell = [shlex.quote(word) for word in kept if word.partition("=")[0] not in settings]
+    return " ".join(["python run.py", *shell, settings]) if settings else ""
 
 
 def _train(cfg: DictConfig, device: str) -> Path:
@@ -57,6 +71,7 @@ def _train(cfg: DictConfig, device: str) -> Path:
             if first:
                 resolved: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
                 resolved.identity = settings
+                _check_same(folder, settings)
                 folder.claim(resolved, settings)
                 tracker.start(about(folder, "finetune"))
             distributed.barrier()
@@ -68,6 +83,15 @@ def _train(cfg: DictConfig, device: str) -> Path:
     finally:
         tracker.finish(failed=failed)
     return folder.path
+
+
+def _check_same(folder: RunFolder, settings: dict[str, Any]) -> None:
+    """Raise UserError where the folder holds a training of other settings: its learning rate fell along its own steps."""
+    if folder.identity and not same(folder.identity, settings):
+        raise UserError(
+            f"{folder.path} holds another training ({difference(folder.identity, settings)}), which cannot be continued as "
+            f"this one; give run_dir={folder.path}-2, or delete the old one: rm -r {shlex.quote(str(folder.path))}"
+        )
 
 
 def _identity(cfg: DictConfig, spec: ModelSpec | None, dtype: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
+import yaml
+
 from harness.console import GROUPS, program
 from harness.settings import STAGES, TYPES
 from sjd2 import __version__
@@ -52,8 +54,23 @@ def _settings() -> Iterator[tuple[str, str]]:
     """Yield (key=default, comment) of every setting outside the groups, in the order of conf/config.yaml."""
     for line in split_lines((CONF / "config.yaml").read_text(encoding="utf-8")):
         if (found := SECTION.match(line)) and found[1] in TYPES and found[1] != "stage":
-            default = "" if found[2].startswith("${") else found[2]  # the model's own
-            yield f"{found[1]}={default}", found[3]
+            own = found[2].startswith("${model.")
+            yield (
+                (found[1] + "=", f"{found[3]}; {_of_models(found[1])}") if own else (f"{found[1]}={found[2]}", found[3])
+            )
+
+
+def _of_models(key: str) -> str:
+    """Return the default of a sampling parameter, where each model has its own: 'default: janus 5, others 3'."""
+    files = {name: CONF / "model" / f"{name}.yaml" for name in choices("model")}
+    values = {
+        name: yaml.safe_load(file.read_text(encoding="utf-8"))["sampling"][key]
+        for name, file in files.items()
+        if file.is_file()
+    }
+    usual = max(values.values(), key=list(values.values()).count)
+    named = [f"{name} {value:g}" for name, value in values.items() if value != usual]
+    return f"default: {', '.join([*named, 'others' if named else 'every model'])} {usual:g}"
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> str:

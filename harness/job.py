@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from evaluation.declared import declared, shown
+from evaluation.part_names import KEPT, part_names
 from evaluation.run_folder import RunFolder, Snapshot
 from evaluation.score import NOTE, Metric, score
 from harness.console import GROUPS, say
@@ -94,10 +95,13 @@ def make_run(
     """
     settings = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     settings.identity = plan.identity
+    settings[KEPT] = part_names(settings.decoder)
     with _inside(plan.run, ranks, wait=wait):
         if ranks.main:
             plan.run.claim(settings, plan.identity)
             plan.prompts.keep(plan.run)
+            if _is_mirrored(cfg, plan, settings.evaluation):
+                tracker = NoTracker()  # a finished run repeated is no new run there
             tracker.start(about(plan.run, "sample"))
         made = sample(_job(cfg, plan, models), tracker, ranks)
         if not ranks.main:
@@ -148,15 +152,29 @@ def measure(
     run: Snapshot, metrics: Mapping[str, Metric], settings: DictConfig, *, again: bool = False
 ) -> dict[str, Any]:
     """Return the metrics of a run; it is scored unless these settings scored as many images before, or if `again`."""
-    note = run.path / NOTE
-    state = {"n_images": len(run.records), "settings": OmegaConf.to_container(settings, resolve=True)}
-    with contextlib.suppress(OSError, ValueError):
-        known = not again and json.loads(note.read_text(encoding="utf-8")) == state
-        if known and run.folder.metrics.get("n_images") == state["n_images"]:
-            return run.folder.metrics
+    if not again and _is_scored(run, settings):
+        return run.folder.metrics
     numbers = score(run, metrics)  # removes the note: after a kill in between there is none
-    write_atomically(note, json.dumps(state).encode())
+    write_atomically(run.path / NOTE, json.dumps(_state(run, settings)).encode())
     return numbers
+
+
+def _is_scored(run: Snapshot, settings: DictConfig) -> bool:
+    """Return whether these settings scored as many images before."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((run.path / NOTE).read_text(encoding="utf-8")) == _state(run, settings)
+        return known and run.folder.metrics.get("n_images") == len(run.records)
+    return False
+
+
+def _state(run: Snapshot, settings: DictConfig) -> dict[str, Any]:
+    return {"n_images": len(run.records), "settings": OmegaConf.to_container(settings, resolve=True)}
+
+
+def _is_mirrored(cfg: DictConfig, plan: Plan, settings: DictConfig) -> bool:
+    """Return whether W&B has this run as it is: nothing is to be made or scored, and an earlier launch was tracked."""
+    tracked = (plan.run.path / "wandb").is_dir()
+    return tracked and not plan.run.missing(plan.prompts.ids(cfg.limit)) and _is_scored(Snapshot(plan.run), settings)
 
 
 def make_baseline(

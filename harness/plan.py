@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from evaluation.identity import by_content, identity
@@ -64,6 +66,8 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     # before spec.check(), which may ask the hub: a decoder that lacks its fine-tuning is reported at once
     decoder.check(spec)
     decoder.check_sampling(sampling)
+    if any(word.lstrip("+").startswith("decoder.window=") for word in _words()):
+        decoder.check_window(spec.layout.length)
     spec.check()
     settings = identity(
         model=model_settings(cfg),
@@ -81,6 +85,11 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     settings["id"] = run.identity.get("id", settings["id"])  # a run begun by an older release keeps the id it has
     parts = {"spec": spec, "decoder": decoder, "sampling": sampling, "prompts": prompts}
     return Plan(run=run, identity=settings, device=device, dtype=dtype, fused=cfg.runtime.fused, **parts)
+
+
+def _words() -> Sequence[str]:
+    """Return the settings on the command line."""
+    return HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
 
 
 def model_settings(cfg: DictConfig) -> dict[str, Any]:

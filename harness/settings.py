@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.console import GROUPS
 from sjd2.config import describe, fits
 from sjd2.errors import UserError, choose, unknown
+from sjd2.ranges import check_sampling_ranges
 
 
 class Stage(NamedTuple):
@@ -68,16 +70,22 @@ TYPES: dict[str, Any] = {
 }
 RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool}
 RUNTIME |= {"graph": bool | None, "fused": bool}
+SAMPLERS = ("cdf", "gumbel")  # sjd2.decoding imports torch; a test compares
 OUTPUTS = ("auto", "text", "markdown", "json")
 AT_LEAST = {"limit": 1, "seed": 0, "batch_size": 1, "trace": 0, "runtime.threads": 1, "runtime.grace_s": 0}
 
 
 def check_settings(cfg: DictConfig) -> None:
     """Check names, types and ranges of everything outside the groups; raises UserError."""
+    if isinstance(cfg.device, int):
+        raise UserError(f"a GPU is named with its kind: device=cuda:{cfg.device}.")
     _check_values(cfg, TYPES, groups=GROUPS)
     _check_values(cfg.runtime, RUNTIME, prefix="runtime.")
     choose("stage", cfg.stage, STAGES)
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
+    choose("device", cfg.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))  # likewise
+    choose("sampler", cfg.sampler, SAMPLERS)
+    check_sampling_ranges(**{key: cfg[key] for key in ("guidance_scale", "temperature", "top_k", "top_p")})
     choose("output", cfg.output, OUTPUTS)
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
@@ -85,6 +93,8 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError("against=FOLDER is the second run of stage=compare; it needs stage=compare run_dir=FOLDER.")
     if cfg.trace and cfg.refill:
         raise UserError("trace= follows whole batches, so it needs refill=false.")
+    if not cfg.runs_dir.strip():
+        raise UserError("runs_dir is empty; name a folder, or leave it out for runs.")
     check_writable(Path(cfg.runs_dir), "runs_dir")
 
 
@@ -121,3 +131,9 @@ def check_writable(path: Path, key: str) -> None:
         raise UserError(
             f"no permission to write in {existing}; choose another {key} or change the folder's permissions."
         )
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # what no permission bit says: /proc, a full or read-only disk
+    except OSError as error:
+        raise UserError(
+            f"{key}={path} cannot be written in {existing} ({error.strerror}); choose another {key}."
+        ) from error

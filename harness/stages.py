@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from evaluation.declared import declared, shown, withheld
+from evaluation.prompts import Prompts
 from evaluation.run_folder import Snapshot
 from harness import job
 from harness import ranks as parallel
 from harness.console import say
-from harness.finetune import train
-from harness.plan import build_metrics, build_tracker, make_plan, scored_run
+from harness.finetune import train, usage
+from harness.parts import Parts, keep_parts, parts_of
+from harness.plan import Plan, build_metrics, build_tracker, make_plan, scored_run
 from harness.settings import resolve
 from harness.tracking import NoTracker
 
@@ -25,14 +28,19 @@ def sample(cfg: DictConfig) -> Path:
     base = job.baseline_settings(cfg) if cfg.baseline and plan.decoder.name != cfg.baseline else None
     base_plan = make_plan(base, ranks) if base is not None else None
     models, failed = job.Models(), True
+    _report_cut(plan.prompts, cfg.limit)
     try:
         single = job.sweep_name() is None
         job.make_run(cfg, plan, metrics=metrics, tracker=tracker, models=models, wait=not single, ranks=ranks)
         if base is not None and base_plan is not None:
             job.make_baseline(base, base_plan, metrics=metrics, models=models, ranks=ranks)
-        if single and ranks.main:
-            runs = [plan.run.path] if base_plan is None else [base_plan.run.path, plan.run.path]
-            _print_table(runs, Path(cfg.runs_dir) / "tables" / plan.run.path.name, cfg)
+        if ranks.main:
+            plans = [plan] if base_plan is None else [base_plan, plan]
+            parts = parts_of(plans, cfg.limit, metrics)
+            if single:
+                _print_table(cfg, plans, parts)
+            else:
+                keep_parts(Path(HydraConfig.get().runtime.output_dir), parts)
         failed = False
     finally:
         tracker.finish(failed=failed)
@@ -41,9 +49,21 @@ def sample(cfg: DictConfig) -> Path:
     return plan.run.path
 
 
-def _print_table(runs: list[Path], out: Path, cfg: DictConfig) -> None:
+def _print_table(cfg: DictConfig, plans: list[Plan], parts: Parts) -> None:
+    """Print the table of the images that this command asked for, also where a run has more of an earlier one."""
     make_tables, show = resolve("sweeps.tables.table.make_tables"), resolve("sweeps.tables.table.show")
-    show(make_tables(runs, out, paper=cfg.paper), out / "table.md", cfg.output)
+    for path in parts:
+        say(f"{path.name} has more images than limit={cfg.limit}; the table leaves them out.")
+    out = Path(cfg.runs_dir) / "tables" / plans[-1].run.path.name
+    text = make_tables([plan.run.path for plan in plans], out, paper=cfg.paper, parts=parts)
+    show(text, out / "table.md", cfg.output)
+
+
+def _report_cut(prompts: Prompts, limit: int | None) -> None:
+    """Print how many images of the user's own prompts `limit` leaves out."""
+    total = len(prompts.texts) * prompts.repeats
+    if prompts.path is not None and limit is not None and limit < total:
+        say(f"limit={limit} leaves out {total - limit} of {total} images; limit=null makes them all.")
 
 
 def score(cfg: DictConfig) -> Path:
@@ -71,4 +91,6 @@ def finetune(cfg: DictConfig) -> Path:
     """Train one recipe; a training that was killed resumes from its checkpoint."""
     out = train(cfg)
     say(f"result: {out / 'final'}")
+    if command := usage(cfg, out / "final"):
+        say(f"to use it: {command}")
     return out

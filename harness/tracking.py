@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 import netrc
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +139,14 @@ class WandbTracker:
             say(f"W&B is off: {' '.join(str(error).split())[:160]}")
             return
         if reason:
-            say(f"W&B writes offline to {about.folder / 'wandb'}: {reason}; `wandb sync` uploads it.")
+            say(f"W&B writes offline to {about.folder / 'wandb'}: {reason}; to upload it: {self._upload()}")
+
+    def _upload(self) -> str:
+        """Return the command that uploads an offline run, as it may be pasted into a shell."""
+        folder, beside = Path(self._run.dir).parent, Path(sys.executable).with_name("wandb")
+        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        program = "wandb" if shutil.which("wandb") else str(beside)  # the environment need not be activated
+        return f"{shlex.quote(program)} login && {shlex.quote(program)} sync {shlex.quote(str(folder))}"
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one point to curves; steps count images (or training steps)."""

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,7 @@ def generate(
     """
     if isinstance(model, str):
         raise UserError(f"generate takes a loaded model: sjd2.generate(sjd2.load('{model}'), ...).")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise UserError("generate needs at least one prompt.")
+    prompts = _texts(prompts)
     names = [field.name for field in fields(SamplingParams)]
     chosen = {key: settings.pop(key) for key in names if key in settings}
     spec = getattr(model, "spec", None)
@@ -164,6 +162,8 @@ def generate(
         decoder = _decoder_for(spec, decoder, settings, names)
     elif settings:
         raise unknown("setting", next(iter(settings)), names)
+    if "window" in settings:
+        decoder.check_window(model.layout.length)
     if spec is not None:
         decoder.check(spec)
         chosen = dict(spec.sampling) | chosen
@@ -183,6 +183,16 @@ def generate(
         decoder=decoder.name,
         seed=seed,
     )
+
+
+def _texts(prompts: Any) -> list[str]:
+    """Return prompts as a list; raises `UserError` for none, and for what is no text."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if strange := [prompt for prompt in listed if not isinstance(prompt, str)]:
+        raise UserError(f"prompts are one text or a list of texts, got {strange[0]!r}.")
+    if not listed:
+        raise UserError("generate needs at least one prompt.")
+    return listed
 
 
 def _decoder_for(spec: Any, name: str, settings: dict[str, Any], sampling: Sequence[str]) -> BaseDecoder:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from evaluation.identity import class_name
+from evaluation.part_names import KEPT, PARTS, part_choices
 from sjd2.config import conf_folders
 from sweeps.runs import Run, flatten_settings, path_tail
 
@@ -22,7 +22,6 @@ RUN_WIDE = (
     "sampler",
     "repeats",
 )  # of a run, not of its decoder
-PARTS = ("drafter", "verifier", "refiner")
 UNNAMED = ("_target_", "name", "lossless", "breaks", *PARTS)
 
 
@@ -86,17 +85,9 @@ def _option(run: Run, part: str) -> str:
     """Return the name of a part's yaml, e.g. exact; the class name if it has no yaml; '' without such a part."""
     node = run.identity["decoder"].get(part)
     target = node.get("_target_") if isinstance(node, dict) else None
-    return "" if target is None else _options(part).get(target, str(target))
-
-
-@cache
-def _options(part: str) -> dict[str, str]:
-    """Return {class name: name of its yaml} for one kind of part."""
-    return {
-        class_name(str(yaml.safe_load(file.read_text()).get("_target_"))): file.stem
-        for folder in conf_folders()
-        for file in sorted((folder / "decoder" / part).glob("*.yaml"))
-    }
+    if target is None:
+        return ""
+    return part_choices(part).get(target) or (run.config.get(KEPT) or {}).get(part) or str(target)
 
 
 @cache

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 UNREADABLE = (UserError, LookupError, TypeError, ValueError, OSError, YAMLError)  # what a damaged run folder raises
 Machine = tuple[str, int | None]  # (hardware, CPU threads of torch)
+Part = tuple[Collection[Id], Mapping[str, Any]]  # some images of a run, and its metrics of these alone
 
 
 @dataclass(slots=True)
@@ -168,6 +169,13 @@ def _image(record: Record, launch: dict[str, Any], *, counts: bool, made: int, r
         launch=made,
         turns=launch.get("turns"),
     )
+
+
+def only(run: Run, ids: Collection[Id], metrics: Mapping[str, Any]) -> Run:
+    """Return a run as if it had no images but those of `ids`; metrics: of these alone."""
+    images = {key: image for key, image in run.images.items() if key in ids}
+    turns = {key: image for key, image in run.in_turns.items() if key[1] in ids}
+    return replace(run, images=images, in_turns=turns, metrics=dict(metrics))
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[tuple[str, str]]]:

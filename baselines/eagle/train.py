@@ -127,6 +127,10 @@ class FinetuneEagle(ParallelRecipe):
 
     clip: ClassVar[float] = 0.5
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        return f"decoder=eagle decoder.drafter.weights={result}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("finetune.start", self.start, ("last", "random"))

@@ -65,6 +65,7 @@ class GenEval(Metric):
         MetricInfo(name="geneval_correct", digits=3, higher_is_better=True, per_image="geneval"),
     )
     details = ("geneval_warning",)
+    of_parts = False
     protocol = (
         "geneval_<task>: share of the task's images that GenEval's evaluate_images.py calls correct, geneval_overall: mean "
         "over tasks (summary_scores.py)."

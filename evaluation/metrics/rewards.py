@@ -89,6 +89,7 @@ class ImageReward(Metric):
     numbers = (
         MetricInfo(name="image_reward", title="ImageReward", digits=3, higher_is_better=True, per_image="image_reward"),
     )
+    of_parts = False
 
     def __init__(
         self,

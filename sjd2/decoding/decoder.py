@@ -35,6 +35,13 @@ class BaseDecoder:
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Raise `UserError` if this decoder cannot sample from `sampling`."""
 
+    def check_window(self, length: int) -> None:
+        """Raise `UserError` if the window exceeds an image of `length` tokens: for one that was asked for, a default may."""
+        if self.window > length:
+            raise UserError(
+                f"decoder.window={self.window} is longer than the image, which has {length} tokens; give {length} or less."
+            )
+
 
 class Parts(NamedTuple):
     """The parts of a decoder, bound to a model."""

@@ -192,20 +192,13 @@ class Engine:
         self.cache.bound = int(longest)  # the host's own bound grows by a whole window per pass
         return (committed >= self.total).nonzero()[:, 0].tolist()
 
-    def collect(self, rows: list[int]) -> list[Sample]:
-        """Return the finished rows' samples; the prefill's tokens are those that no other pass has committed."""
-        begin = min(self.started[row] for row in rows) - self.dropped
-        passes = self.history[begin:]
-        counts = torch.stack(passes)[:, rows].T.tolist() if passes else [[] for _ in rows]
-        tokens = self.state.tokens[rows, : self.total].cpu().numpy()
-        samples = []
-        for row, drawn, committed in zip(rows, tokens, counts, strict=True):
-            own = committed[self.started[row] - self.dropped - begin :]
-            accepted = [self.total - sum(own), *(count for count in own if count > 0)]
-            samples.append(
-                Sample(drawn.copy(), len(accepted), (len(accepted) - 1) * self.decoder.num_forwards, accepted)
-            )
-        return samples
+    def collect(self, row: int) -> Sample:
+        """Return the finished row's sample; the prefill's tokens are those that no other pass has committed."""
+        passes = self.history[self.started[row] - self.dropped :]
+        counts = torch.stack(passes)[:, row].cpu().tolist() if passes else []
+        accepted = [self.total - sum(counts), *(count for count in counts if count > 0)]
+        tokens = self.state.tokens[row, : self.total].cpu().numpy().copy()
+        return Sample(tokens, len(accepted), (len(accepted) - 1) * self.decoder.num_forwards, accepted)
 
     def now(self) -> float:
         """Return the time in seconds, after the device has finished what was asked of it."""

@@ -85,7 +85,7 @@ def generate(
         passes += 1
         _report(engine, on_step, passes)
     engine.seconds["decode"] = engine.now() - begin
-    return DecodeResult(engine.collect(list(range(rows))), engine.seconds)
+    return DecodeResult([engine.collect(row) for row in range(rows)], engine.seconds)
 
 
 def stream(
@@ -120,6 +120,6 @@ def stream(
         passes += 1
         _report(engine, on_step, passes)
         empty = [row for row in _finished(engine, passes) if row in owner]
-        for row, sample in zip(empty, engine.collect(empty) if empty else [], strict=True):
-            yield owner.pop(row), sample
+        for row in empty:
+            yield owner.pop(row), engine.collect(row)
         empty = [row for row in range(rows) if row not in owner]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.errors import UserError, choose
+from sjd2.ranges import check_sampling_ranges
 
 if TYPE_CHECKING:
     from sjd2.decoding.interfaces import Verifier
 
-LEAST, MOST = 1e-30, 1e30  # of a factor of logits, which are float32: its largest number is 3e38
 TINY_MASS = 1e-12  # a residual below this is rounding: p and q are equal, and a rejection has probability 0
 
 
@@ -40,23 +39,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         choose("sampler", self.sampler, tuple(SAMPLERS))
-        for name in ("guidance_scale", "temperature", "top_p"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} must be a finite number, got {getattr(self, name)}.")
-            if getattr(self, name) > MOST:
-                raise UserError(f"{name} must be {MOST:g} at most, got {getattr(self, name):g}.")
-        if self.guidance_scale < 0:
-            raise UserError(f"guidance_scale must be 0 or more, got {self.guidance_scale}; 1 switches guidance off.")
-        if self.temperature < 0:
-            raise UserError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
-        if 0 < self.temperature < LEAST:
-            raise UserError(
-                f"temperature={self.temperature} makes logits overflow; use 0 for greedy decoding, or {LEAST} or more."
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}; 1 switches it off.")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be 0 (off) or more, got {self.top_k}.")
+        ranges = {key: getattr(self, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
+        check_sampling_ranges(**ranges)
 
     def check(self, vocabulary: int) -> None:
         """Raise `UserError` if top_k exceeds the image vocabulary."""

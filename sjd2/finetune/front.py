@@ -44,6 +44,10 @@ class FinetuneFront(FinetuneRecipe):
     ema: float = 0.99
     validation_images: int = 64
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        return f"decoder=sjd-fc decoder.drafter.weights={result}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(images=self.images, round_steps=self.round_steps, validation_images=self.validation_images)

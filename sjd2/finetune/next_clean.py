@@ -58,6 +58,11 @@ class FinetuneSJD2(ParallelRecipe):
 
     fewest_steps: ClassVar[int] = 0
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        decoder = "sjd2" if self.adapter.kind == "lora" else "sjd2-paper"
+        return f"decoder={decoder} model.adapter={result}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("finetune.context", self.context, ("windows", "in_place"))

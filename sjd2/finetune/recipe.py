@@ -50,6 +50,10 @@ class Recipe:
     needs_model: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result in this folder; '' for one that no command reads."""
+        return ""
+
     def check(self, spec: ModelSpec) -> None:
         """Raise `UserError` if this training cannot work with the model, or its data is missing; loads nothing."""
 

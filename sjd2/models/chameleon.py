@@ -156,14 +156,27 @@ class Chameleon(ImageModel):
         nothing = [*begin, *start] if spec.uncond is None else self.token_ids(tuple(spec.uncond))
         return [[*begin, *text.ids, *after] for text in encoded], nothing
 
+    def _unknown_words(self, prompts: list[str]) -> list[str]:
+        """Return the words of prompts that the tokenizer has no token for, each once."""
+        unk = self.tokenizer.token_to_id("<unk>")
+        encoded = self.tokenizer.encode_batch(prompts, add_special_tokens=False)
+        found = [
+            prompt[start:end]
+            for prompt, text in zip(prompts, encoded, strict=True)
+            for token, (start, end) in zip(text.ids, text.offsets, strict=True)
+            if token == unk
+        ]
+        return list(dict.fromkeys(found))
+
     def encode(self, prompts: list[str]) -> Condition:
         """Tokenise and embed both guidance branches; the unconditional one is the same for all prompts."""
         ids, nothing = self.prompt_ids(prompts)
-        unk = self.tokenizer.token_to_id("<unk>")
-        unknown = [prompt for prompt, row in zip(prompts, ids, strict=True) if unk in row]
-        if unknown and not self.warned:
+        if not self.warned and (unknown := self._unknown_words(prompts)):
             self.warned = True
-            logger.warning("%s does not know some words of the prompts, e.g. of '%s'.", self.spec.name, unknown[0])
+            words = f"word{'s' * (len(unknown) > 1)} {', '.join(unknown)}"
+            logger.warning(
+                "%s does not know the %s (read as <unk>); further ones are not shown.", self.spec.name, words
+            )
         padded, lengths = pad_right(ids, self.device)
         table = self.full.get_input_embeddings()
         empty = torch.tensor([nothing or [0]], device=self.device)  # one row of padding where there is no prompt

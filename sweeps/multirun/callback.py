@@ -20,6 +20,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from harness.console import say, sentence
+from harness.parts import KEPT as PARTS
+from harness.parts import read_parts
+from harness.settings import check_writable
 from sjd2.errors import UserError
 from sjd2.locks import lock
 from sweeps.multirun import slurm
@@ -40,7 +43,8 @@ def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None, 
     failed = [job for job in jobs if job["status"] != "ok"]
     runs = with_baselines([Path(job["run_dir"]) for job in jobs if job["status"] == "ok" and job.get("run_dir")])
     if runs or failed:  # neither, e.g. after stage=bench
-        text = make_tables(runs, sweep, failed, published=published, paper=paper or _paper(sweep))
+        settings = {"published": published, "paper": paper or _paper(sweep), "parts": read_parts(sweep)}
+        text = make_tables(runs, sweep, failed, **settings)
         show(text, sweep / "table.md", output)
     return len(failed)
 
@@ -68,12 +72,13 @@ class Tables(Callback):
         """Lock the sweep's folder and remove the job statuses of an earlier multirun there."""
         sweep = Path(config.hydra.sweep.dir)
         try:
+            check_writable(Path(config.runs_dir), "runs_dir")
             Tables._held.enter_context(lock(sweep / ".lock", what="sweep folder"))
         except UserError as error:  # Hydra would only warn and continue
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
-        for status in sweep.glob("[0-9]*/status.json"):
-            status.unlink()
+        for kept in (*sweep.glob("[0-9]*/status.json"), *sweep.glob(f"[0-9]*/{PARTS}")):
+            kept.unlink()
         Tables.sweep, Tables.gave_up, Tables.launcher = sweep, False, str(config.hydra.launcher.get("_target_"))
         say(f"sweep folder: {sweep}")
         if Tables.launcher.endswith("SlurmLauncher") and not slurm.has_accounting():

@@ -163,7 +163,8 @@ def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) 
     for info in declared(folders).values():
         column = info.per_image
         theirs, ours = (
-            {key: float(values[column]) for key, values in side.items() if column in values} for side in pair
+            {key: float(values[column]) for key, values in side.items() if column in values and key in run.images}
+            for side, run in zip(pair, (reference, row.run), strict=True)
         )
         if (difference := _paired(theirs, ours)) is not None:
             row.differences[info.name] = difference

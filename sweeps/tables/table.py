@@ -24,7 +24,7 @@ from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
-from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
+from sweeps.runs import Machine, Part, Run, chosen_folders, only, read_runs, with_baselines
 from sweeps.speedup import SpeedUp
 from sweeps.tables.formats import Table, latex, markdown
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value
@@ -300,16 +300,20 @@ def make_tables(
     *,
     published: bool = False,
     paper: str | None = None,
+    parts: Mapping[Path, Part] | None = None,
 ) -> str:
     """Write table.md, .tex, .csv, .json and the plots of these runs into `out`; return the Markdown.
 
     failed: status.json of jobs without a run; they, and unreadable folders, become rows with their reason.
     published: add the published numbers of the same model. paper: also write this table of the SJD2 paper beside ours.
-    Raises UserError if there is neither a run nor a failed job.
+    parts: of run folders of which the table shows some images only. Raises UserError if there is neither a run nor a
+    failed job.
     """
     from sweeps.tables.figures import draw_plots
 
     runs, unreadable = read_runs(run_dirs)
+    known = {path.resolve(): part for path, part in (parts or {}).items()}
+    runs = [only(run, *known[run.path]) if run.path in known else run for run in runs]
     jobs = [failed_row(job) for job in failed] + unreadable
     if not runs and not jobs:
         raise UserError("no run folder here has an image; make a run with: python run.py")

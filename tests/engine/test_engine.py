@@ -107,7 +107,7 @@ def test_one_decoder_serves_two_models() -> None:
             engine.step()
     for model, engine in zip(models, engines, strict=True):
         alone = decode(model, sjd2(6, steps=1), GUIDED, ["two words"], [7]).samples[0]
-        assert (engine.collect([0])[0].tokens == alone.tokens).all()
+        assert (engine.collect(0).tokens == alone.tokens).all()
     assert pickle.dumps(shared) == pickle.dumps(sjd2(6, steps=1))  # no model is copied with a decoder that has run
 
 

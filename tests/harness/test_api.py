@@ -29,6 +29,17 @@ def model():
     return sjd2.load("tiny")
 
 
+@pytest.mark.parametrize("prompts", [3, ["a dog", 3], None, [], b"a dog"], ids=str)
+def test_prompts_that_are_no_text_are_answered_in_a_sentence(model, prompts) -> None:
+    with pytest.raises(UserError, match=r"prompts are one text or a list of texts|at least one prompt"):
+        sjd2.generate(model, prompts)
+
+
+def test_a_window_longer_than_the_image_is_refused(model) -> None:
+    with pytest.raises(UserError, match=r"decoder.window=145 is longer than the image, which has 144 tokens"):
+        sjd2.generate(model, "a dog", decoder="scd", window=145)
+
+
 def test_a_few_lines_give_images_tokens_and_passes(model) -> None:
     result = sjd2.generate(model, PROMPTS)
     assert result.images.shape == (2, 3, 48, 48)

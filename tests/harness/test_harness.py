@@ -273,6 +273,34 @@ def test_a_multirun_goes_on_past_a_failed_job(cli: Cli) -> None:
     assert cli("-m", "decoder=ar,sjd", "decoder.window=1", "limit=2") == 0
 
 
+def test_a_lower_limit_tabulates_its_own_images(cli: Cli) -> None:
+    assert cli("decoder=sjd", "limit=8", "evaluation=tiny", "output=json") == 0
+    known = cli.run("sjd").metrics
+    assert [row["n"] for row in json.loads(cli.out)] == [8, 8]  # nothing else is on stdout
+    assert "8/8 images" in cli.err
+    assert cli("decoder=sjd", "limit=2", "evaluation=tiny", "output=json") == 0
+    rows = {row["decoder"]: row for row in json.loads(cli.out)}
+    assert [row["n"] for row in rows.values()] == [2, 2]
+    first = cli.run("sjd").records()[:2]
+    assert rows["sjd"]["forwards_mean"] == sum(record["forwards"] for record in first) / 2
+    assert rows["sjd"]["n_scored"] == 2
+    assert rows["sjd"]["n_compared"] == 2
+    assert "has more images than limit=2" in cli.err
+    assert cli.run("sjd").metrics == known  # of all images, as before
+
+
+def test_own_prompts_are_never_cut_without_a_word(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("".join(f"a thing of number {n}\n" for n in range(30)))
+    own = ("decoder=ar", "prompts=file", "prompts.path=mine.txt", "batch_size=10")
+    assert cli(*own, "limit=4") == 0
+    assert "limit=4 leaves out 26 of 30 images; limit=null makes them all." in cli.out
+    assert cli(*own) == 0
+    assert "leaves out" not in cli.out
+    assert len(cli.run("ar").records()) == 30
+    assert f"images: {cli.run('ar').path / 'grid.png'}\n" in cli.out
+    assert f"table: {cli.runs_dir / 'tables' / cli.run('ar').path.name / 'table.md'}\n" in cli.out
+
+
 # ---- other stages
 
 
@@ -296,7 +324,8 @@ def test_finetune_writes_its_folder_and_refuses_other_settings(cli: Cli) -> None
     assert (out / "final" / "seed").read_text() == "5 False"
     assert cli(*command) == 0  # the same command again resumes
     assert cli(*command, "finetune.steps=4") == 1
-    assert "holds another run (recipe.steps: 3 there, 4 asked for)" in cli.err
+    assert "holds another training (recipe.steps: 3 there, 4 asked for)" in cli.err
+    assert f"give run_dir={out}-2, or delete the old one: rm -r {out}" in cli.err
     cli.runs_dir = cli.runs_dir.with_name("with-model")
     assert cli(*command, "finetune.needs_model=true") == 0
     assert (cli.runs_dir / "finetune-count" / "final" / "seed").read_text() == "5 True"

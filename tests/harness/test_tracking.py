@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 from pathlib import Path
 
@@ -31,6 +33,19 @@ def test_offline_without_an_account_and_everything_is_in_it(cli: Cli) -> None:
     images = [p.name for p in path.parent.rglob("*.png")]
     assert any(name.startswith("grid") for name in images)
     assert len(images) == 10  # grid, acceptance, the eight of the run
+
+
+def test_the_hint_is_a_command_and_a_finished_run_is_not_tracked_again(cli: Cli) -> None:
+    command = ("decoder=ar", "limit=2", "logger=wandb")
+    assert cli(*command) == 0
+    (path,) = offline_runs(cli.runs_dir)
+    (hint,) = re.findall(r"to upload it: (.+)", cli.out)
+    program, login, both, again, sync, folder = shlex.split(hint)
+    assert (login, both, again, sync) == ("login", "&&", program, "sync")
+    assert Path(folder).resolve() == path.parent
+    for changed, runs in ((), 1), (("evaluation=tiny",), 2), (("evaluation=tiny", "limit=3"), 3):
+        assert cli(*command, *changed) == 0
+        assert len(offline_runs(cli.runs_dir)) == runs
 
 
 @pytest.mark.full

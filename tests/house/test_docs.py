@@ -88,6 +88,12 @@ def test_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_shell_variable_holds_several_words(page: Path) -> None:
+    # zsh does not split them: commands are functions, groups of settings are arrays
+    assert not re.findall(r'^ *\w+="[^"\n]* [^"\n]*"', page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_the_documentation_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = [name for name in NAMED.findall(text) if name not in FILES and not any(ROOT.glob(name.rstrip("/")))]

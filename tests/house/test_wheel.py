@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import runpy
-import zipfile
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -51,23 +49,3 @@ def test_every_module_is_in_the_wheel_and_no_test(monkeypatch: pytest.MonkeyPatc
         for file in (ROOT / top).rglob("*.py"):
             assert ".".join(file.parent.relative_to(ROOT).parts) in packages, file
     assert not [name for name in packages if name.split(".")[0] in ("tests", "docs", "examples")]
-
-
-def wheel_of(requirement: str, folder: Path) -> Path:
-    with zipfile.ZipFile(folder / "thing-1-py3-none-any.whl", "w") as wheel:
-        text = f"Metadata-Version: 2.1\nName: thing\nVersion: 1\nRequires-Dist: {requirement}\n"
-        wheel.writestr("thing-1.dist-info/METADATA", text + 'Requires-Dist: torch; extra == "gpu"\n')
-    return folder / "thing-1-py3-none-any.whl"
-
-
-def test_a_wheel_gets_what_it_asks_for_and_nothing_else(tmp_path: Path) -> None:
-    """`.ci/wheel PYTHON` would otherwise find packages that only tests and tools bring."""
-    link = runpy.run_path(str(ROOT / ".ci" / "link_requirements.py"))["main"]
-    (tmp_path / "site").mkdir()
-    link(wheel_of("rich>=14", tmp_path), tmp_path / "site")
-    found = {path.name for path in (tmp_path / "site").iterdir() if not path.name.endswith(".dist-info")}
-    assert found == {"rich", "markdown_it", "mdurl", "pygments"}
-    with pytest.raises(SystemExit, match="thing wants rich>=9999"):
-        link(wheel_of("rich>=9999", tmp_path), tmp_path / "site")
-    with pytest.raises(PackageNotFoundError):
-        link(wheel_of("not-to-be-had", tmp_path), tmp_path / "site")

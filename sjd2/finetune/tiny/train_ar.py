@@ -121,6 +121,10 @@ class TrainAR(TrainRecipe):
     validation_images: int
     export_s: float
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        return f"decoder=scd model.weights={result} model.vq_weights={self.vq_weights} model.adapter=null"
+
     def build(self, codes: int) -> ChameleonForConditionalGeneration:
         """Make an untrained model with `codes` image codes."""
         # ChameleonModel always holds an image encoder; ours is VQGAN, so this one is as small as the class allows.

@@ -27,6 +27,10 @@ class Quick(Recipe):
     sjd2: FinetuneSJD2
     model: ChameleonSpec
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        return f"model.weights={result}/model model.vq_weights={result}/vq model.adapter={result}/sjd2"
+
     def run(self, *, out: Path, log: Log | None, device: str, seed: int, model: None = None) -> Metrics:
         """Write out/final/{vq,model,sjd2} and return the metrics of all parts; their curves follow each other."""
         metrics, offset = {}, 0

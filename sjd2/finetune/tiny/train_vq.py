@@ -88,6 +88,10 @@ class TrainVQ(TrainRecipe):
     edges: float
     validation_images: int
 
+    def usage(self, result: Path) -> str:
+        """Return the settings of a command that uses the result."""
+        return f"stage=finetune finetune=ar finetune.vq_weights={result}"
+
     def build(self) -> VQGAN:
         """Make an untrained tokeniser of these settings."""
         return VQGAN(
