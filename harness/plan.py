@@ -79,6 +79,8 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
         batch_size=cfg.batch_size,
         refill=cfg.refill,
         dtype=dtype,
+        # earlier releases picked outlier columns over all rows of a pass: other tokens, so another run
+        **({"int8": "row-wise"} if cfg.model.get("quantisation") == "8bit" else {}),
     )
     run = RunFolder(cfg.run_dir) if cfg.run_dir else run_folder(cfg.runs_dir, f"{spec.name}-{decoder.name}", settings)
     check_writable(run.path, "run_dir")

@@ -98,7 +98,7 @@ class Speed(Metric):
         MetricInfo(name="peak_memory_gb", digits=1, higher_is_better=False, of_machine=True),
         MetricInfo(name="gflops_per_token", higher_is_better=False),
     )
-    details = ("accepted_per_forward_hist", "hardware")
+    details = ("accepted_per_forward_hist", "nll_missing", "hardware")
     # as it stands in run folders, word for word
     protocol = (
         "step_compression: mean over images of tokens / target-model passes, the prefill counted as the pass of the "
@@ -121,8 +121,10 @@ class Speed(Metric):
             "step_compression": fmean(map(step_compression, records)),
             "accepted_per_forward_hist": accepted_histogram(records),
         }
-        if likely := [record["nll"] / record["tokens"] for record in records if "nll" in record]:
-            out["nll_per_token"] = fmean(likely)
+        if missing := sum("nll" not in record for record in records):
+            out["nll_missing"] = missing  # they were not finite: no mean without them
+        else:
+            out["nll_per_token"] = fmean(record["nll"] / record["tokens"] for record in records)
         free = free_positions(run.folder)
         if free is not None and all(record["tokens"] == len(free) for record in records):
             out["step_compression_free"] = fmean(step_compression_free(record, free) for record in records)

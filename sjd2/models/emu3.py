@@ -23,7 +23,7 @@ from sjd2.models.base import Condition, ImageModel
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
-from sjd2.models.shared import image_logits, pad_right
+from sjd2.models.shared import image_logits, pad_right, to_bytes
 from sjd2.models.spec import ModelSpec
 from sjd2.models.tensors import load_exactly
 
@@ -254,4 +254,4 @@ class Emu3Pixels(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
-        return ((self.pixels(codes) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        return to_bytes(self.pixels(codes), rounded=False)

@@ -24,7 +24,7 @@ from sjd2.models.base import Condition, ImageModel
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
-from sjd2.models.shared import float32_at_least, pad_right
+from sjd2.models.shared import float32_at_least, pad_right, to_bytes
 from sjd2.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -164,5 +164,4 @@ class JanusPixels(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
         vectors = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
-        image = self.vae.decoder(self.vae.post_quant_conv(vectors))
-        return ((image + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        return to_bytes(self.vae.decoder(self.vae.post_quant_conv(vectors)), rounded=False)

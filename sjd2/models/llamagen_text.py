@@ -151,11 +151,15 @@ def _text(markup: str) -> str:
 
 
 class TextEncoder:
-    """The encoder of flan-T5 and its tokenizer; every caption becomes at most `max_tokens` vectors."""
+    """The encoder of flan-T5 and its tokenizer; every caption becomes at most `max_tokens` vectors.
+
+    dtype float16 becomes float32: T5 was trained in bfloat16, and its activations overflow in float16.
+    """
 
     def __init__(self, folder: Path, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import T5EncoderModel
 
+        dtype = torch.float32 if dtype == torch.float16 else dtype
         needed, free = stored_bytes(folder, dtype, ("encoder.", "shared.")), free_bytes(device)
         if needed > free:
             raise UserError(

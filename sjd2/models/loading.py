@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,13 @@ class LoadOptions:
             "local_files_only": True,
         }
         if self.quantisation is not None:
+            # of every layer and pass: "inputs will be cast from bfloat16 to float16"
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             keywords["quantization_config"] = BitsAndBytesConfig(
                 load_in_8bit=self.quantisation == "8bit",
+                # row by row: with a threshold the library picks outlier columns over all rows and slots of a pass, so that a
+                # distribution depends on its neighbours, and no decoder is lossless
+                llm_int8_threshold=0.0,
                 load_in_4bit=self.quantisation == "4bit",
                 bnb_4bit_compute_dtype=self.dtype,
                 bnb_4bit_quant_type="nf4",  # for weights that are about normal; the library's default is fp4

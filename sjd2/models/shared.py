@@ -1,4 +1,4 @@
-"""What the families share: right-padded prompts, the image rows of an output head.
+"""What the families share: right-padded prompts, the image rows of an output head, pixels as bytes.
 
 # B samples, P prompt tokens, D width, V image vocabulary
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from sjd2.errors import UserError
 
 
 def pad_right(rows: list[list[int]], device: torch.device, pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -33,3 +35,17 @@ def image_logits(head: nn.Module, hidden: Tensor, first: int, count: int) -> Ten
 def float32_at_least(x: Tensor) -> Tensor:
     """Return float64 as it is, every other dtype as float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def to_bytes(pixels: Tensor, *, rounded: bool) -> Tensor:
+    """Turn pixels in [-1, 1] into uint8, rounded or cut off as the family's public code does.
+
+    Raises `UserError` if one is not finite: NaN would become black.
+    """
+    if not bool(pixels.isfinite().all()):
+        raise UserError(
+            "the image tokeniser decodes to pixels that are not finite (NaN or infinity): its weights are damaged, or too "
+            "large for their dtype; get model.vq_weights anew."
+        )
+    grey = (float32_at_least(pixels) + 1) * 127.5
+    return (grey.round() if rounded else grey).clamp(0, 255).to(torch.uint8)

@@ -18,6 +18,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from sjd2.errors import UserError
+from sjd2.models.shared import to_bytes
 from sjd2.models.tensors import load_exactly, read_tensors
 
 USAGE = "quantize.codebook_used"  # a counter of the training, published with the weights and unused
@@ -58,8 +59,7 @@ class VQ16(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> uint8 [B, 3, H, W]."""
         quantised = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
-        image = self.pixels(quantised).float()
-        return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return to_bytes(self.pixels(quantised), rounded=True)
 
     @classmethod
     def load(cls, path: Path) -> VQ16:

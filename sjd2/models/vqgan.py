@@ -23,6 +23,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
 from sjd2.errors import UserError
+from sjd2.models.shared import to_bytes
 from sjd2.models.tensors import load_exactly, read_header, read_tensors
 
 WEIGHTS = "vqgan.safetensors"
@@ -91,8 +92,7 @@ class VQGAN(nn.Module):
 
     def _decode(self, codes: Tensor) -> Tensor:
         quantised = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
-        image = self.pixels(quantised).float()
-        return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return to_bytes(self.pixels(quantised), rounded=True)
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json and vqgan.safetensors, keys as in taming-transformers."""

@@ -28,7 +28,7 @@ from sweeps.runs import Run, read_runs
 from sweeps.speedup import SpeedUp, speed_up_over_ar
 from sweeps.tables.formats import Table, markdown
 from sweeps.tables.notes import ADAPTER
-from sweeps.tables.rows import nll_per_token
+from sweeps.tables.rows import likelihoods
 from sweeps.tables.table import speedup_numbers, title
 from sweeps.tables.terminal import show
 
@@ -106,10 +106,7 @@ def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Gro
 
 
 def _against_ar(run: Run, reference: Run, comparisons: int, distances: DistanceGaps) -> AgainstAR:
-    theirs, ours = (
-        {key: nll for key, image in r.images.items() if (nll := nll_per_token(image)) is not None}
-        for r in (reference, run)
-    )
+    theirs, ours = likelihoods(reference), likelihoods(run)
     level, nll = 1 - ALPHA, None
     if len({key[0] for key in theirs.keys() & ours.keys()}) > 1:
         replicates = min(40_000, 2000 * comparisons)  # at least 10 in either tail of the corrected interval

@@ -25,7 +25,7 @@ from sweeps.runs import Run, flatten_settings, read_run
 from sweeps.speedup import SpeedUp, comparable_timings, speed_up
 from sweeps.tables.formats import Table, markdown
 from sweeps.tables.notes import FEW
-from sweeps.tables.rows import nll_per_token
+from sweeps.tables.rows import likelihoods
 from sweeps.tables.table import speedup_numbers
 
 NOT_PROVENANCE = (
@@ -152,9 +152,11 @@ def _values(found: PairComparison) -> Iterator[tuple[str, int, list[dict[Id, flo
     yield "step compression", 3, [{k: i.tokens / i.forwards for k, i in run.images.items()} for run in runs]
     if timings := _latencies(found):
         yield LATENCY, 4, timings
-    likely = [{k: nll for k, i in run.images.items() if (nll := nll_per_token(i)) is not None} for run in runs]
+    likely = [likelihoods(run) for run in runs]
     if runs[0].sampling != runs[1].sampling:
         found.skipped.append("NLL per token: the runs have different target distributions")
+    elif not all(likely):
+        found.skipped.append("NLL per token: an image of the runs has none, its likelihood was not finite")
     elif same_weights(*runs) or same_but_adapter(*runs) or same_but_adapter(*reversed(runs)):
         yield "NLL per token", 4, likely
     else:

@@ -145,6 +145,12 @@ def _doubts_about_scores(rows: Sequence[Row]) -> list[str]:
             found.append(f"FID and KID with different {name} are not comparable.")
     if len({row.metrics["clip_model"] for row in rows if "clip_model" in row.metrics}) > 1:
         found.append("CLIP scores of different models are not comparable.")
+    if unknown := [row for row in rows if row.without_likelihood]:
+        counts = _listed(unknown, lambda row: row.without_likelihood)
+        found.append(
+            f"{_names(unknown)}: no NLL, since that of {counts} images was not finite, and a mean without them says "
+            "nothing; sample in bfloat16 or float32."
+        )
     if stale := [row for row in rows if row.scored and row.scored != row.n]:
         counts = _listed(stale, lambda row: row.scored)
         found.append(f"{_names(stale)}: scored on only {counts} images; run stage=score on them.")

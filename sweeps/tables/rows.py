@@ -53,6 +53,11 @@ class Row:
         return len(self.run.images)
 
     @property
+    def without_likelihood(self) -> int:
+        """Number of images whose likelihood was not finite."""
+        return sum(image.nll is None for image in self.run.images.values())
+
+    @property
     def compression_free(self) -> float | None:
         """Free tokens per pass that committed one, mean over images; None before these images were scored."""
         return self.run.metrics.get("step_compression_free") if self.scored == self.n else None
@@ -101,7 +106,7 @@ def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
     images = list(run.images.values())
     timed = run.timed(machine)
     latencies = [image.latency for image in timed.values()]
-    likely = {key: nll for key, image in run.images.items() if (nll := nll_per_token(image)) is not None}
+    likely = likelihoods(run)
     row = Row(
         run=run,
         passes=float(np.mean([image.forwards for image in images])),
@@ -125,9 +130,11 @@ def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
     return row
 
 
-def nll_per_token(image: ImageCost) -> float | None:
-    """Return nats per token of one image."""
-    return None if image.nll is None else image.nll / image.tokens
+def likelihoods(run: Run) -> dict[Id, float]:
+    """Return nats per token of each image; {} if any image has none, since a mean over the others would hide that."""
+    if any(image.nll is None for image in run.images.values()):
+        return {}
+    return {key: image.nll / image.tokens for key, image in run.images.items() if image.nll is not None}
 
 
 def _spread(images: Iterable[ImageCost]) -> float | None:
@@ -156,7 +163,7 @@ def _add_differences(row: Row, runs: Sequence[Run], likely: Mapping[Id, float]) 
         return
     row.reference_images = len(row.run.images.keys() & reference.images.keys())
     row.other_adapter = row.other_adapter or not same_weights(row.run, reference)
-    theirs = {key: nll for key, image in reference.images.items() if (nll := nll_per_token(image)) is not None}
+    theirs = likelihoods(reference)
     row.nll_difference = _paired(theirs, likely)
     folders = [reference.folder, row.run.folder]
     pair = [read_scores(folder) for folder in folders]

@@ -77,7 +77,7 @@ def _latency(row: Row) -> str:
 
 
 def _nll(row: Row) -> str:
-    text, gap = _number(row.nll_per_token, 3), row.nll_difference
+    text, gap = _number(row.nll_per_token, 3) or "–", row.nll_difference
     return f"{text} ({gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])" if gap else text
 
 

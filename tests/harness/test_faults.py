@@ -20,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evaluation import run_folder
 from evaluation.run_folder import RunFolder, run_folders
 from harness import job as evaluation_job
 from harness import sample as sampling
+from sjd2.models.base import Condition, ImageModel
 from tests.helpers.cli import ROOT, Cli
 from tests.helpers.forked import Forked, plain
 
@@ -186,6 +188,29 @@ def test_a_line_that_was_written_half(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sampling, "warm_up", warm_up)
     assert cli(*JOB) == 0
     assert "1 line(s) cut by a kill" in cli.out
+    assert content(cli.runs_dir) == expected
+
+
+def test_a_batch_that_is_not_finite_costs_no_other(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable
+) -> None:
+    expected, encode, encoded = undisturbed(cli, *JOB), sampling._encode, []
+
+    def overflowing(model: ImageModel, prompts: list[str]) -> Condition:
+        condition = encode(model, prompts)
+        encoded.append(prompts)
+        if len(encoded) == 4:  # the warm-up's, and two batches
+            condition.embeds = condition.embeds * torch.tensor([1, 1, torch.nan, 1])[:, None, None]
+        return condition
+
+    monkeypatch.setattr(sampling, "_encode", overflowing)
+    assert cli(*JOB) == 1
+    assert "the encoded prompt is not finite" in cli.err
+    assert cli.err.count("\n") == 1
+    assert len(cli.run("sjd").records()) == 8
+    monkeypatch.setattr(sampling, "_encode", encode)
+    assert cli(*JOB) == 0
+    assert "8 of 14 images are there, resuming" in cli.out
     assert content(cli.runs_dir) == expected
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def a_run(
         fields |= {key: value[i] if isinstance(value, list) else value for key, value in record.items()}
         run.append(fields | run.write_image(tuple(fields["id"]), image, np.full(fields["tokens"], i)))
     return run
+
+
+def forget_likelihood(run: RunFolder, index: int) -> None:
+    """Leave out the likelihood of one record, as sampling does where it is not finite."""
+    lines = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    del lines[index]["nll"]
+    (run.path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def pixels(n: int, side: int = 8) -> list[np.ndarray]:

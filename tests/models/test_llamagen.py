@@ -317,6 +317,17 @@ def test_bfloat16_and_a_text_encoder_elsewhere(folder: Path) -> None:
     assert decode(model, AR, SAMPLING).shape == (len(PROMPTS), SIDE * SIDE)
 
 
+def test_the_text_encoder_never_runs_in_float16(folder: Path) -> None:
+    model = load(folder, "float16")
+    assert (model.dtype, model.text.model.dtype) == (torch.float16, torch.float32)
+    for layer in model.text.model.encoder.block:
+        layer.layer[-1].DenseReluDense.wo.weight.mul_(1e6)  # features stay small, what is between overflows in float16
+    assert model.encode(PROMPTS).embeds.isfinite().all()
+    model.text.model.half()
+    with pytest.raises(UserError, match=r"the encoded prompt is not finite .*use dtype=bfloat16 or float32"):
+        decode(model, AR, SAMPLING)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

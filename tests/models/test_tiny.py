@@ -142,6 +142,9 @@ def test_vqgan_reads_back_what_it_wrote_in_tamings_names(tmp_path: Path) -> None
     assert drawn.dtype == torch.uint8
     assert drawn.shape == (2, 3, 48, 48)
     assert torch.equal(drawn, model.decode(codes))
+    again.codebook[int(codes[1, 0, 0])] = torch.nan
+    with pytest.raises(UserError, match="pixels that are not finite"):  # they would be black
+        again.decode(codes)
     # The names of the original: level 0 is the finest, though Janus' class counts from the coarsest.
     names = load_file(tmp_path / "vq" / WEIGHTS)
     assert "decoder.up.2.upsample.conv.weight" in names

@@ -9,6 +9,7 @@ import pytest
 from evaluation.run_folder import RunFolder
 from sweeps.runs import with_baselines
 from sweeps.tables import figures, published
+from tests.helpers.runs import forget_likelihood
 from tests.helpers.table_runs import TOKENS, ar, cells, make, table
 
 
@@ -82,6 +83,16 @@ def test_traced_images_count_in_no_time(tmp_path: Path) -> None:
     _, rows = table(tmp_path, path)
     assert rows[0]["n_timed"] == "3"
     assert float(rows[0]["latency_s_median"]) == 1
+
+
+def test_a_likelihood_that_is_missing_is_averaged_nowhere(tmp_path: Path) -> None:
+    runs, lossy = tmp_path / "runs", make(tmp_path / "runs", "sjd")
+    forget_likelihood(RunFolder(lossy), 2)
+    text, rows = table(tmp_path, ar(runs), lossy)
+    assert cells(text, "sjd")["NLL/token (Δ to AR)"] == "–"
+    assert (rows[1]["nll_per_token"], rows[1].get("nll_per_token_difference", "")) == ("", "")
+    assert "Warning: sjd: no NLL, since that of 1 images was not finite" in text
+    assert rows[0]["nll_per_token"]
 
 
 def test_different_n_are_compared_on_the_common_images(tmp_path: Path) -> None:
