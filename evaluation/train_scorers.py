@@ -210,7 +210,8 @@ class TrainClip(JudgeRecipe):
         """Build a CLIP, written to out/final/ at each validation; its metrics are its scores on held-out images."""
         import open_clip
 
-        from evaluation.metrics.clip import Clip, ClipSource
+        from evaluation.metrics.clip import Clip
+        from evaluation.metrics.clip_source import ClipSource
 
         vq, final, config = load_vq(self.vq_weights, device), out / "final", self.architecture()
         write_settings(final, config)

@@ -6,6 +6,7 @@ All draft tokens are drawn anew in each pass; the head sees the true states of e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +51,12 @@ class Eagle(Drafter):
 
     weights: str | None = None
     shape: str = "dynamic"
-    tree: tuple[tuple[int, ...], ...] = ()
+    tree: Sequence[Sequence[int]] = ()
     depth: int = 5
     top_k: int = 10
 
     def __post_init__(self) -> None:
         choose("decoder.drafter.shape", self.shape, ("chain", "static", "dynamic"))
-        object.__setattr__(self, "tree", tuple(tuple(node) for node in self.tree))  # yaml has lists
         if self.shape == "static":
             self.parents()
         if self.depth < 1 or self.top_k < 1:
@@ -100,14 +100,15 @@ class Eagle(Drafter):
 
     def parents(self) -> list[int]:
         """Return the parent slot of each slot of the static tree; raises `UserError` if a node has none."""
-        if () in self.tree or len(set(self.tree)) < len(self.tree):
+        nodes = {tuple(node) for node in self.tree}
+        if () in nodes or len(nodes) < len(self.tree):
             raise UserError(
                 "decoder.drafter.tree has an empty or a repeated node; each node is one path, e.g. [[0],[1],[0,0]]."
             )
-        number = {(): 0} | {node: slot for slot, node in enumerate(sorted(self.tree, key=lambda n: (len(n), n)), 1)}
+        number = {(): 0} | {node: slot for slot, node in enumerate(sorted(nodes, key=lambda n: (len(n), n)), 1)}
         orphans = [
             node
-            for node in self.tree
+            for node in map(tuple, self.tree)
             if node[:-1] not in number or (node[-1] and (*node[:-1], node[-1] - 1) not in number)
         ]
         if orphans or not self.tree:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,147 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.metrics.batches import device_for
+from evaluation.metrics.clip_source import KEY, SHIPPED, ClipSource, find_source, tag_and_file
 from evaluation.metrics.transforms import centre_square, squash
 from evaluation.run_folder import Id, Record, Snapshot, record_id
 from evaluation.score import Metric, MetricInfo, Scores
-from sjd2.errors import UserError, first_line, unknown
-from sjd2.files import ROOT, find
+from sjd2.errors import UserError, first_line
+from sjd2.files import find
 
 log = logging.getLogger(__name__)
-
-SHIPPED = ROOT / "sjd2" / "models" / "tiny" / "weights" / "clip"
-CONFIG = "open_clip_config.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
-KEY = "evaluation.metrics.clip"
-
-
-@dataclass(frozen=True)
-class ClipSource:
-    """What one CLIP is built from without asking the network: a folder, or a built-in name of open_clip and a file."""
-
-    name: str  # 'local-dir:FOLDER' (open_clip's files), 'transformers:FOLDER', or the name of a built-in architecture
-    file: str | None = None
-    preprocess: tuple[tuple[str, Any], ...] = ()
-    quick_gelu: bool = False
-
-
-def find_source(model: str, pretrained: str | None, allow_download: bool) -> ClipSource:
-    """Find the files of a CLIP: 'shipped', 'local-dir:FOLDER', 'hf-hub:ORG/REPO', or an architecture with `pretrained`.
-
-    'transformers:FOLDER' and 'transformers:ORG/REPO' are loaded by transformers, the others by open_clip.
-    pretrained: a tag of open_clip's list or a file. Raises UserError, within a second and offline too, where weights
-    are missing or would have to be downloaded: an open_clip model without weights is random and scores noise.
-    """
-    schema, _, rest = model.partition(":")
-    if schema == "transformers":
-        return _transformers(rest, allow_download)
-    if find_spec("open_clip") is None:
-        raise UserError("the CLIP score needs open_clip: pip install open-clip-torch.")
-    if model == "shipped":
-        return _folder(SHIPPED, "train it: python run.py stage=finetune finetune=clip")
-    if schema == "local-dir":
-        return _folder(find(rest), f"give {KEY}.model=local-dir:FOLDER as open_clip saves it")
-    if schema == "hf-hub":
-        path = _hub_folder(
-            rest, "hf-hub:", ["*.json", "*.txt", "*.model", "open_clip_model.safetensors"], allow_download
-        )
-        return _folder(path, f"hf-hub:{rest} holds no open_clip_model.safetensors")
-    import open_clip  # takes seconds, so only for names that nothing but its list explains
-
-    if model not in open_clip.list_models():
-        error = unknown("CLIP architecture", model, open_clip.list_models())
-        raise UserError(
-            f"{str(error).split(' Valid: ')[0]} Also: shipped, local-dir:FOLDER, hf-hub:ORG/REPO, "
-            "transformers:ORG/REPO."
-        )
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if not pretrained:
-        have = f" one of {', '.join(tags)}, or" if tags else ""
-        raise UserError(f"CLIP {model} without weights scores noise: set {KEY}.pretrained to{have} a file.")
-    if find(pretrained).is_file():
-        return ClipSource(model, str(find(pretrained)))
-    if pretrained not in tags:
-        raise UserError(f"{KEY}.pretrained={pretrained} is no file and no tag of {model}. Valid: {', '.join(tags)}.")
-    return _tagged(model, pretrained, allow_download)
-
-
-def _folder(path: Path, fix: str) -> ClipSource:
-    weights = [file for file in path.glob("*") if file.suffix in WEIGHT_SUFFIXES] if path.is_dir() else []
-    if not (path / CONFIG).is_file() or not weights:
-        raise UserError(f"{path} has no {CONFIG} with a weights file beside it; {fix}.")
-    return ClipSource(f"local-dir:{path}")
-
-
-def _transformers(where: str, allow_download: bool) -> ClipSource:
-    """Find a CLIP in transformers' files: a folder, or a hub repository."""
-    path = find(where)
-    if not path.is_dir():
-        if where.count("/") != 1:
-            raise UserError(f"{KEY}.model=transformers:{where} is neither a folder nor a hub name (ORG/REPOSITORY).")
-        weights = ["model.safetensors", "pytorch_model.bin"]
-        path = _hub_folder(where, "transformers:", ["*.json", "*.txt", *weights], allow_download)
-    lacking = [] if (path / "config.json").is_file() else ["config.json"]
-    if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        lacking.append("preprocessor_config.json")
-    if not any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir()):
-        lacking.append("model.safetensors")
-    if lacking:
-        raise UserError(
-            f"{path} has no {lacking[0]}; give {KEY}.model=transformers:FOLDER as save_pretrained writes it."
-        )
-    return ClipSource(f"transformers:{path}")
-
-
-def _hub_folder(repository: str, schema: str, files: list[str], allow_download: bool) -> Path:
-    """Return the cached snapshot of a hub repository; fetch these files of it first where that is allowed."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if allow_download:
-            log.info("fetching CLIP %s into the Hugging Face cache", repository)
-        # repositories often hold the same weights in three more formats
-        return Path(snapshot_download(repository, local_files_only=not allow_download, allow_patterns=files))
-    except HFValidationError as error:
-        raise UserError(f"{KEY}.model={schema}{repository} is no hub name; write {schema}ORG/REPOSITORY.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise _not_here(f"{schema}{repository}", allow_download, error) from error
-
-
-def _tagged(model: str, tag: str, allow_download: bool) -> ClipSource:
-    """Return the cached weights file of a built-in tag with the preprocessing it was trained with."""
-    import open_clip
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    known = open_clip.get_pretrained_cfg(model, tag)
-    repository, _, file = known.get("hf_hub", "").rpartition("/")
-    names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    reason: Exception | None = None
-    for name in names if repository else ():
-        try:
-            path = hf_hub_download(repository, name, local_files_only=not allow_download)
-        except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = error
-            continue
-        names_of = {"mean": "image_mean", "std": "image_std"}
-        names_of |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
-        preprocess = tuple((new, known[old]) for old, new in names_of.items() if known.get(old) is not None)
-        return ClipSource(model, path, preprocess, bool(known.get("quick_gelu")))
-    # open_clip keeps what it fetched from plain URLs here
-    cached = Path("~/.cache/clip").expanduser() / Path(known.get("url", "none")).name
-    if not repository and cached.is_file():
-        return ClipSource(model, str(cached), quick_gelu=bool(known.get("quick_gelu")))
-    raise _not_here(f"{model} {tag}", allow_download and bool(repository), reason)
-
-
-def _not_here(what: str, tried: bool, error: Exception | None) -> UserError:
-    if tried:
-        return UserError(f"CLIP {what} could not be fetched ({type(error).__name__}); is there a network?")
-    return UserError(
-        f"CLIP {what} is not in the local cache and nothing is downloaded silently: set {KEY}.allow_download=true once "
-        f"with a network, or give {KEY}.model=local-dir:FOLDER."
-    )
 
 
 class Clip:
@@ -195,7 +60,24 @@ class Clip:
             self.tokenizer = open_clip.get_tokenizer(source.name)
         except (RuntimeError, AssertionError, ValueError, KeyError, OSError) as error:
             raise _does_not_load(source.file or source.name, error) from error
+        if source.file is not None:
+            self._check_shapes(source.name, source.file)
         self.model.eval().requires_grad_(False)
+
+    def _check_shapes(self, name: str, file: str) -> None:
+        """Raise UserError if open_clip stretched position embeddings to fit, as it does without a word."""
+        from open_clip.factory import load_state_dict
+
+        if Path(file).suffix in (".npz", ".npy"):  # of big_vision, with names of its own
+            return
+        stored, own = load_state_dict(file), self.model.state_dict()
+        for key in stored.keys() & own.keys():
+            if key.endswith("positional_embedding") and stored[key].shape != own[key].shape:
+                sizes = " and ".join("x".join(map(str, side[key].shape)) for side in (stored, own))
+                raise UserError(
+                    f"CLIP weights {file} are of another image size or context length than {name} ({key} is {sizes}); set "
+                    f"{KEY}.model to their architecture, e.g. {name}-336."
+                )
 
     @torch.no_grad()
     def images(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -316,8 +198,14 @@ class ClipScore(Metric):
         elif schema == "local-dir" or (schema == "transformers" and find(rest).is_dir()):
             name = f"{schema}:{Path(rest).name}"
         else:
-            name = " ".join(filter(None, (self.model, self.pretrained and Path(self.pretrained).name)))
+            name = " ".join(filter(None, (self.model, self.pretrained and self._weights)))
         return ", ".join(filter(None, (name, self._prepared, self.prefix and f"prefix '{self.prefix}'")))
+
+    @property
+    def _weights(self) -> str:
+        """A tag, a file's name, or TAG:NAME."""
+        tag, file = tag_and_file(str(self.pretrained))
+        return f"{tag}:{file.name}" if tag and file else Path(str(self.pretrained)).name
 
     @property
     def _prepared(self) -> str:
@@ -351,7 +239,12 @@ class ClipScore(Metric):
         """Score one batch of pairs."""
         assert self._clip is not None
         texts = [self.prefix + record["prompt"] for record in records]
-        values = self._clip.scores([self._prepare(image) for image in images], texts).tolist()
+        scores = self._clip.scores([self._prepare(image) for image in images], texts)
+        if not bool(scores.isfinite().all()):
+            raise UserError(
+                f"CLIP {self.label} gives scores that are not finite: its weights are damaged; get them anew."
+            )
+        values = scores.tolist()
         self._values.update(zip(map(record_id, records), values, strict=True))
 
     def compute(self, run: Snapshot) -> Scores:

@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import fmean
 
 from evaluation.metrics.batches import device_for
-from evaluation.metrics.clip import ClipScore, ClipSource
+from evaluation.metrics.clip import ClipScore
+from evaluation.metrics.clip_source import ClipSource
 from evaluation.run_folder import Record, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
 from sjd2.errors import UserError

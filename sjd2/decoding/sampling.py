@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,6 +136,14 @@ def without(p: Tensor, token: Tensor) -> Tensor:
     return torch.where(mass > 0, left / mass, p)  # a distribution on one token has no second
 
 
+class Stream(NamedTuple):
+    """Which numbers a draw takes (`Noise.uniform`)."""
+
+    purpose: Purpose
+    iteration: Tensor | int = 0
+    sibling: int | None = None
+
+
 class Sampler:
     """How one batch draws tokens and verifies drafts: the strategy behind the setting `sampler`.
 
@@ -156,15 +164,7 @@ class Sampler:
         sibling: int | None = None,
     ) -> Tensor:
         """Draw one token per position: probs [B, S, V], positions [B, S] -> [B, S]."""
-        raise NotImplementedError
-
-    def draw_next(self, probs: Tensor, bonus: Tensor, positions: Tensor, iteration: Tensor) -> Tensor:
-        """Draw the token after the accepted ones: a bonus token [B, S] of p, or a recovered one of the residual."""
-        raise NotImplementedError
-
-    def accept_prob(self, verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, positions: Tensor) -> Tensor:
-        """Return the acceptance probability of draft tokens of q under p: p, q [B, S, V], token [B, S] -> [B, S]."""
-        raise NotImplementedError
+        return self.pick(probs, positions, Stream(purpose, iteration, sibling))
 
     def recover(
         self,
@@ -177,6 +177,20 @@ class Sampler:
         iteration: Tensor,
     ) -> Tensor:
         """Turn draft tokens of q into tokens of p, changing as few as possible: p, q [B, S, V], token [B, S] -> [B, S]."""
+        if not self.residuals:
+            return self.draw(p, positions, purpose, iteration)
+        return torch.where(accepted, token, self.draw(residual(p, q, token), positions, purpose, iteration))
+
+    def pick(self, probs: Tensor, positions: Tensor, stream: Stream) -> Tensor:
+        """Draw with the numbers of a stream: probs [B, S, V], positions [B, S] -> [B, S]."""
+        raise NotImplementedError
+
+    def draw_next(self, probs: Tensor, bonus: Tensor, positions: Tensor, iteration: Tensor) -> Tensor:
+        """Draw the token after the accepted ones: a bonus token [B, S] of p, or a recovered one of the residual."""
+        raise NotImplementedError
+
+    def accept_prob(self, verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, positions: Tensor) -> Tensor:
+        """Return the acceptance probability of draft tokens of q under p: p, q [B, S, V], token [B, S] -> [B, S]."""
         raise NotImplementedError
 
 
@@ -185,15 +199,8 @@ class CdfSampler(Sampler):
 
     residuals = True
 
-    def draw(
-        self,
-        probs: Tensor,
-        positions: Tensor,
-        purpose: Purpose,
-        iteration: Tensor | int = 0,
-        sibling: int | None = None,
-    ) -> Tensor:
-        return draw(probs, self.noise.uniform(positions, purpose, iteration, sibling))
+    def pick(self, probs: Tensor, positions: Tensor, stream: Stream) -> Tensor:
+        return draw(probs, self.noise.uniform(positions, *stream))
 
     def draw_next(self, probs: Tensor, bonus: Tensor, positions: Tensor, iteration: Tensor) -> Tensor:
         fixed = self.noise.uniform(positions, Purpose.SAMPLE)  # AR's number: a bonus token is drawn as AR draws it
@@ -202,32 +209,13 @@ class CdfSampler(Sampler):
     def accept_prob(self, verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, positions: Tensor) -> Tensor:
         return verifier.accept_prob(p, q, token)
 
-    def recover(
-        self,
-        p: Tensor,
-        q: Tensor | None,
-        token: Tensor,
-        accepted: Tensor,
-        positions: Tensor,
-        purpose: Purpose,
-        iteration: Tensor,
-    ) -> Tensor:
-        return torch.where(accepted, token, self.draw(residual(p, q, token), positions, purpose, iteration))
-
 
 class GumbelSampler(Sampler):
-    """argmax(log p + G) with G fixed per position, whatever the purpose: a draft token is right if it equals AR's draw."""
+    """argmax(log p + G) with G fixed per position, whatever the stream: a draft token is right if it equals AR's draw."""
 
     residuals = False
 
-    def draw(
-        self,
-        probs: Tensor,
-        positions: Tensor,
-        purpose: Purpose,
-        iteration: Tensor | int = 0,
-        sibling: int | None = None,
-    ) -> Tensor:
+    def pick(self, probs: Tensor, positions: Tensor, stream: Stream) -> Tensor:
         return draw_gumbel(probs, self.noise.gumbel(positions, probs.shape[-1]))
 
     def draw_next(self, probs: Tensor, bonus: Tensor, positions: Tensor, iteration: Tensor) -> Tensor:
@@ -235,18 +223,6 @@ class GumbelSampler(Sampler):
 
     def accept_prob(self, verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, positions: Tensor) -> Tensor:
         return (token == self.draw(p, positions, Purpose.SAMPLE)).to(p)
-
-    def recover(
-        self,
-        p: Tensor,
-        q: Tensor | None,
-        token: Tensor,
-        accepted: Tensor,
-        positions: Tensor,
-        purpose: Purpose,
-        iteration: Tensor,
-    ) -> Tensor:
-        return self.draw(p, positions, purpose)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {"cdf": CdfSampler, "gumbel": GumbelSampler}

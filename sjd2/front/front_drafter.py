@@ -8,6 +8,7 @@ others have left; and a corrector, which moves the recorded distribution towards
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class Front(Drafter):
     """
 
     chain: Drafter
-    siblings: tuple[int, ...] = ()
+    siblings: Sequence[int] = ()
     copies: int = 1
     full: bool = False
     weights: str | None = None
@@ -60,7 +61,6 @@ class Front(Drafter):
     needs_records = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "siblings", tuple(self.siblings))  # yaml has lists
         if any(count < 0 for count in self.siblings):
             raise UserError(f"decoder.drafter.siblings must be 0 or more at each depth, got {list(self.siblings)}.")
         if self.copies < 0 or self.corrected < 0:

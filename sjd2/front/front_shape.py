@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class FrontShape:
     levels: tuple[Level, ...]
 
 
-def branches(siblings: tuple[int, ...], copies: int, full: bool) -> tuple[list[int], list[int]]:
+def branches(siblings: Sequence[int], copies: int, full: bool) -> tuple[list[int], list[int]]:
     """Return parent and depth of each branch slot, numbered from -1 downwards; a main slot is its depth.
 
     siblings: further draft tokens at depths 1, 2, ... of the main chain, or of every node where `full`. copies: the depth to
@@ -60,7 +61,7 @@ def branches(siblings: tuple[int, ...], copies: int, full: bool) -> tuple[list[i
     return parents, depths
 
 
-def chain_slots(window: int, siblings: tuple[int, ...], copies: int, full: bool) -> int:
+def chain_slots(window: int, siblings: Sequence[int], copies: int, full: bool) -> int:
     """Return C, what the branches leave of the window. Raises `UserError` where that is too little."""
     side = len(branches(siblings, copies, full)[0])
     front = max(copies, len(siblings)) + 1
@@ -73,7 +74,7 @@ def chain_slots(window: int, siblings: tuple[int, ...], copies: int, full: bool)
 
 
 def front_shape(
-    chain: int, *, siblings: tuple[int, ...], copies: int, full: bool, corrected: int, device: torch.device
+    chain: int, *, siblings: Sequence[int], copies: int, full: bool, corrected: int, device: torch.device
 ) -> FrontShape:
     """Build the shape around a main chain of `chain` slots; levels reach over the branches and over `corrected` depths."""
     side, depths = branches(siblings, copies, full)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evaluation import train_scorers
-from evaluation.metrics import alignment, clip, fid
+from evaluation.metrics import alignment, clip, clip_source, fid
 from evaluation.score import read_scores, score
 from sjd2.config import instantiate
 from sjd2.errors import UserError
@@ -102,7 +102,7 @@ def test_shipped_reference_belongs_to_the_shipped_extractor(tmp_path: Path, rend
 
 @pytest.fixture(scope="module")
 def small_clip() -> clip.Clip:
-    return clip.Clip(clip.find_source("shipped", None, False), "cpu")
+    return clip.Clip(clip_source.find_source("shipped", None, False), "cpu")
 
 
 def test_shipped_clip_prefers_the_right_caption(
@@ -118,7 +118,7 @@ def test_shipped_clip_prefers_the_right_caption(
     )
     assert out["clip_model"] == "shipped (shapes)"
     assert np.mean([row["clip"] for row in read_scores(run).values()]) == pytest.approx(out["clip_score"])
-    assert sum(file.stat().st_size for file in clip.SHIPPED.iterdir()) <= 8_000_000
+    assert sum(file.stat().st_size for file in clip_source.SHIPPED.iterdir()) <= 8_000_000
     # batches change nothing
     assert torch.allclose(
         small_clip.scores(rendered[:5], CAPTIONS[:5])[:2], small_clip.scores(rendered[:2], CAPTIONS[:2]), atol=1e-3
@@ -197,28 +197,97 @@ def test_cached_hub_weights_are_found_without_the_hub(monkeypatch: pytest.Monkey
 
     def cached(*_: str, **settings: object) -> str:
         asked.append(settings)
-        return str(clip.SHIPPED)
+        return str(clip_source.SHIPPED)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", cached)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
-    assert clip.find_source("hf-hub:me/clip", None, False).name == f"local-dir:{clip.SHIPPED}"
-    tagged = clip.find_source("ViT-B-32", "openai", False)
-    assert tagged.file == str(clip.SHIPPED)
+    assert clip_source.find_source("hf-hub:me/clip", None, False).name == f"local-dir:{clip_source.SHIPPED}"
+    tagged = clip_source.find_source("ViT-B-32", "openai", False)
+    assert tagged.file == str(clip_source.SHIPPED)
     assert tagged.quick_gelu  # OpenAI's weights were trained with it
     assert dict(tagged.preprocess)["image_mean"][0] == pytest.approx(0.4815, abs=1e-3)
     assert [settings["local_files_only"] for settings in asked] == [True, True]
-    clip.find_source("hf-hub:me/clip", None, True)
+    clip_source.find_source("hf-hub:me/clip", None, True)
     assert asked[-1]["local_files_only"] is False
 
 
-def test_clip_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    for file in clip.SHIPPED.iterdir():
+def test_a_file_of_weights_needs_a_tag_where_tags_differ(tmp_path: Path) -> None:
+    """Neither activation nor preprocessing are in the file: OpenAI's weights with plain GELU score otherwise."""
+    file = tmp_path / "mine.pt"
+    file.write_bytes(b"never read here")
+    with pytest.raises(
+        UserError,
+        match=r"differ in that: set .*pretrained=TAG:.*openai \(QuickGELU, mean 0.48, shortest\) or .* \(GELU, ",
+    ):
+        clip.ClipScore(model="ViT-L-14", pretrained=str(file)).check()
+    with pytest.raises(UserError, match="did you mean 'openai'"):
+        clip.ClipScore(model="ViT-L-14", pretrained=f"openia:{file}").check()
+    openai, laion = (
+        clip.ClipScore(model="ViT-L-14", pretrained=f"{tag}:{file}") for tag in ("openai", "laion2b_s32b_b82k")
+    )
+    assert openai.source.quick_gelu
+    assert not laion.source.quick_gelu
+    assert openai.label == "ViT-L-14 openai:mine.pt"
+    assert dict(laion.source.preprocess)["image_mean"] == (0.5, 0.5, 0.5)  # an early one of LAION's
+    squashed = dict(clip_source.find_source("ViT-B-16-SigLIP", str(file), False).preprocess)  # all tags agree
+    assert (squashed["image_mean"], squashed["image_resize_mode"]) == ((0.5, 0.5, 0.5), "squash")
+
+
+@pytest.fixture
+def small_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small architecture with two tags in open_clip's lists, and a file of its weights."""
+    import open_clip
+
+    config = json.loads((clip_source.SHIPPED / clip_source.CONFIG).read_text())["model_cfg"]
+    config["vision_cfg"] |= {"layers": 2, "head_width": 16, "patch_size": 16}
+    config["text_cfg"] = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", config)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"openai": {"quick_gelu": True}, "other": {}})
+    torch.save(open_clip.create_model("small").state_dict(), tmp_path / "small.pt")
+    return tmp_path / "small.pt"
+
+
+def test_the_tag_decides_the_activation(small_architecture: Path, rendered: list[np.ndarray]) -> None:
+    found = {tag: clip_source.find_source("small", f"{tag}:{small_architecture}", False) for tag in ("openai", "other")}
+    scores = {tag: clip.Clip(source, "cpu").images(rendered[:2]) for tag, source in found.items()}
+    assert (scores["openai"] - scores["other"]).abs().max() > 1e-4
+
+
+def test_weights_of_another_context_length_are_not_stretched(small_architecture: Path) -> None:
+    weights = torch.load(small_architecture)
+    torch.save(weights | {"positional_embedding": weights["positional_embedding"][:7]}, small_architecture)
+    with pytest.raises(
+        UserError, match=r"another image size or context length .*positional_embedding is 7x16 and 12x16"
+    ):
+        clip.Clip(clip_source.find_source("small", f"other:{small_architecture}", False), "cpu")
+
+
+def test_scores_that_are_not_finite_are_refused(
+    tmp_path: Path, rendered: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip.Clip, "scores", lambda *_: torch.tensor([torch.nan, 1.0]))
+    with pytest.raises(UserError, match="not finite: its weights are damaged"):
+        clip.ClipScore(device="cpu").score(a_run(tmp_path, rendered[:2], CAPTIONS[:2]))
+
+
+def test_a_folder_without_its_preprocessing_is_refused(tmp_path: Path) -> None:
+    for file in clip_source.SHIPPED.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / clip.CONFIG).read_text())
+    config = json.loads((tmp_path / clip_source.CONFIG).read_text())
+    del config["preprocess_cfg"]["mean"]
+    (tmp_path / clip_source.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="add preprocess_cfg with mean and std"):
+        clip_source.find_source(f"local-dir:{tmp_path}", None, False)
+
+
+def test_clip_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    for file in clip_source.SHIPPED.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / clip_source.CONFIG).read_text())
     config["model_cfg"]["embed_dim"] = 32
-    (tmp_path / clip.CONFIG).write_text(json.dumps(config))
+    (tmp_path / clip_source.CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match="do not load"):
-        clip.Clip(clip.find_source(f"local-dir:{tmp_path}", None, False), "cpu")
+        clip.Clip(clip_source.find_source(f"local-dir:{tmp_path}", None, False), "cpu")
 
 
 # ---- recipes and settings
@@ -247,7 +316,9 @@ def test_recipes_train_resume_and_ship_what_the_metrics_read(tmp_path: Path) -> 
     extractor = alignment.AttributeFeatures(weights=str(final), device="cpu")
     assert fid.read_reference(final / "reference.npz", extractor).features.shape == (8, 64)
     assert alignment.Alignment(weights=str(final)).protocol.count("8 held-out pictures") == 1
-    loaded = clip.Clip(clip.find_source(f"local-dir:{tmp_path / 'clip' / 'whole' / 'final'}", None, False), "cpu")
+    loaded = clip.Clip(
+        clip_source.find_source(f"local-dir:{tmp_path / 'clip' / 'whole' / 'final'}", None, False), "cpu"
+    )
     assert loaded.texts(CAPTIONS[:2]).shape == (2, 64)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from evaluation import statistics
-from evaluation.metrics import clip, features, fid, rewards, transforms
+from evaluation.metrics import clip, clip_source, features, fid, rewards, transforms
 from evaluation.run_folder import RunFolder
 from evaluation.score import read_scores
 from sjd2.config import instantiate
@@ -321,7 +321,7 @@ def test_a_clip_without_all_weights_is_refused(tmp_path: Path, hub_clip: Path) -
     del tensors["text_projection.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"do not load \(no text_projection.weight in them\)"):
-        clip.load_clip(clip.find_source(f"transformers:{tmp_path}", None, False), "cpu")
+        clip.load_clip(clip_source.find_source(f"transformers:{tmp_path}", None, False), "cpu")
 
 
 def test_lantern_s_prefix_tokens_are_those_of_the_prefixed_text() -> None:
@@ -342,9 +342,9 @@ def test_lantern_s_prefix_tokens_are_those_of_the_prefixed_text() -> None:
 def test_crop_and_prefix_reach_the_clip(tmp_path: Path) -> None:
     images, prompts = smooth_images([(50, 90)] * 3), ["a large red circle", "a small blue square", "three rings"]
     run = a_run(tmp_path, images, prompts)
-    settings = {"model": f"local-dir:{clip.SHIPPED}", "device": "cpu"}
+    settings = {"model": f"local-dir:{clip_source.SHIPPED}", "device": "cpu"}
     out = clip.ClipScore(crop=48, prefix="a small ", **settings).score(run)
-    loaded = clip.load_clip(clip.find_source(settings["model"], None, False), "cpu")
+    loaded = clip.load_clip(clip_source.find_source(settings["model"], None, False), "cpu")
     squares = [transforms.centre_square(image, 48) for image in images]
     expected = loaded.scores(squares, [f"a small {text}" for text in prompts]).mean().item()
     assert out["clip_score"] == pytest.approx(expected, rel=1e-5)
@@ -360,16 +360,18 @@ class SmallHps(rewards.HpsV2):
     """HPSv2 with the shipped CLIP in place of ViT-H/14."""
 
     @property
-    def source(self) -> clip.ClipSource:
-        weights = clip.SHIPPED / "open_clip_model.safetensors"
-        return clip.ClipSource(f"local-dir:{clip.SHIPPED}", str(weights), (("image_resize_mode", "longest"),))
+    def source(self) -> clip_source.ClipSource:
+        weights = clip_source.SHIPPED / "open_clip_model.safetensors"
+        return clip_source.ClipSource(
+            f"local-dir:{clip_source.SHIPPED}", str(weights), (("image_resize_mode", "longest"),)
+        )
 
 
 def test_hpsv2_scales_the_long_side_and_pads(tmp_path: Path) -> None:
     images, prompts = smooth_images([(60, 91)] * 3), ["a large red circle", "a small blue square", "three small rings"]
     run = a_run(tmp_path, images, prompts)
     out = SmallHps(device="cpu").score(run)
-    loaded = clip.load_clip(clip.find_source("shipped", None, False), "cpu")
+    loaded = clip.load_clip(clip_source.find_source("shipped", None, False), "cpu")
     side, normalise = loaded.model.visual.image_size, loaded.preprocess.transforms[-1]
     pixels = []
     for image in images:  # hpsv2's transform.py: ResizeMaxSize on floats
