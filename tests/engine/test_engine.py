@@ -196,7 +196,7 @@ def test_nearest_entry_of_a_little_noise_is_the_token(model: Toy) -> None:
     assert torch.allclose(space.model_input(space.normal(tokens)), model.embed(tokens))
 
 
-def test_draws_follow_the_law_and_never_hit_zero_mass() -> None:
+def test_draws_follow_the_distribution_and_never_hit_zero_mass() -> None:
     p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     u = (torch.arange(100_000, dtype=torch.float32) + 0.5) / 100_000
     counts = torch.bincount(draw(p.expand(len(u), -1), u, block=2), minlength=6) / len(u)

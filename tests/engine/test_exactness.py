@@ -40,7 +40,7 @@ DEFAULT = ("ar", "jacobi", "sjd", "scd", "match", "sjd2 age 2 coupled", "sjd2 sl
 
 
 @pytest.mark.parametrize("name", by_default(EXACT, DEFAULT))
-def test_lossless_decoders_have_the_enumerated_law(name: str) -> None:
+def test_lossless_decoders_have_the_enumerated_distribution(name: str) -> None:
     decoder, sampling = EXACT[name]
     assert decoder.lossless
     assert abs(z_score(decoder, sampling)) < 5
@@ -51,12 +51,12 @@ def test_lossless_decoders_have_the_enumerated_law(name: str) -> None:
     [pytest.param(sjd(4, Coupled()), marks=pytest.mark.full), sjd2(4, Coupled(), steps=2)],
     ids=["scd", "sjd2"],
 )
-def test_forced_tokens_do_not_change_the_law(decoder: Decoder) -> None:
+def test_forced_tokens_do_not_change_the_distribution(decoder: Decoder) -> None:
     assert abs(z_score(decoder, GUIDED, FORCED)) < 5
 
 
 @pytest.mark.full
-def test_appended_timestep_tokens_do_not_change_the_law() -> None:
+def test_appended_timestep_tokens_do_not_change_the_distribution() -> None:
     assert abs(z_score(sjd2(4, Coupled(), steps=2), GUIDED, code="appended")) < 5
 
 
@@ -120,5 +120,5 @@ def test_negative_controls_are_caught(name: str) -> None:
 
 
 @pytest.mark.full
-def test_other_seeds_have_the_law_too() -> None:
+def test_other_seeds_have_the_distribution_too() -> None:
     assert abs(z_score(sjd(4, Coupled()), GUIDED, start=10**6)) < 5

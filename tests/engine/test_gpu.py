@@ -29,7 +29,7 @@ from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import SPAN_BUCKET, RowCache
 from tests.helpers.decoders import GUIDED, LINE, sjd, sjd2
 from tests.helpers.enumeration import PROMPT, strong_toy
-from tests.helpers.toy import Toy, chi_square_z, enumerate_law
+from tests.helpers.toy import Toy, chi_square_z, enumerate_probs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,7 +122,7 @@ def test_random_numbers_are_the_cpus() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [512, 8192, 16384, 32768])
-def test_laws_and_draws_of_large_vocabularies_are_the_cpus(vocabulary: int) -> None:
+def test_distributions_and_draws_of_large_vocabularies_are_the_cpus(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 33, vocabulary, generator=generator, dtype=torch.float64) * 4
     u = torch.rand(4, 33, generator=generator, dtype=torch.float64)
@@ -194,9 +194,9 @@ class OnGpu(Toy):
     "decoder", [sjd(4, Coupled()), sjd2(5, Coupled(), steps=2), sjd(3, Resample())], ids=["scd", "sjd2", "sjd"]
 )
 @pytest.mark.parametrize("replayed", [False, True])
-def test_lossless_decoders_have_the_enumerated_law(decoder: Decoder, replayed: bool) -> None:
+def test_lossless_decoders_have_the_enumerated_distribution(decoder: Decoder, replayed: bool) -> None:
     plain = strong_toy()
-    _, probs = enumerate_law(plain, PROMPT, GUIDED)
+    _, probs = enumerate_probs(plain, PROMPT, GUIDED)
     model, graphs = OnGpu.of(plain), Graphs() if replayed else None
     tokens = [
         generate(

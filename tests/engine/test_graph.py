@@ -104,7 +104,9 @@ def test_refilled_rows_may_be_replayed(model: Toy, name: str, nets: dict[str, st
             assert (sample.tokens == plain.samples[index].tokens).all()
 
 
-def test_another_batch_size_adapter_or_law_opens_another_engine(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_batch_size_adapter_or_sampling_opens_another_engine(
+    model: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graphs, decoder = Graphs(tape.record), sjd(4)
     engine = graphs.start(model, decoder, 2, 5, SAMPLING)
     assert graphs.start(model, decoder, 2, 3, SAMPLING) is engine

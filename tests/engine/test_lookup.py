@@ -37,7 +37,7 @@ def lookup(window: int, drafter: Lookup | None = None, context: int = 2) -> Deco
     ],
     ids=["narrow", "wide cut", "forced"],
 )
-def test_lookup_has_the_enumerated_law(decoder: Decoder, sampling: SamplingParams, grid: TokenGrid) -> None:
+def test_lookup_has_the_enumerated_distribution(decoder: Decoder, sampling: SamplingParams, grid: TokenGrid) -> None:
     assert abs(z_score(decoder, sampling, grid)) < 5
 
 

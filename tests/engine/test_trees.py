@@ -50,17 +50,17 @@ DEFAULT = ("siblings", "corrected branches", "eagle chain", "eagle static", "eag
 
 
 @pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT))
-def test_trees_have_the_enumerated_law(name: str, nets: dict[str, str]) -> None:
+def test_trees_have_the_enumerated_distribution(name: str, nets: dict[str, str]) -> None:
     make, sampling = LOSSLESS[name]
     assert abs(z_score(make(nets), sampling)) < 5
 
 
 @pytest.mark.parametrize("name", by_default(["corrected branches", "eagle static", "eagle dynamic"], ["eagle dynamic"]))
-def test_forced_tokens_in_trees_do_not_change_the_law(name: str, nets: dict[str, str]) -> None:
+def test_forced_tokens_in_trees_do_not_change_the_distribution(name: str, nets: dict[str, str]) -> None:
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
 
 
-def test_appended_timestep_tokens_in_trees_do_not_change_the_law(nets: dict[str, str]) -> None:
+def test_appended_timestep_tokens_in_trees_do_not_change_the_distribution(nets: dict[str, str]) -> None:
     decoder = front(9, nets, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2)
     assert abs(z_score(decoder, GUIDED, code="appended")) < 5
 

@@ -15,7 +15,7 @@ from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
 from tests.helpers.tiers import by_default
-from tests.helpers.toy import Toy, chi_square_z, enumerate_law
+from tests.helpers.toy import Toy, chi_square_z, enumerate_probs
 
 SAMPLES = 12_000
 PROMPT = "a b"
@@ -258,7 +258,7 @@ CASES = {
 
 
 def counts(model: Toy, decoder: ZipAR, sampling: SamplingParams) -> torch.Tensor:
-    """Decode SAMPLES images and count every outcome, in the order of `enumerate_law`."""
+    """Decode SAMPLES images and count every outcome, in the order of `enumerate_probs`."""
     free = model.layout.free
     digits = model.layout.vocabulary ** torch.arange(int(free.sum()) - 1, -1, -1)
     tokens = []
@@ -277,25 +277,25 @@ def by_the_book(model: Toy, sampling: SamplingParams, window_size: int, adaptive
 
 
 @pytest.mark.parametrize("name", by_default(CASES, ["fixed", "adaptive", "row ends, adaptive"]))
-def test_the_law_is_that_of_the_description_and_not_ar(name: str) -> None:
+def test_the_distribution_is_that_of_the_description_and_not_ar(name: str) -> None:
     grid, window_size, adaptive, sampling = CASES[name]
     model = Toy(grid)
     expected = by_the_book(model, sampling, window_size, adaptive)
     assert float(expected.sum()) == pytest.approx(1, abs=1e-5)
     found = counts(model, zipar(window_size, adaptive), sampling)
     assert abs(chi_square_z(found, expected)) < 5
-    assert abs(chi_square_z(found, enumerate_law(model, PROMPT, sampling)[1])) > 5  # negative control: AR
+    assert abs(chi_square_z(found, enumerate_probs(model, PROMPT, sampling)[1])) > 5  # negative control: AR
     other = by_the_book(model, sampling, window_size, not adaptive)
     assert abs(chi_square_z(found, other)) > 5  # negative control: the other window
 
 
 def test_the_book_of_a_whole_row_is_ar() -> None:
     model = Toy(ENDED)
-    expected = enumerate_law(model, PROMPT, GUIDED)[1]
+    expected = enumerate_probs(model, PROMPT, GUIDED)[1]
     for window_size, adaptive in ((4, True), (4, False), (3, True)):
         assert torch.allclose(by_the_book(model, GUIDED, window_size, adaptive), expected, atol=1e-5)
 
 
-def test_a_test_against_the_whole_row_has_the_law_of_ar() -> None:
+def test_a_test_against_the_whole_row_has_the_distribution_of_ar() -> None:
     model = Toy(SMALL)
-    assert abs(chi_square_z(counts(model, zipar(2), GUIDED), enumerate_law(model, PROMPT, GUIDED)[1])) < 5
+    assert abs(chi_square_z(counts(model, zipar(2), GUIDED), enumerate_probs(model, PROMPT, GUIDED)[1])) < 5

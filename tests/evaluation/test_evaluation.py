@@ -468,7 +468,7 @@ def test_distances_of_scored_runs_need_no_network(tmp_path: Path) -> None:
         statistics.paired_distance(a, b, metric, "is")
 
 
-def test_paired_distances_of_equal_laws_cover_zero() -> None:
+def test_paired_distances_of_equal_distributions_cover_zero() -> None:
     reference = gaussian(300, 6, 77)
     moments = fid.Statistics.of(reference)
     hits = {"fid": 0, "kid": 0}

@@ -111,7 +111,7 @@ def test_written_tensors_are_read_by_safetensors(tmp_path: Path) -> None:
         assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == dtype for name in mine)
 
 
-def test_an_eagle_head_learns_the_same_from_cut_batches_and_laws(
+def test_an_eagle_head_learns_the_same_from_cut_batches_and_distributions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Also with both guidance branches and the head's own states, whose distributions are guided token by token."""

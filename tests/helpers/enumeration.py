@@ -10,7 +10,7 @@ from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.layout import TokenGrid
 from tests.helpers.decoders import LINE
-from tests.helpers.toy import Toy, chi_square_z, enumerate_law
+from tests.helpers.toy import Toy, chi_square_z, enumerate_probs
 
 SAMPLES = 12_000
 PROMPT = "a b"
@@ -32,7 +32,7 @@ def z_score(
 ) -> float:
     """Decode SAMPLES images and return the z-score of their frequencies under the enumerated distribution."""
     model = strong_toy(grid, code)
-    _, probs = enumerate_law(model, PROMPT, sampling)
+    _, probs = enumerate_probs(model, PROMPT, sampling)
     free = model.layout.free
     digits = 3 ** torch.arange(int(free.sum()) - 1, -1, -1)
     tokens = []

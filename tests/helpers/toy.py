@@ -58,7 +58,7 @@ class Toy(ImageModel):
 
 
 @torch.inference_mode()
-def enumerate_law(model: Toy, prompt: str, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+def enumerate_probs(model: Toy, prompt: str, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
     """Return all free token sequences [K, F] and the exact probability of each [K], by plain forwards without a cache."""
     free = model.layout.free
     sequences = torch.tensor(list(itertools.product(range(model.layout.vocabulary), repeat=int(free.sum()))))

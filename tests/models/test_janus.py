@@ -86,7 +86,7 @@ def test_greedy_images_equal_those_of_transformers(
     assert not torch.equal(unguided.tokens, images.tokens)
 
 
-def test_inputs_and_laws_go_through_aligner_and_image_head(
+def test_inputs_and_distributions_go_through_aligner_and_image_head(
     model: Janus, reference: JanusForConditionalGeneration
 ) -> None:
     codes = torch.randint(0, 64, (2, 7))

@@ -85,7 +85,7 @@ def test_what_differs_is_named_and_corrected(tmp_path: Path, metric: dict[str, A
     assert f"({100 * (1 - 0.01 / tests):.4g} %)" in text
 
 
-def test_equal_laws_do_not_differ(tmp_path: Path, metric: dict[str, Any]) -> None:
+def test_equal_distributions_do_not_differ(tmp_path: Path, metric: dict[str, Any]) -> None:
     _, found = compared(
         tmp_path, make(tmp_path, "sjd", seed=2, metric=metric), make(tmp_path, "scd", seed=3, metric=metric)
     )

@@ -129,7 +129,7 @@ def test_a_config_without_names_takes_the_tokenizers(folder: Path, model: Chamel
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_low_precision_keeps_pixels_and_laws_in_float32(folder: Path, dtype: str) -> None:
+def test_low_precision_keeps_pixels_and_distributions_in_float32(folder: Path, dtype: str) -> None:
     low = load(folder, dtype, device_map="auto" if dtype == "bfloat16" else None)
     assert low.dtype == getattr(torch, dtype)
     assert low.codebook.dtype == torch.float32

@@ -44,7 +44,7 @@ def test_greedy_ar_is_the_reference_solver(
         assert drawing.ids[tokens[row]].tolist() == reference_greedy(plain, text, width, height, CONTEXTS[context])
 
 
-def test_the_two_contexts_are_two_laws(model: Chameleon) -> None:
+def test_the_two_contexts_are_two_distributions(model: Chameleon) -> None:
     tokens = [
         generate(other, AR, other.encode(PROMPTS), [1, 2], sampling=GREEDY).tokens
         for other in (at(model, context) for context in CONTEXTS)
