@@ -70,7 +70,8 @@ class Clip:
 
         if Path(file).suffix in (".npz", ".npy"):  # of big_vision, with names of its own
             return
-        stored, own = load_state_dict(file), self.model.state_dict()
+        stored: dict[str, Tensor] = dict(load_state_dict(file))
+        own = self.model.state_dict()
         for key in stored.keys() & own.keys():
             if key.endswith("positional_embedding") and stored[key].shape != own[key].shape:
                 sizes = " and ".join("x".join(map(str, side[key].shape)) for side in (stored, own))
