@@ -137,7 +137,7 @@ def _blocks(table: PageTable, order: Sequence[int], width: int) -> list[list[int
     costs = {place for place, title in enumerate(table.header) if title in (*COSTS, *OTHER_COSTS)}
     blocks = [[order[0]]]
     for place in order[1:]:
-        wide = _total(table, [*blocks[-1], place], least=place in costs) > width
+        wide = _total(table, [*blocks[-1], place], least=table.header[place] in COSTS) > width
         quality = bool(costs) and place not in costs and set(blocks[-1][1:]) <= costs and len(blocks) == 1
         if (wide or quality) and len(blocks[-1]) > 1:
             blocks.append([order[0]])
@@ -161,11 +161,12 @@ def _lines(table: PageTable, block: Sequence[int], width: int) -> Iterator[str]:
     """Yield one block: heading, rule, rows."""
     bounds = [_bounds(table, place) for place in block]
     widths = [least for least, _ in bounds]
-    while True:  # share what is left, a blank at a time, with the columns whose cells would break
-        narrow = [n for n, (_, whole) in enumerate(bounds) if widths[n] < whole]
-        if not narrow or sum(widths) + GAP * (len(widths) - 1) >= width:
-            break
-        widths[min(narrow, key=lambda n: bounds[n][1] - widths[n])] += 1
+    headings = [max(whole, _width(table.header[place])) for place, (_, whole) in zip(block, bounds, strict=True)]
+    # what is left goes, a blank at a time, to the columns whose cells would break, then to those whose headings would
+    for wanted in ([whole for _, whole in bounds], headings):
+        while sum(widths) + GAP * (len(widths) - 1) < width and widths != wanted:
+            narrow = [n for n, most in enumerate(wanted) if widths[n] < most]
+            widths[min(narrow, key=lambda n: wanted[n] - widths[n])] += 1
     yield from _row([table.header[place] for place in block], widths)
     yield "─" * (sum(widths) + GAP * (len(widths) - 1))
     for row in table.rows:

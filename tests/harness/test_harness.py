@@ -287,6 +287,8 @@ def test_a_lower_limit_tabulates_its_own_images(cli: Cli) -> None:
     assert rows["sjd"]["n_compared"] == 2
     assert "has more images than limit=2" in cli.err
     assert cli.run("sjd").metrics == known  # of all images, as before
+    assert cli("-m", "decoder=ar,sjd", "limit=3", "evaluation=tiny", "output=json") == 0
+    assert [(row["n"], row["n_scored"]) for row in json.loads(cli.out)] == [(3, 3), (3, 3)]
 
 
 def test_own_prompts_are_never_cut_without_a_word(cli: Cli, tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_latex_table_has_as_many_cells_as_columns() -> None:
     assert text.count("{") == text.count("}")
 
 
+def test_a_users_part_keeps_its_name_where_its_yaml_is_not(tmp_path: Path) -> None:
+    path = make(tmp_path / "runs", "sjd", parts={"verifier": {"_target_": "mine.parts.Own"}})
+    assert "| sjd verifier=mine:Own |" in table(tmp_path, path)[0]  # made before run folders kept the names
+    config = OmegaConf.load(path / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(config, {"part_names": {"verifier": "own"}}), path / "config.yaml")
+    assert "| sjd verifier=own |" in table(tmp_path, path)[0]
+
+
 def test_markdown_rows_are_one_line_each() -> None:
     text = markdown(Table("t", ["a", "b"], [["x|y", "1\n2"]], failed=[("j", "r")]))
     assert "| x\\|y | 1 2 |\n| j | failed: r |\n" in text
