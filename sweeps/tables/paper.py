@@ -32,7 +32,7 @@ COUNTERPART = (
     "GenEval's detector does not apply to such images. All attributes right, the share of images that show everything "
     "the caption names, is the embedded model's counterpart."
 )
-DERIVED_NOTE = "*: not printed; computed here from the passes or seconds of the paper's AR row."
+DERIVED_NOTE = "In parentheses: not printed; computed here from the passes or seconds of the paper's AR row."
 DENOISING_ONLY = "SJD2 denoising only"
 MODELS = {"lumina-mgpt (768 px)": "lumina", "emu3": "emu3", "janus-pro-1b": "janus"}
 SIZES = {"lumina": ("768", "768x768"), "emu3": ("720", "720x720"), "janus": ("384",)}  # that the paper uses
@@ -167,7 +167,7 @@ def _table(name: str, published: Sequence[Published], rows: Sequence[Row], stand
     found = {entry: [row for row in mine if _fits(entry, row, stand_in)] for entry in published}
     make = _rows_apart if stand_in else _rows_beside
     header, cells = make(found, shown, published)
-    notes += [DERIVED_NOTE] * any(cell.endswith("*") for line in cells for cell in line)
+    notes += [DERIVED_NOTE] * any(cell.startswith("(") for line in cells for cell in line)
     notes += withheld_reasons(mine)
     if unmatched := [row for row in mine if not any(row in fit for fit in found.values())]:
         who = ", ".join(map(_run, unmatched))
@@ -263,7 +263,7 @@ def _label(method: str, run: Run) -> str:
 
 
 def _printed(entry: Published, number: Number, published: Sequence[Published]) -> str:
-    """Return a published value as text; with a star if it follows from the paper's AR row; '' without one."""
+    """Return a published value as text; in parentheses if it follows from the paper's AR row; '' without one."""
     value = getattr(entry, number.field) if number.field else None
     if value is not None:
         return f"{value:g}"
@@ -272,7 +272,7 @@ def _printed(entry: Published, number: Number, published: Sequence[Published]) -
     ar = [e for e in published if e.method == "AR" and (e.model, e.dataset, e.table, e.hardware) == place]
     if not of or not ar or getattr(entry, of) is None or getattr(ar[0], of) is None:
         return ""
-    return f"{getattr(ar[0], of) / getattr(entry, of):.3g}*"
+    return f"({getattr(ar[0], of) / getattr(entry, of):.3g})"
 
 
 def _ours(row: Row, number: Number) -> str:

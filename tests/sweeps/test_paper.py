@@ -106,8 +106,8 @@ def test_exact_and_lossy_sjd2_have_rows_of_their_own_beside_costs_of_either(tmp_
     assert "×" in exact["speed-up"]
     assert rows["AR", "toy"]["speed-up"] == "1.00×"
     paper_s = rows["SJD2", "Lumina-mGPT (768 px)"]
-    assert (paper_s["passes"], paper_s["step compression"], paper_s["speed-up"]) == ("596", "3.95*", "2.63*")
-    assert "*: not printed; computed here" in (tmp_path / "out" / "paper.md").read_text()
+    assert (paper_s["passes"], paper_s["step compression"], paper_s["speed-up"]) == ("596", "(3.95)", "(2.63)")
+    assert "In parentheses: not printed; computed here" in (tmp_path / "out" / "paper.md").read_text()
     own = [lumina(tmp_path / "own", "sjd2", adapter="tuned", rule=rule) for rule in ("paper", "exact")]
     rows = {(r["method"], r["model"]): r for r in cells("Table 1", own, tmp_path / "b") if "2017" in r["prompts"]}
     exact, lossy = (
