@@ -125,7 +125,7 @@ def cache_folder() -> Path:
     """Return where the user keeps files that can be made again (XDG_CACHE_HOME), in a folder of our own."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     # the XDG rules have relative paths ignored
-    return (Path(root) if Path(root).is_absolute() else Path("~/.cache").expanduser()) / "sjd2" / "neighbours"
+    return (Path(root) if Path(root).is_absolute() else Path(os.path.expanduser("~/.cache"))) / "sjd2" / "neighbours"
 
 
 def neighbour_table(codebook: Tensor, neighbours: int, normalise: bool, file: Path) -> Tensor:

@@ -11,10 +11,12 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import eq
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from evaluation.run_folder import RunFolder
 from sjd2.config import instantiate
@@ -24,9 +26,40 @@ from sjd2.files import ROOT, read_lines, read_text, split_lines, write_atomicall
 COLUMNS = ("prompt", "caption", "text", "Prompt")  # names of the prompt's column, tried in this order
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 KEPT = "prompts.jsonl"
+MOST_IMAGES = 10_000_000  # of one run; a mistyped number is refused before it takes all memory
 KIND = "prompts file"  # what messages call the file
 
 Facts = dict[str, Any]  # what a prompt set holds of one prompt besides its text
+
+
+@dataclass(frozen=True, eq=False)
+class ImageIds(Sequence[tuple[int, int]]):
+    """The first `count` ids (prompt index, repeat) of a list of prompts, a repeat of all prompts after the other."""
+
+    prompts: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, place: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        found = range(self.count)[place]
+        if isinstance(found, range):
+            return [(n % self.prompts, n // self.prompts) for n in found]
+        return found % self.prompts, found // self.prompts
+
+    __hash__ = None  # type: ignore[assignment]  # it is equal to lists
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    def place(self, key: tuple[int, int]) -> int:
+        """Return where an id stands."""
+        return key[1] * self.prompts + key[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +117,25 @@ class Prompts:
         """Return 16 hex digits of the sha256 over the prompts in their order."""
         return hashlib.sha256(json.dumps(self.texts, ensure_ascii=False).encode()).hexdigest()[:16]
 
-    def ids(self, limit: int | None = None) -> list[tuple[int, int]]:
-        """Return the first `limit` image ids (prompt index, repeat), all of them for None."""
-        ids = [(prompt, repeat) for repeat in range(self.repeats) for prompt in range(len(self.texts))]
-        return ids[:limit]
+    def ids(self, limit: int | None = None) -> ImageIds:
+        """Return the first `limit` image ids (prompt index, repeat), all of them for None; none is made before it is used.
+
+        Raises UserError for a limit of more images than a run folder can hold; None is for those who use a part of them.
+        """
+        total = len(self.texts) * self.repeats
+        count = total if limit is None else min(limit, total)
+        if limit is not None and count > MOST_IMAGES:
+            raise UserError(f"limit={limit} asks for {count:,} images; a run has at most {MOST_IMAGES:,}.")
+        return ImageIds(len(self.texts), count)
+
+    def wanted(self, limit: int | None) -> ImageIds:
+        """Return the ids of the images that a run makes; raises UserError if they are more than a run folder can hold."""
+        total = len(self.texts) * self.repeats
+        if limit is None and total > MOST_IMAGES:
+            raise UserError(
+                f"{len(self.texts):,} prompts with prompts.repeats={self.repeats} are {total:,} images; give limit=."
+            )
+        return self.ids(limit)
 
     def keep(self, run: RunFolder) -> None:
         """Write what the set holds of its prompts into the run folder, for scoring later and elsewhere."""

@@ -86,6 +86,9 @@ class Metric:
     def check(self) -> None:
         """Raise UserError if a file or library is missing; called before any image is made, so it must be cheap."""
 
+    def check_prompts(self, facts: Sequence[Mapping[str, Any]]) -> None:
+        """Raise UserError if the prompts of a run lack what the metric needs; facts: what their set knows of each."""
+
     def start(self, run: Snapshot) -> Sequence[Record] | None:
         """Begin with a run and return the records whose images are wanted; None where the metric does not apply."""
         return ()

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.console import answer, guarded, show_logs, spoken
+from harness.home import ensure_home
 from harness.ranks import takes_part
 from harness.settings import STAGES, check_settings, resolve
 from harness.words import check_words
@@ -31,6 +32,7 @@ def main() -> int:
     if "--version" in sys.argv[1:]:
         print(f"sjd2 {__version__}")
         return 0
+    ensure_home()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: waiting threads sleep instead of spinning
     if "debug=trace" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1":
         os.environ["SJD2_TRACE"] = "1"

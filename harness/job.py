@@ -184,7 +184,7 @@ def make_baseline(
 
     def lacking() -> bool:
         with plan.run.lock(wait=True):
-            return bool(plan.run.missing(plan.prompts.ids(cfg.limit)) or not plan.run.metrics)
+            return bool(plan.run.missing(plan.prompts.wanted(cfg.limit)) or not plan.run.metrics)
 
     if ranks.broadcast(lacking):
         make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=models, wait=True, ranks=ranks)
@@ -192,6 +192,8 @@ def make_baseline(
 
 def mirror(run: Snapshot, numbers: Mapping[str, Any], tracker: Tracker) -> None:
     """Show images, a table of samples, the histogram of accepted tokens and the final metrics in the tracker."""
+    numbers = shown(numbers, declared([run.folder]))
+    tracker.summary({key: value for key, value in numbers.items() if isinstance(value, (int, float, str))})
     records = run.records
     step = len(records)
     for name in ("grid", "acceptance"):
@@ -212,8 +214,6 @@ def mirror(run: Snapshot, numbers: Mapping[str, Any], tracker: Tracker) -> None:
     ]
     tracker.table(step, "samples", columns, rows)
     tracker.histogram(step, "accepted_per_forward", [n for record in records for n in record["accepted"]])
-    numbers = shown(numbers, declared([run.folder]))
-    tracker.summary({key: value for key, value in numbers.items() if isinstance(value, (int, float, str))})
 
 
 def sweep_name() -> str | None:

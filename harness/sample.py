@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from evaluation.prompts import ImageIds
 from evaluation.run_folder import Id, RunFolder
 from harness.console import Progress, say
 from harness.flops import gflops_per_token
@@ -45,7 +46,7 @@ class Job:
     decoder: BaseDecoder
     sampling: SamplingParams
     prompts: list[str]
-    ids: list[Id]
+    ids: ImageIds
     limit: int | None
     seed: int
     batch_size: int
@@ -110,10 +111,16 @@ def _share(job: Job, missing: list[Id], ranks: Ranks) -> list[Id]:
     if job.refill:
         return ranks.share(missing)
     lacking = set(missing)
-    batches = [job.ids[n : n + job.batch_size] for n in range(0, len(job.ids), job.batch_size)]
-    return [
-        key for batch in ranks.share([b for b in batches if lacking.intersection(b)]) for key in batch if key in lacking
-    ]
+    return [key for number in ranks.share(_numbers(job, missing)) for key in _ids(job, number) if key in lacking]
+
+
+def _numbers(job: Job, missing: Iterable[Id]) -> list[int]:
+    """Return the numbers of the batches that these ids are in."""
+    return sorted({job.ids.place(key) // job.batch_size for key in missing})
+
+
+def _ids(job: Job, number: int) -> list[Id]:
+    return job.ids[number * job.batch_size : (number + 1) * job.batch_size]
 
 
 def _make(job: Job, model: ImageModel, share: list[Id], launch: int, tracker: Tracker, ranks: Ranks) -> float | None:
@@ -152,12 +159,10 @@ def _batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the missing records batch by batch; a batch with one missing image runs whole, for the same tokens."""
     missing = set(share)
-    for number in range(0, len(job.ids), job.batch_size):
-        batch = job.ids[number : number + job.batch_size]
-        if not missing.intersection(batch):
-            continue
+    for number in _numbers(job, missing):
+        batch = _ids(job, number)
         stop.begin()
-        yield _batch(job, model, batch, [key in missing for key in batch], number // job.batch_size, launch, stop)
+        yield _batch(job, model, batch, [key in missing for key in batch], number, launch, stop)
 
 
 def _batch(
@@ -203,7 +208,6 @@ def _refilled(
     Every row is busy until the prompts run out, so images per second are batch_rows / mean latency (Little's law).
     """
     taken: dict[int, float] = {}
-    places = {key: place for place, key in enumerate(job.ids)}  # a batch of its own each, also among ranks
     rows = min(job.batch_size, len(missing))
 
     def requests() -> Iterator[tuple[str, int]]:
@@ -220,7 +224,8 @@ def _refilled(
         key, ended = missing[index], _Clock(model.device).began
         seconds = {"encode": 0.0, "prefill": 0.0, "decode": ended - taken.pop(index)}  # the row's own, prompt included
         images, losses, seconds["image"] = _finish(job, model, _encode(model, [job.prompts[key[0]]]), [sampled])
-        head = {"batch": places[key], "batch_rows": rows, "launch": launch, "seed": sample_seed(job.seed, *key)}
+        # a batch of its own each, also among ranks
+        head = {"batch": job.ids.place(key), "batch_rows": rows, "launch": launch, "seed": sample_seed(job.seed, *key)}
         yield [_record(job, key, sampled, images[0], seconds, head | {"nll": losses[0]})]
         waited = time.perf_counter() - ended
         for other in taken:  # pixels and likelihood of this image are no part of the others' decoding

@@ -27,6 +27,9 @@ def sample(cfg: DictConfig) -> Path:
     tracker = build_tracker(cfg) if ranks.main else NoTracker()
     base = job.baseline_settings(cfg) if cfg.baseline and plan.decoder.name != cfg.baseline else None
     base_plan = make_plan(base, ranks) if base is not None else None
+    wanted = [plan.prompts.metadata[prompt] for prompt, _ in plan.prompts.wanted(cfg.limit)]
+    for metric in metrics.values():
+        metric.check_prompts(wanted)
     models, failed = job.Models(), True
     _report_cut(plan.prompts, cfg.limit)
     try:

@@ -1,7 +1,8 @@
 """Weights & Biases as a mirror of what is on the disk; it never prompts, never hangs and never ends a run.
 
 Online only where an account is found (WANDB_API_KEY, an identity token or netrc) and the server answers within
-`timeout` seconds; else the run is written offline into the run folder and one line says so.
+`timeout` seconds; else the run is written offline into the run folder and one line says so. What wandb raises, whatever
+it is, costs what it was asked for and nothing else; the next call is tried again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from sjd2.errors import UserError, choose
 
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where wandb's releases look for an account
 MODES = ("auto", "online", "offline")
+STAGING = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")  # where wandb puts tables before they are uploaded
+MOST_FAILURES = 3  # of W&B's calls before it is left alone: each may have waited for a server
 NO_ACCOUNT = "no account was found (WANDB_API_KEY, netrc)"
 
 
@@ -106,20 +109,39 @@ class WandbTracker:
         self.settings = {"project": project, "entity": entity, "tags": list(tags or ()), "notes": notes}
         self.group, self.mode, self.timeout, self.system_metrics = group, mode, timeout, system_metrics
         self._run: Any = None
+        self._failures = 0
+        self._placed: list[str] = []
 
     def check(self) -> None:
-        """Raise UserError if wandb is not installed."""
+        """Raise UserError if wandb is not installed, or refuses a setting."""
         try:
-            importlib.import_module("wandb")
-        except ImportError as error:
+            wandb = importlib.import_module("wandb")
+        except Exception as error:  # not ImportError alone: wandb and what it needs run code of theirs
             raise UserError(f"logger=wandb cannot import wandb ({error}); install it or use logger=none.") from error
+        names = {"project": "project", "entity": "entity", "tags": "run_tags", "notes": "run_notes"}
+        given = {key: self.settings[key] for key in names} | {"group": self.group}
+        for key, value in given.items():
+            try:
+                wandb.Settings(**{names.get(key, "run_group"): value or None})
+            except Exception as error:  # pydantic's or wandb's own
+                raise UserError(f"wandb refuses logger.{key}={value} ({_reason(error)}).") from error
 
     def start(self, about: About) -> None:
         """Open the W&B run of this job; its files lie in the run folder's wandb/."""
+        try:
+            self._start(about)
+        except Exception as error:
+            say(f"W&B is off: {_reason(error)}")
+
+    def _start(self, about: About) -> None:
         import wandb
-        import wandb.errors
 
         about.folder.mkdir(parents=True, exist_ok=True)
+        self._failures = 0
+        # by itself wandb keeps tables in the home folder, which may be read-only, missing, or elsewhere when a run is synced
+        self._release()
+        self._placed = [name for name in STAGING if name not in os.environ]
+        os.environ |= dict.fromkeys(self._placed, str((about.folder / "wandb").absolute()))
         options = {**self.settings, "id": about.id, "name": about.name, "job_type": about.kind}
         options |= {"group": self.group or about.group, "config": dict(about.config), "dir": str(about.folder)}
         options |= {"resume": "allow", "reinit": "finish_previous"}
@@ -128,16 +150,12 @@ class WandbTracker:
             try:
                 self._run = wandb.init(mode="online", settings=self._settings(), **options)
                 return
-            except (wandb.errors.Error, OSError, TimeoutError) as error:
-                reason = f"the server could not be used ({' '.join(str(error).split())[:120]})"
+            except Exception as error:
+                reason = f"the server could not be used ({_reason(error)})"
                 wandb.teardown()
         if mode == "disabled":
             return
-        try:
-            self._run = wandb.init(mode="offline", settings=self._settings(), **options)
-        except (wandb.errors.Error, OSError) as error:
-            say(f"W&B is off: {' '.join(str(error).split())[:160]}")
-            return
+        self._run = wandb.init(mode="offline", settings=self._settings(), **options)
         if reason:
             say(f"W&B writes offline to {about.folder / 'wandb'}: {reason}; to upload it: {self._upload()}")
 
@@ -177,18 +195,28 @@ class WandbTracker:
         """Close the run; also after errors, so that the next job of a multirun opens its own."""
         self._do(lambda run, wandb: run.finish(exit_code=int(failed)))
         self._run = None
+        self._release()
+
+    def _release(self) -> None:
+        for name in self._placed:
+            os.environ.pop(name, None)
+        self._placed = []
 
     def _do(self, action: Any) -> None:
-        """Act on the W&B run; if W&B fails, print so once and continue without it: the disk is the record."""
+        """Act on the W&B run; if W&B fails, print so once and continue: a table it cannot take costs no final metrics."""
         if self._run is None:
             return
         import wandb
-        import wandb.errors
 
         try:
             action(self._run, wandb)
-        except (wandb.errors.Error, OSError, TimeoutError) as error:
-            say(f"W&B is off from here on: {' '.join(str(error).split())[:160]}; the run folder has everything.")
+            return
+        except Exception as error:  # a mirror: the disk is the record
+            self._failures += 1
+            if self._failures == 1:
+                say(f"W&B lacks some of this run: {_reason(error)}; the run folder has everything.")
+        if self._failures == MOST_FAILURES:
+            say("W&B is off from here on.")
             self._run = None
 
     def _mode(self) -> tuple[str, str | None]:
@@ -213,6 +241,12 @@ class WandbTracker:
         return wandb.Settings(**{key: value for key, value in wishes.items() if key in wandb.Settings.model_fields})
 
 
+def _reason(error: Exception) -> str:
+    found = getattr(error, "errors", None)  # pydantic's, whose own text has four lines
+    text = found()[0]["msg"] if callable(found) else str(error)
+    return " ".join(text.split())[:160] or type(error).__name__
+
+
 def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
     # offline, a resumed run counts from 0 again, so steps are named; online, W&B drops what lies before its own next step.
     # not `run.step`: that asks W&B's process at every call, and a busy machine answers too late
@@ -225,7 +259,7 @@ def has_account() -> bool:
         return True
     files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     hosts = {*HOSTS, urlparse(os.environ.get("WANDB_BASE_URL", "")).netloc} - {""}
-    for path in (Path(file).expanduser() for file in files):
+    for path in (Path(os.path.expanduser(file)) for file in files):  # Path.expanduser raises where there is no home
         try:
             if path.is_file() and hosts & set(netrc.netrc(str(path)).hosts):
                 return True

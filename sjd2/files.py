@@ -20,7 +20,12 @@ _HASHED_WHOLE = 256 * 2**20  # bytes; larger files are identified by size, head 
 
 def find(path: str | Path) -> Path:
     """Return the existing file or folder that `path` names, or `path` itself if there is none."""
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:  # a container's user without an entry in passwd
+        raise UserError(
+            f"'{path}' is below a home folder that this user does not have; give the whole path."
+        ) from error
     if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
         return ROOT / path
     return path

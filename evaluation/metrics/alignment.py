@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evaluation.metrics.batches import device_for, stack
+from evaluation.metrics.batches import check_weights, device_for, stack
 from evaluation.metrics.fid import SHIPPED_REFERENCE
 from evaluation.run_folder import Record, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
@@ -145,6 +145,7 @@ def check_folder(path: Path) -> None:
     missing = [name for name in ("config.json", WEIGHTS) if not (path / name).is_file()]
     if missing:
         raise UserError(f"{path} has no {missing[0]}; train it: python run.py stage=finetune finetune=attributes.")
+    check_weights(path / WEIGHTS)
     known = json.loads((path / "config.json").read_text())["attributes"]
     if known != {name: list(values) for name, values in ATTRIBUTES.items()}:
         raise UserError(f"{path} was trained on another grammar: python run.py stage=finetune finetune=attributes.")

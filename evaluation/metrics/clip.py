@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.metrics.batches import device_for
+from evaluation.metrics.batches import check_weights, device_for
 from evaluation.metrics.clip_source import KEY, SHIPPED, ClipSource, find_source, tag_and_file
 from evaluation.metrics.transforms import centre_square, squash
 from evaluation.run_folder import Id, Record, Snapshot, record_id
@@ -225,8 +225,9 @@ class ClipScore(Metric):
         )
 
     def check(self) -> None:
-        """Raise UserError if library or weights are missing."""
-        _ = self.source
+        """Raise UserError if library or weights are missing, or a file of weights was cut short."""
+        for file in self.source.weights:
+            check_weights(file)
 
     def start(self, run: Snapshot) -> Sequence[Record] | None:
         """Want all images; the shipped CLIP knows the words of the shapes only and does not apply to other prompts."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,6 +33,15 @@ class ClipSource:
     file: str | None = None
     preprocess: tuple[tuple[str, Any], ...] = ()
     quick_gelu: bool = False
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files that hold the weights."""
+        if self.file is not None:
+            return [Path(self.file)]
+        folder = Path(self.name.partition(":")[2])
+        found = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        return [file for file in found if file.suffix == ".safetensors"] or found
 
 
 def find_source(model: str, pretrained: str | None, allow_download: bool) -> ClipSource:
@@ -192,7 +202,7 @@ def _tagged(model: str, tag: str, allow_download: bool) -> ClipSource:
             continue
         return ClipSource(model, path, _preprocessing(known), bool(known.get("quick_gelu")))
     # open_clip keeps what it fetched from plain URLs here
-    cached = Path("~/.cache/clip").expanduser() / Path(known.get("url", "none")).name
+    cached = Path(os.path.expanduser("~/.cache/clip")) / Path(known.get("url", "none")).name
     if not repository and cached.is_file():
         return ClipSource(model, str(cached), _preprocessing(known), bool(known.get("quick_gelu")))
     raise _not_here(f"{model} {tag}", allow_download and bool(repository), reason)

@@ -96,7 +96,7 @@ class _InceptionFile:
         return path / self.file if path.is_dir() else path
 
     def check(self) -> None:
-        """Raise UserError if clean-fid or the weights are missing."""
+        """Raise UserError if clean-fid or the weights are missing, or do not load."""
         key = "evaluation.metrics.fid.extractor.weights"
         fetch = f"Fetch it once from {self.url} and give its folder: {key}=FOLDER"
         if self.weights is None:
@@ -108,6 +108,7 @@ class _InceptionFile:
             import cleanfid  # noqa: F401
         except ImportError as error:
             raise UserError("FID with an Inception needs clean-fid: pip install clean-fid.") from error
+        self._network()  # a second now; a file that was cut short would be found when all images are made
 
     @cached_property
     def _digest(self) -> str:

@@ -8,22 +8,20 @@ reference and N.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image
 
-from evaluation.metrics.features import Extractor, RunFeatures, extract, save_npz
+from evaluation.metrics.features import Extractor, RunFeatures
+from evaluation.metrics.references import ImageFolder, Reference, Statistics, read_reference, wanted_files
 from evaluation.prompts import metadata_of
 from evaluation.run_folder import Record, Snapshot
 from evaluation.score import FEWEST, Metric, MetricInfo, Scores
@@ -34,36 +32,11 @@ from sjd2.models.tiny import scenes
 log = logging.getLogger(__name__)
 
 SHIPPED_REFERENCE = ROOT / "sjd2" / "models" / "tiny" / "reference.npz"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ENOUGH = 10  # images per feature below which the bias of a Frechet distance exceeds most true differences
 FEWEST_PER_FEATURE = 2  # images per feature below which a covariance is singular or nearly so, and FID mostly bias
 
 
 # ---------------------------------------------------------------------------------------------------------- distances
-@dataclass(frozen=True)
-class Statistics:
-    """Mean [D] and a root [R, D] of the covariance of a set of features (root^T root = covariance), in float64."""
-
-    mean: np.ndarray
-    root: np.ndarray
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> Statistics:
-        """Summarise features [N, D], N >= 2; the covariance divides by N - 1, as numpy's and clean-fid's do."""
-        features = np.asarray(features, np.float64)
-        mean = features.mean(0)
-        root: Any = (features - mean) / np.sqrt(len(features) - 1)
-        if len(root) > root.shape[1]:
-            root = np.linalg.qr(root, mode="r")  # same root^T root in D rows
-        return cls(mean, root)
-
-    @classmethod
-    def of_moments(cls, mean: np.ndarray, covariance: np.ndarray) -> Statistics:
-        """Take a mean [D] and a covariance [D, D] that another tool has computed."""
-        values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
-        return cls(np.asarray(mean, np.float64), np.sqrt(values.clip(0))[:, None] * vectors.T)
-
-
 def frechet(a: Statistics, b: Statistics) -> float:
     """Compute the Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
 
@@ -134,91 +107,6 @@ def mmd(features: np.ndarray, reference: np.ndarray) -> float:
     return float(within - 2 * cubic_kernel(features, reference).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------- reference
-@dataclass(frozen=True)
-class Reference:
-    """Reference statistics; `features` [M, D] is None where only the moments are known (then there is no KID).
-
-    files: the images' names within their folder, one per feature, where the reference is a folder.
-    """
-
-    name: str
-    statistics: Statistics
-    features: np.ndarray | None = None
-    files: tuple[str, ...] = ()
-
-    def only(self, wanted: Set[str]) -> Reference:
-        """Keep the images whose file names are `wanted`; raises UserError if some are not there or fewer than 2."""
-        by_name = {Path(file).name: row for row, file in enumerate(self.files)}
-        lacking = sorted(wanted - by_name.keys())
-        if lacking or len(wanted) < 2:
-            what = f"lacks {lacking[0]}" if lacking else f"would keep {len(wanted)} image"
-            raise UserError(f"reference {self.name} {what}: give the folder of all images, or only_prompts=false.")
-        assert self.features is not None  # a folder's are always there
-        features = self.features[sorted(by_name[name] for name in wanted)]
-        return Reference(f"{self.name}, the {len(wanted)} of the prompts", Statistics.of(features), features)
-
-
-def read_reference(path: Path, extractor: Extractor) -> Reference:
-    """Read an npz with `features` (and `digest`, `name`, `files`), or with `mu` and `sigma` (clean-fid, pytorch-fid).
-
-    Raises UserError when the file is damaged or comes from another extractor.
-    """
-    try:
-        with np.load(path) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise UserError(f"reference {path} is no readable npz file ({error}).") from error
-    digest = str(arrays.get("digest", extractor.digest()))
-    if digest != extractor.digest():
-        fix = "give the folder of reference images instead, or the extractor it was made with"
-        raise UserError(f"reference {path} holds features of extractor {digest}, not {extractor.digest()}: {fix}.")
-    name = str(arrays.get("name", path.stem))
-    if "features" in arrays:
-        files = tuple(arrays["files"].tolist()) if "files" in arrays else ()
-        reference = Reference(name, Statistics.of(arrays["features"]), arrays["features"], files)
-    elif {"mu", "sigma"} <= arrays.keys():
-        reference = Reference(name, Statistics.of_moments(arrays["mu"], arrays["sigma"]))
-    else:
-        raise UserError(f"reference {path} has neither `features` nor `mu` and `sigma`, but {', '.join(arrays)}.")
-    if len(reference.statistics.mean) != extractor.width:
-        width = len(reference.statistics.mean)
-        raise UserError(f"reference {path} has {width} features, {extractor.name} makes {extractor.width}.")
-    return reference
-
-
-def image_files(folder: Path) -> list[Path]:
-    """List the images of a folder and its subfolders in a fixed order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _read_images(files: list[Path]) -> Iterator[np.ndarray]:
-    for path in files:
-        with Image.open(path) as image:
-            yield np.asarray(image.convert("RGB"))
-
-
-def reference_of_folder(folder: Path, extractor: Extractor, cache: Path | None) -> Reference:
-    """Extract the features of a folder's images, or take them from `cache`, where they are kept.
-
-    The cache's key holds the extractor's digest (weights, resizing, crop) and the name, size and date of every image.
-    """
-    files = image_files(folder)
-    if len(files) < 2:
-        raise UserError(f"reference folder {folder} has {len(files)} images; a distance needs at least 2.")
-    facts = "".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns};" for path in files)
-    key = hashlib.sha256(f"{extractor.digest()}{facts}".encode()).hexdigest()[:12]
-    stored = cache / f"reference-{key}.npz" if cache else None
-    if stored and stored.is_file():
-        return read_reference(stored, extractor)
-    log.info("extracting %s features of %d reference images in %s", extractor.name, len(files), folder)
-    features = extract(extractor, _read_images(files))
-    name, names = f"{folder.name} ({len(files)} images)", tuple(str(path.relative_to(folder)) for path in files)
-    if stored:
-        save_npz(stored, {"features": features, "digest": extractor.digest(), "name": name, "files": np.array(names)})
-    return Reference(name, Statistics.of(features), features, names)
-
-
 # ------------------------------------------------------------------------------------------------------------- metric
 class FeatureDistance(Metric):
     """FID and KID of a run against a reference.
@@ -275,32 +163,36 @@ class FeatureDistance(Metric):
         if not self.path:
             raise UserError("FID needs evaluation.metrics.fid.reference=FOLDER of reference images, or an npz file.")
         if self.path.is_dir():
-            if len(image_files(self.path)) < 2:
-                raise UserError(f"reference folder {self.path} has fewer than 2 images ({', '.join(IMAGE_SUFFIXES)}).")
+            self._folder.check(self.extractor)
         elif self.path.is_file():
-            if not read_reference(self.path, self.extractor).files and self.only_prompts:
+            if not self.reference.files and self.only_prompts:
                 raise UserError(f"only_prompts=true needs a folder of images as reference; {self.path} names none.")
         else:
             raise UserError(f"evaluation.metrics.fid.reference={self.path} is neither a folder nor a file.")
+
+    def check_prompts(self, facts: Sequence[Mapping[str, Any]]) -> None:
+        """Raise UserError if `only_prompts` lacks the name or the file of an image that a prompt describes."""
+        if self.only_prompts and self.path is not None and len(facts) > 1:
+            files = self._folder.files if self.path.is_dir() else map(Path, self.reference.files)
+            wanted_files(self.path.name, [known.get("file_name") for known in facts], {file.name for file in files})
+
+    @cached_property
+    def _folder(self) -> ImageFolder:
+        assert self.path is not None  # `check` has seen to it
+        return ImageFolder(self.path, self.cache)
 
     @cached_property
     def reference(self) -> Reference:
         """The reference statistics, loaded once."""
         assert self.path is not None  # `check` has seen to it
-        if self.path.is_dir():
-            return reference_of_folder(self.path, self.extractor, self.cache)
-        return read_reference(self.path, self.extractor)
+        return self._folder.read(self.extractor) if self.path.is_dir() else read_reference(self.path, self.extractor)
 
     def reference_for(self, run: Snapshot) -> Reference:
         """Return the reference that this run is compared with; raises UserError if `only_prompts` cannot be done."""
         if not self.only_prompts:
             return self.reference
         facts = metadata_of(run.folder)
-        names = [facts.get(prompt, {}).get("file_name") for prompt, _ in run.ids]
-        wanted = {name for name in names if name is not None}
-        if None in names:
-            raise UserError("only_prompts=true needs prompts that name their images: prompts=coco2017 or coco2014.")
-        return self.reference.only(wanted)
+        return self.reference.only([facts.get(prompt, {}).get("file_name") for prompt, _ in run.ids])
 
     @property
     def protocol(self) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation.metrics.batches import check_weights
 from evaluation.metrics.rewards import run_tool
 from evaluation.prompts import Facts, metadata_of
 from evaluation.run_folder import Id, Record, Snapshot
@@ -109,6 +110,7 @@ class GenEval(Metric):
             raise UserError(
                 f"{key}.detector={self.detector} {where}; fetch it by GenEval's evaluation/download_models.sh."
             )
+        check_weights(find(self.detector) / DETECTOR)
         if self.model_config is not None and not find(self.model_config).is_file():
             raise UserError(f"{key}.model_config={self.model_config} does not exist; null takes the one in mmdet.")
 

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
-from evaluation.metrics.batches import device_for
+from evaluation.metrics.batches import check_weights, device_for
 from evaluation.metrics.clip import ClipScore
 from evaluation.metrics.clip_source import ClipSource
 from evaluation.run_folder import Record, Snapshot
@@ -114,6 +114,8 @@ class ImageReward(Metric):
         for name, path in self.files.items():
             if path is not None and not find(path).is_file():
                 raise UserError(f"{key}.{name}={path} is no file; null lets the package fetch its own.")
+        if (weights := self.files["weights"]) is not None:
+            check_weights(find(weights))
         if shutil.which(self.python) is None:
             raise UserError(f"{key}.python={self.python} is no interpreter; give the python of an environment.")
         code = "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in ('ImageReward', 'clip')))"

@@ -11,7 +11,6 @@ import pytest
 import scipy
 import scipy.stats
 import torch
-from PIL import Image
 
 from evaluation import statistics
 from evaluation.metrics import features, fid, speed
@@ -153,44 +152,6 @@ def test_features_of_other_tokens_are_not_reused(tmp_path: Path) -> None:
     (tmp_path / "run" / "samples.jsonl").write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n")
     run_features(RunFolder(tmp_path / "run"), extractor)
     assert extractor.seen == 4
-
-
-def test_reference_from_a_folder_is_kept(tmp_path: Path) -> None:
-    for i, image in enumerate(pixels(5)):
-        (tmp_path / "real" / str(i % 2)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "real" / str(i % 2) / f"{i}.png")
-    extractor = MeanColour()
-    for _ in range(2):
-        reference = fid.reference_of_folder(tmp_path / "real", extractor, tmp_path / "kept")
-        assert extractor.seen == 5
-        assert reference.name == "real (5 images)"
-        assert reference.features.shape == (5, 12)
-
-
-def test_references_from_files(tmp_path: Path) -> None:
-    x, extractor = gaussian(30, 12), MeanColour()
-    np.savez(tmp_path / "features.npz", features=x, digest="meancolour", name="mine")
-    np.savez(tmp_path / "moments.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False))  # as clean-fid keeps them
-    full, moments = (fid.read_reference(tmp_path / f"{name}.npz", extractor) for name in ("features", "moments"))
-    assert full.name == "mine"
-    assert fid.frechet(full.statistics, moments.statistics) == pytest.approx(0, abs=1e-6)
-    assert moments.features is None
-
-
-@pytest.mark.parametrize(
-    ("arrays", "says"),
-    [
-        ({"features": gaussian(9, 12), "digest": "other"}, "holds features of extractor other"),
-        ({"features": gaussian(9, 5)}, "has 5 features"),
-        ({"x": np.zeros(3)}, "neither `features` nor `mu`"),
-        (None, "no readable npz"),
-    ],
-)
-def test_wrong_references_are_refused(tmp_path: Path, arrays: dict | None, says: str) -> None:
-    path = tmp_path / "reference.npz"
-    np.savez(path, **arrays) if arrays else path.write_bytes(b"PK")
-    with pytest.raises(UserError, match=says):
-        fid.FeatureDistance(extractor=MeanColour(), reference=str(path)).check()
 
 
 def test_feature_distance_warns_of_few_images_and_leaves_out_what_does_not_fit(

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evaluation import train_scorers
-from evaluation.metrics import alignment, clip, clip_source, fid
+from evaluation.metrics import alignment, clip, clip_source, fid, references
 from evaluation.score import read_scores, score
 from sjd2.config import instantiate
 from sjd2.errors import UserError
@@ -314,7 +314,7 @@ def test_recipes_train_resume_and_ship_what_the_metrics_read(tmp_path: Path) -> 
             assert cut == whole
     final = tmp_path / "attributes" / "whole" / "final"
     extractor = alignment.AttributeFeatures(weights=str(final), device="cpu")
-    assert fid.read_reference(final / "reference.npz", extractor).features.shape == (8, 64)
+    assert references.read_reference(final / "reference.npz", extractor).features.shape == (8, 64)
     assert alignment.Alignment(weights=str(final)).protocol.count("8 held-out pictures") == 1
     loaded = clip.Clip(
         clip_source.find_source(f"local-dir:{tmp_path / 'clip' / 'whole' / 'final'}", None, False), "cpu"

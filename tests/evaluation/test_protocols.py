@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from evaluation import statistics
-from evaluation.metrics import clip, clip_source, features, fid, rewards, transforms
+from evaluation.metrics import clip, clip_source, features, fid, references, rewards, transforms
 from evaluation.run_folder import RunFolder
 from evaluation.score import read_scores
 from sjd2.config import instantiate
@@ -158,7 +158,9 @@ def test_lantern_s_crop_goes_through_clean_fid(tmp_path: Path, inception: Path) 
 def test_references_of_two_protocols_are_kept_apart(tmp_path: Path, inception: Path) -> None:
     folder = save_folder(tmp_path / "val2017", smooth_images())
     kept = [
-        fid.reference_of_folder(folder, features.Inception(weights=str(inception), crop=side, device="cpu"), tmp_path)
+        references.ImageFolder(folder, tmp_path).read(
+            features.Inception(weights=str(inception), crop=side, device="cpu")
+        )
         for side in (256, None, 256)
     ]
     assert len(list(tmp_path.glob("reference-*.npz"))) == 2
@@ -201,6 +203,9 @@ def test_missing_reference_images_are_reported(tmp_path: Path) -> None:
     metric = fid.FeatureDistance(reference=str(folder), **settings)
     with pytest.raises(UserError, match=r"lacks 9.png: give the folder of all images"):
         metric.score(coco_run(tmp_path / "a", smooth_images([(8, 8)] * 2), ["0.png", "9.png"]))
+    for facts, says in (([{"file_name": "0.png"}, {"file_name": "9.png"}], r"lacks 9.png"), ([{}] * 2, "coco2017")):
+        with pytest.raises(UserError, match=says):  # before anything is sampled
+            metric.check_prompts(facts)
     with pytest.raises(UserError, match="prompts=coco2017"):
         metric.score(coco_run(tmp_path / "b", smooth_images([(8, 8)] * 2), ["0.png", ""]))
     np.savez(tmp_path / "moments.npz", mu=np.zeros(12), sigma=np.eye(12))

@@ -301,6 +301,16 @@ def test_column_ids_and_digest(tmp_path: Path) -> None:
     assert long.texts == ["aa", "bb"]
     assert short.ids() == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert short.ids(3) == short.ids()[:3]
+    assert [short.ids().place(key) for key in short.ids()] == [0, 1, 2, 3]
+    many = Prompts(name="file", path=str(path), repeats=10**9)  # takes no memory: only what is used is made
+    assert many.wanted(3) == short.ids(3)
+    assert many.ids()[-1] == (1, 10**9 - 1)
+    with pytest.raises(
+        UserError, match=r"2 prompts with prompts.repeats=1000000000 are 2,000,000,000 images; give limit="
+    ):
+        many.wanted(None)
+    with pytest.raises(UserError, match="asks for 2,000,000,000 images; a run has at most"):
+        many.wanted(10**12)
     assert short.digest != long.digest
     copy = tmp_path / "copy.txt"
     copy.write_text("a\nb\n")

@@ -106,6 +106,20 @@ def test_captions_hold_every_separator(kind: str, place: Path, model: object, tm
         images.find_parts(str(tmp_path / "images"), str(given))
 
 
+def test_what_is_left_out_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for name in ("a.png", "b.bmp", "c.tif", "d.tif"):
+        (tmp_path / name).touch()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "e.png", "text": "y"}')
+    (part,) = images.find_parts(str(tmp_path))
+    assert len(part.images) == 1
+    assert "left out: 2 .tif, 1 .bmp" in caplog.text
+    assert "1 captions name no image there, e.g. e.png" in caplog.text
+    (tmp_path / "0.tar").touch()
+    images.find_parts(str(tmp_path))
+    assert "1 .png" in caplog.text  # beside a shard
+
+
 def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"finetune\.data\.images=FOLDER"):
         ImageTokens()

@@ -10,8 +10,10 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ NAMES = ("file_name", "image")  # of an image in a list of captions
 LIST = "metadata.jsonl"  # as in Hugging Face's image folders
 PART = 1024  # images of a folder that are tokenised together
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,21 +96,26 @@ Part = FolderPart | TarPart
 def find_parts(images: str, captions: str | None = None) -> list[Part]:
     """List the images of a folder, or the shards of a folder, file or pattern; `captions` as in `read_captions`.
 
-    Raises `UserError` if there are none.
+    What is left out is logged. Raises `UserError` if there are none.
     """
     shards = find_shards(images)
     if shards:
+        _report_left_out(images, set(Path(images).expanduser().rglob("*")) - set(shards))
         return [TarPart(path) for path in shards]
     root = Path(images).expanduser()
     if not root.is_dir():
         raise UserError(
             f"finetune.data.images={images} does not exist; give a folder of images with captions, or .tar shards."
         )
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (*IMAGES, *CAPTIONS) and path.is_file())
+    there = sorted(root.rglob("*"))
+    files = [path for path in there if path.suffix.lower() in (*IMAGES, *CAPTIONS) and path.is_file()]
     found = [path for path in files if path.suffix.lower() in IMAGES]
     if not found:
         raise UserError(f"finetune.data.images={images} holds no {', '.join(IMAGES)} and no .tar shards.")
     listed = read_captions(root, captions)
+    _report_left_out(images, {path for path in there if path.name != LIST} - set(files))
+    if alone := sorted((listed or {}).keys() - {path.relative_to(root).as_posix() for path in found}):
+        logger.info("%s: %d captions name no image there, e.g. %s", images, len(alone), alone[0])
     beside = {path.with_suffix(""): path for path in files if path.suffix.lower() in CAPTIONS} if listed is None else {}
     rows = []
     for path in found:
@@ -115,6 +123,14 @@ def find_parts(images: str, captions: str | None = None) -> list[Part]:
         caption = listed.get(name) if listed is not None else _beside(beside.get(path.with_suffix("")))
         rows.append((name, path.stat().st_size, caption))
     return [FolderPart(root, tuple(rows[begin : begin + PART])) for begin in range(0, len(rows), PART)]
+
+
+def _report_left_out(images: str, paths: Iterable[Path]) -> None:
+    """Log how many files of which kinds are not read."""
+    others = Counter(path.suffix or path.name for path in paths if not path.is_dir())
+    if others:
+        words = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
+        logger.info("%s: left out: %s", images, words)
 
 
 def find_shards(images: str) -> list[Path]:
