@@ -28,7 +28,8 @@ def newest_timings(run: Snapshot) -> list[Record]:
 
 def retimings(run: Snapshot) -> dict[str, list[Record]]:
     """Return the records of each retiming with its times in theirs, the oldest session first."""
-    launches = {entry["launch"]: entry for entry in run.launches}
+    void = {entry["retime"] for entry in run.launches if entry.get("void")}  # other tokens came out
+    launches = {entry["launch"]: entry for entry in run.launches if entry.get("retime") not in void}
     records = {record_id(record): record for record in run.records}
     sessions: dict[str, dict[Id, Record]] = {}
     for timing in sorted(run.timings, key=lambda line: line["launch"]):
@@ -41,7 +42,7 @@ def retimings(run: Snapshot) -> dict[str, list[Record]]:
 def unfinished_retiming(run: RunFolder) -> str | None:
     """Return the session of the newest retiming if it was killed before its end, to be resumed."""
     entries = [entry for entry in run.provenance() if "retime" in entry]
-    if not entries or any(e.get("retimed") for e in entries if e["retime"] == entries[-1]["retime"]):
+    if not entries or any(e.get("retimed") or e.get("void") for e in entries if e["retime"] == entries[-1]["retime"]):
         return None
     return str(entries[-1]["retime"])
 

@@ -64,28 +64,38 @@ def show_logs() -> None:
 class Progress:
     """Images done, images/s, tokens per forward and the time left; use as a context manager."""
 
-    def __init__(self, title: str, done: int, total: int, *, shown: bool = True) -> None:
-        """Start at `done` of `total` images; rates count only what this launch makes. Of several ranks one is `shown`."""
+    def __init__(
+        self, title: str, done: int, total: int, *, shown: bool = True, beside: Progress | None = None
+    ) -> None:
+        """Start at `done` of `total` images; rates count only what this launch makes. Of several ranks one is `shown`.
+
+        beside: a run that takes turns with this one; the terminal has one display for both.
+        """
         self.title, self.done, self.total, self.first = title, done, total, done
         self.tokens = self.forwards = 0
+        self.seconds = 0.0
         self.began = self.reported = time.monotonic()
-        self._bar = _bar() if shown and sys.stderr.isatty() else None
+        self._own = beside is None
+        self._bar = (_bar() if shown and sys.stderr.isatty() else None) if beside is None else beside._bar
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
-            self._bar.start()
+            if self._own:
+                self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, rates="")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            if self._own:
+                self._bar.stop()
         elif self.done > self.first:
             say(self.line())
 
-    def advance(self, *, images: int, tokens: int, forwards: int) -> None:
-        """Count finished images, their tokens and the forward passes that made them."""
+    def advance(self, *, images: int, tokens: int, forwards: int, seconds: float) -> None:
+        """Count finished images, their tokens, the forward passes that made them and the time these took."""
         self.done, self.tokens, self.forwards = self.done + images, self.tokens + tokens, self.forwards + forwards
+        self.seconds += seconds
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rates=self.rates())
         elif time.monotonic() - self.reported >= PLAIN_EVERY and self.done < self.total:
@@ -94,7 +104,7 @@ class Progress:
 
     def rates(self) -> str:
         """Return '1.23 images/s, 3.4 tokens/forward'."""
-        pace = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
+        pace = (self.done - self.first) / max(self.seconds, 1e-9)
         return f"{pace:.3g} images/s, {self.tokens / max(self.forwards, 1):.2f} tokens/forward"
 
     def line(self) -> str:

@@ -1,4 +1,4 @@
-"""One run from settings to metrics.json: lock, sample, score, mirror to the tracker; and its baseline."""
+"""One run from settings to metrics.json, and its baseline in turns: lock, sample, score, mirror to the tracker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import json
 import re
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from evaluation.declared import declared, shown
+from evaluation.metrics.speed import Speed
 from evaluation.part_names import KEPT, part_names
-from evaluation.run_folder import RunFolder, Snapshot
+from evaluation.run_folder import Id, RunFolder, Snapshot, record_id
 from evaluation.score import NOTE, Metric, score
+from evaluation.timings import unfinished_retiming, untimed
 from harness.console import GROUPS, say
 from harness.grids import draw_grids
 from harness.plan import Plan
 from harness.ranks import ALONE, Ranks
-from harness.sample import Job, sample
+from harness.sample import Job, Retiming
 from harness.tracking import About, NoTracker, Tracker
+from harness.turns import make_images
 from sjd2.config import compose
 from sjd2.decoding.cuda_graph import Graphs, obstacle
+from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sjd2.models.base import ImageModel
 
@@ -78,44 +84,150 @@ def recorder(cfg: DictConfig, plan: Plan) -> Graphs | None:
     return Graphs() if why is None else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One run of a command: its settings, its plan, and where it is shown."""
+
+    cfg: DictConfig
+    plan: Plan
+    tracker: Tracker = field(default_factory=NoTracker)
+
+    def lacks(self) -> bool:
+        """Return whether images or metrics are missing."""
+        return bool(self.plan.run.missing(self.wanted) or not self.plan.run.metrics)
+
+    @property
+    def wanted(self) -> list[Id]:
+        """Return the ids that the command asks for."""
+        return self.plan.prompts.wanted(self.cfg.limit)
+
+    def check_retime(self) -> None:
+        """Raise UserError for `retime=true` where images are missing."""
+        if self.cfg.retime and (missing := len(self.plan.run.missing(self.wanted))):
+            raise UserError(
+                f"retime=true times a finished run again, but {self.plan.run.path.name} lacks {missing} of "
+                f"{len(self.wanted)} images; run the same command without it first."
+            )
+
+
 def make_run(
-    cfg: DictConfig,
-    plan: Plan,
+    run: Entry,
     *,
     metrics: Mapping[str, Metric],
-    tracker: Tracker,
     models: Models,
+    baseline: Entry | None = None,
     wait: bool = False,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """Sample what the run folder lacks, score it, and return its metrics; the tracker's run stays open.
+) -> None:
+    """Sample what the run folder lacks and score it, and its baseline too; the trackers' runs stay open.
 
-    wait: wait for a process that is making the same run. ranks: the processes that share the work; all but the first
-    return {} when their share is made. Raises UserError if the folder is in use or another run's.
+    Both are timed in turns if they can share the model in memory and no other process is making the baseline; else the
+    baseline follows. wait: wait for a process that is making the same run. ranks: the processes that share the work.
+    Raises UserError if the folder is in use or another run's.
     """
-    settings = DictConfig(OmegaConf.to_container(cfg, resolve=True))
-    settings.identity = plan.identity
+    for entry in filter(None, (run, baseline)):
+        entry.check_retime()
+    with contextlib.ExitStack() as held:
+        held.enter_context(_inside(run.plan.run, ranks, wait=wait))
+        together = baseline is not None and _join_baseline(run, baseline, held, ranks)
+        made = _make([baseline, run] if baseline is not None and together else [run], metrics, models, ranks)
+    if ranks.main:
+        mirror(*made[-1])
+    if baseline is not None and not together:
+        make_baseline(baseline, metrics=metrics, models=models, ranks=ranks)
+
+
+def make_baseline(base: Entry, *, metrics: Mapping[str, Metric], models: Models, ranks: Ranks = ALONE) -> None:
+    """Make the AR run where runs_dir lacks it or part of it; another process that makes it is waited for."""
+
+    def lacking() -> bool:
+        with base.plan.run.lock(wait=True):
+            return base.lacks()
+
+    if base.cfg.retime or ranks.broadcast(lacking):
+        make_run(base, metrics=metrics, models=models, wait=True, ranks=ranks)
+
+
+def _join_baseline(run: Entry, base: Entry, held: contextlib.ExitStack, ranks: Ranks) -> bool:
+    """Take the baseline's lock into `held` and return True if the two runs can be made in turns and something is to do."""
+    if not _alike(run, base):
+        return False
+
+    def attempt() -> bool:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(base.plan.run.lock(wait=base.cfg.retime, shared=ranks.world > 1))
+            except UserError:  # another process makes it, and is waited for when this run is done
+                return False
+            if not base.cfg.retime and not base.lacks():
+                return False
+            held.enter_context(stack.pop_all())
+        return True
+
+    together = bool(ranks.broadcast(attempt))
+    if together and not ranks.main:
+        held.enter_context(base.plan.run.join())
+    return together
+
+
+def _alike(run: Entry, base: Entry) -> bool:
+    """Return whether two runs share model, images and batches."""
+    same = [
+        (e.plan.identity["digest"], e.plan.device, e.plan.dtype, e.plan.fused, e.plan.prompts.ids())
+        for e in (run, base)
+    ]
+    return same[0] == same[1] and all(run.cfg[key] == base.cfg[key] for key in ("batch_size", "refill", "limit"))
+
+
+def _make(
+    entries: Sequence[Entry], metrics: Mapping[str, Metric], models: Models, ranks: Ranks
+) -> list[tuple[Snapshot, dict[str, Any], Tracker]]:
+    """Sample and score runs whose locks are held; return what `mirror` shows of each on rank 0, [] elsewhere."""
+    settings = [_claim(entry) if ranks.main else entry.cfg for entry in entries]
+    if ranks.main:  # a finished run repeated is no new run in the tracker
+        known = [_is_mirrored(entry, resolved.evaluation) for entry, resolved in zip(entries, settings, strict=True)]
+        entries = [replace(e, tracker=NoTracker()) if old else e for e, old in zip(entries, known, strict=True)]
+        for entry in entries:
+            entry.tracker.start(about(entry.plan.run, "sample"))
+    session = _session(entries, ranks) if entries[-1].cfg.retime else None
+    made = make_images([_job(entry, models, session) for entry in entries], ranks)
+    if not ranks.main:
+        return []
+    found = []
+    for entry, resolved, new in zip(entries, settings, made, strict=True):
+        run = Snapshot(entry.plan.run)
+        if (new and session is None) or not (run.path / "acceptance.png").is_file():
+            draw_grids(run, entry.plan.spec.layout, entry.plan.decoder.lookahead + 1, GRID)
+        numbers = measure(run, metrics, resolved.evaluation, retimed=session is not None)
+        found.append((run, numbers, entry.tracker))
+    return found
+
+
+def _claim(entry: Entry) -> DictConfig:
+    """Write config.yaml and the prompts of a run; returns its resolved settings."""
+    settings = DictConfig(OmegaConf.to_container(entry.cfg, resolve=True))
+    settings.identity = entry.plan.identity
     settings[KEPT] = part_names(settings.decoder)
-    with _inside(plan.run, ranks, wait=wait):
-        if ranks.main:
-            plan.run.claim(settings, plan.identity)
-            plan.prompts.keep(plan.run)
-            if _is_mirrored(cfg, plan, settings.evaluation):
-                tracker = NoTracker()  # a finished run repeated is no new run there
-            tracker.start(about(plan.run, "sample"))
-        made = sample(_job(cfg, plan, models), tracker, ranks)
-        if not ranks.main:
-            return {}
-        run = Snapshot(plan.run)
-        if made or not (run.path / "acceptance.png").is_file():
-            draw_grids(run, plan.spec.layout, plan.decoder.lookahead + 1, GRID)
-        numbers = measure(run, metrics, settings.evaluation)
-    mirror(run, numbers, tracker)
-    return numbers
+    entry.plan.run.claim(settings, entry.plan.identity)
+    entry.plan.prompts.keep(entry.plan.run)
+    return settings
 
 
-def _job(cfg: DictConfig, plan: Plan, models: Models) -> Job:
-    """Return what is to be sampled."""
+def _session(entries: Sequence[Entry], ranks: Ranks) -> str:
+    """Return the session of a retiming: one that was killed before its end is resumed."""
+
+    def found() -> str:
+        old = unfinished_retiming(entries[-1].plan.run)
+        left = old and any(untimed(entry.plan.run, entry.wanted, old) for entry in entries)
+        return old if old and left else uuid.uuid4().hex[:12]
+
+    return str(ranks.broadcast(found))
+
+
+def _job(entry: Entry, models: Models, session: str | None) -> Job:
+    """Return what is to be sampled, or timed again in a session."""
+    cfg, plan = entry.cfg, entry.plan
+    digests = {record_id(record): record["tokens_sha256"] for record in plan.run.records()} if session else {}
     return Job(
         run=plan.run,
         load=lambda: models.load(plan),
@@ -127,11 +239,13 @@ def _job(cfg: DictConfig, plan: Plan, models: Models) -> Job:
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         refill=cfg.refill,
-        trace=cfg.trace,
+        trace=0 if session else cfg.trace,
         grace_s=cfg.runtime.grace_s,
-        flops=cfg.runtime.flops,
+        flops=cfg.runtime.flops and session is None,
         graphs=recorder(cfg, plan),
         launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
+        tracker=entry.tracker,
+        retiming=Retiming(session=session, digests=digests) if session else None,
     )
 
 
@@ -149,11 +263,16 @@ def _inside(run: RunFolder, ranks: Ranks, *, wait: bool) -> Iterator[None]:
 
 
 def measure(
-    run: Snapshot, metrics: Mapping[str, Metric], settings: DictConfig, *, again: bool = False
+    run: Snapshot, metrics: Mapping[str, Metric], settings: DictConfig, *, again: bool = False, retimed: bool = False
 ) -> dict[str, Any]:
-    """Return the metrics of a run; it is scored unless these settings scored as many images before, or if `again`."""
+    """Return the metrics of a run; it is scored unless these settings scored as many images before, or if `again`.
+
+    retimed: only its times are new.
+    """
     if not again and _is_scored(run, settings):
-        return run.folder.metrics
+        if not retimed:
+            return run.folder.metrics
+        metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, Speed)}
     numbers = score(run, metrics)  # removes the note: after a kill in between there is none
     write_atomically(run.path / NOTE, json.dumps(_state(run, settings)).encode())
     return numbers
@@ -171,23 +290,10 @@ def _state(run: Snapshot, settings: DictConfig) -> dict[str, Any]:
     return {"n_images": len(run.records), "settings": OmegaConf.to_container(settings, resolve=True)}
 
 
-def _is_mirrored(cfg: DictConfig, plan: Plan, settings: DictConfig) -> bool:
+def _is_mirrored(entry: Entry, settings: DictConfig) -> bool:
     """Return whether W&B has this run as it is: nothing is to be made or scored, and an earlier launch was tracked."""
-    tracked = (plan.run.path / "wandb").is_dir()
-    return tracked and not plan.run.missing(plan.prompts.ids(cfg.limit)) and _is_scored(Snapshot(plan.run), settings)
-
-
-def make_baseline(
-    cfg: DictConfig, plan: Plan, *, metrics: Mapping[str, Metric], models: Models, ranks: Ranks = ALONE
-) -> None:
-    """Make the AR run where runs_dir lacks it or part of it; another process that makes it is waited for."""
-
-    def lacking() -> bool:
-        with plan.run.lock(wait=True):
-            return bool(plan.run.missing(plan.prompts.wanted(cfg.limit)) or not plan.run.metrics)
-
-    if ranks.broadcast(lacking):
-        make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=models, wait=True, ranks=ranks)
+    tracked = (entry.plan.run.path / "wandb").is_dir() and not entry.cfg.retime
+    return tracked and not entry.plan.run.missing(entry.wanted) and _is_scored(Snapshot(entry.plan.run), settings)
 
 
 def mirror(run: Snapshot, numbers: Mapping[str, Any], tracker: Tracker) -> None:

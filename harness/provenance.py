@@ -1,8 +1,7 @@
-"""What a launch ran on: git commit, package versions, hardware, threads, memory."""
+"""What a launch ran on: git commit, package versions, hardware, threads."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -23,7 +22,6 @@ PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "torchmetrics", "cle
 
 def start_entry(device: torch.device, **more: Any) -> dict[str, Any]:
     """Return the entry of provenance.jsonl for a launch that starts; `more`: dtype, weights, ... of the run."""
-    _reset_peak(device)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command(),
@@ -35,57 +33,6 @@ def start_entry(device: torch.device, **more: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **more,
     }
-
-
-class CpuShare:
-    """The share of the time its threads wanted that this process got on a CPU: below 1 something else had the cores."""
-
-    def __init__(self) -> None:
-        self.ran, self.waited = _scheduled()
-
-    def entry(self, device: torch.device) -> dict[str, float]:
-        """Return cpu_share since the start, for the provenance; nothing on a GPU, or where Linux does not report it."""
-        ran, waited = (now - then for now, then in zip(_scheduled(), (self.ran, self.waited), strict=True))
-        if device.type != "cpu" or ran <= 0 or waited < 0:  # a thread that ended took its time with it
-            return {}
-        return {"cpu_share": round(ran / (ran + waited), 3)}
-
-
-def _scheduled() -> tuple[int, int]:
-    """Return the nanoseconds that this process' threads have run, and waited for a core (proc(5): schedstat)."""
-    ran = waited = 0
-    for file in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError, ValueError):  # a thread may end meanwhile
-            numbers = file.read_text().split()
-            ran, waited = ran + int(numbers[0]), waited + int(numbers[1])
-    return ran, waited
-
-
-def end_entry(device: torch.device) -> dict[str, Any]:
-    """Return what a launch knows at its end: peak_memory_gb since `start_entry`, in 1e9 bytes.
-
-    Of the GPU, or of the process on a CPU (Linux; elsewhere the peak cannot be reset between runs, so it is left out).
-    """
-    entry: dict[str, Any] = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-    return entry if peak is None else entry | {"peak_memory_gb": round(peak / 1e9, 3)}
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
-
-
-def _peak_resident() -> int | None:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    line = next((line for line in split_lines(status) if line.startswith("VmHWM:")), None)
-    return None if line is None else int(line.split()[1]) * 1024
 
 
 def command() -> list[str]:

@@ -1,4 +1,4 @@
-"""Sample images into a run folder: fixed batches, timed parts, records that survive a kill.
+"""Make the images of one batch, or of a stream of requests, timed part by part; turns.py has the loop around it.
 
 # B rows of a batch, N image-phase tokens
 """
@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,11 @@ import numpy as np
 import torch
 
 from evaluation.prompts import ImageIds
-from evaluation.run_folder import Id, RunFolder
-from harness.console import Progress, say
-from harness.flops import gflops_per_token
-from harness.provenance import CpuShare, end_entry, start_entry
-from harness.ranks import ALONE, Ranks
-from harness.signals import Dropped, Stopping, listening
-from harness.tracking import Tracker
+from evaluation.run_folder import TIMED, Id, Record, RunFolder, digest_of, record_id
+from evaluation.run_folder import name as file_name
+from evaluation.timings import untimed
+from harness.signals import Stopping
+from harness.tracking import NoTracker, Tracker
 from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.engine import Sample
@@ -29,14 +28,23 @@ from sjd2.decoding.generate import StepInfo, generate, stream
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
+from sjd2.errors import UserError
 from sjd2.models.base import Condition, ImageModel
 
 WARM_UP_PASSES = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retiming:
+    """A session of `retime=true`, and the `tokens_sha256` that each image has and must have again."""
+
+    session: str
+    digests: Mapping[Id, str]
+
+
 @dataclass(kw_only=True)
 class Job:
-    """What one run samples. `load` brings the model in only when there is something to do.
+    """What one run samples, or times again. `load` brings the model in only when there is something to do.
 
     ids: all ids of the prompt list; batches are a fixed partition of them, whatever `limit` is.
     """
@@ -56,118 +64,51 @@ class Job:
     flops: bool = False  # count what one image computes, before the first is made
     graphs: Graphs | None = None  # replays passes as CUDA graphs
     launch: dict[str, Any] = field(default_factory=dict)  # entries of provenance.jsonl besides the machine
+    tracker: Tracker = field(default_factory=NoTracker)
+    retiming: Retiming | None = None  # time finished images again instead of making missing ones
 
     @property
     def wanted(self) -> list[Id]:
         """Return the ids this command asks for."""
         return self.ids[: self.limit]
 
+    def batch(self, number: int) -> list[Id]:
+        """Return one batch of the fixed partition of all ids."""
+        return self.ids[number * self.batch_size : (number + 1) * self.batch_size]
 
-def sample(job: Job, tracker: Tracker, ranks: Ranks = ALONE) -> bool:
-    """Make the images that the run folder lacks and return whether there were any; a complete run loads no model.
+    def numbers(self, missing: Iterable[Id]) -> list[int]:
+        """Return the numbers of the batches that hold an id of `missing`, in order."""
+        return sorted({self.ids.place(key) // self.batch_size for key in missing})
 
-    Each rank makes its share; rank 0 returns when all have theirs. Raises Interrupted after a signal.
-    """
-    records = job.run.records() if ranks.main else []
-    missing = [(p, r) for p, r in ranks.broadcast(lambda: job.run.missing(job.wanted, records))]
-    if job.run.damaged:
-        say(f"{job.run.path}: {job.run.damaged} line(s) cut by a kill are left out; their images are made again.")
-    total, done = len(job.wanted), len(job.wanted) - len(missing)
-    if not missing:
-        say(f"{job.run.path.name}: all {total} images are there.")
-        if ranks.main and job.flops and not any("gflops_per_token" in entry for entry in job.run.provenance()):
-            job.run.launch(_entry(job, job.load(), ranks), records)  # counted late: a launch without images
-        return False
-    if done:
-        say(f"{job.run.path.name}: {done} of {total} images are there, resuming.")
-    share = _share(job, missing, ranks)
-    model = job.load() if share else None  # more ranks than batches: the last ones have nothing to do
-    launch = ranks.broadcast(lambda: job.run.launch(_entry(job, model or job.load(), ranks), records))
-    peak = _make(job, model, share, launch, tracker, ranks) if model is not None else None
-    with listening(job.grace_s) as stop:
-        peaks = ranks.gather(peak, check=lambda: stop.leave() if stop.asked else None)
-    if ranks.world > 1 and ranks.main and any(peaks):
-        job.run.close_launch(launch, {"peak_memory_gb": max(filter(None, peaks))})
-    return True
+    def missing(self, records: list[Record]) -> list[Id]:
+        """Return the wanted ids that have no record yet, or no timing of this session."""
+        if self.retiming is not None:
+            return untimed(self.run, self.wanted, self.retiming.session)
+        return self.run.missing(self.wanted, records)
 
-
-def _entry(job: Job, model: ImageModel, ranks: Ranks) -> dict[str, Any]:
-    entry = start_entry(model.device, **job.launch)
-    if job.flops:
-        entry["gflops_per_token"] = gflops_per_token(model, job.decoder, job.prompts[0], job.sampling, job.seed)
-    if job.graphs is not None:  # times with and without are those of two machines
-        entry["hardware"] += " with CUDA graphs"
-    if model.fused:
-        entry["hardware"] += " and fused attention" if job.graphs is not None else " with fused attention"
-    if ranks.world > 1:
-        entry["ranks"] = ranks.world
-        if model.device.type == "cpu":  # they share its cores, so their times are those of another machine
-            entry["hardware"] += f" in each of {ranks.world} processes"
-    return entry
-
-
-def _share(job: Job, missing: list[Id], ranks: Ranks) -> list[Id]:
-    """Return the missing ids of this rank: whole batches, dealt out in turn."""
-    if job.refill:
-        return ranks.share(missing)
-    lacking = set(missing)
-    return [key for number in ranks.share(_numbers(job, missing)) for key in _ids(job, number) if key in lacking]
-
-
-def _numbers(job: Job, missing: Iterable[Id]) -> list[int]:
-    """Return the numbers of the batches that these ids are in."""
-    return sorted({job.ids.place(key) // job.batch_size for key in missing})
-
-
-def _ids(job: Job, number: int) -> list[Id]:
-    return job.ids[number * job.batch_size : (number + 1) * job.batch_size]
-
-
-def _make(job: Job, model: ImageModel, share: list[Id], launch: int, tracker: Tracker, ranks: Ranks) -> float | None:
-    """Make the images of this rank and write their records batch by batch; returns the peak memory in GB."""
-    warm_up(job, model)
-    share_of_cpu = CpuShare()
-    total, done = (len(share), 0) if ranks.world > 1 else (len(job.wanted), len(job.wanted) - len(share))
-    title = job.run.path.name + (f" (rank 0 of {ranks.world})" if ranks.world > 1 else "")
-    end: dict[str, Any] = {}
-    try:
-        with listening(job.grace_s) as stop, Progress(title, done, total, shown=ranks.main) as progress:
-            make = _refilled if job.refill else _batches
-            with contextlib.suppress(Dropped):
-                for records in make(job, model, share, launch, stop):
-                    job.run.append(*records, rank=ranks.number)
-                    done += len(records)
-                    stop.end()
-                    _report(records, done, progress, tracker)
-                    if stop.asked and not job.refill:
-                        break
-            if stop.asked:
-                say(f"stopped by {stop.name}: {done} of {total} images are there, the same command resumes.")
-                stop.leave()
-    finally:
-        end = end_entry(model.device) | share_of_cpu.entry(model.device)
-        if ranks.main:
-            job.run.close_launch(launch, end)
-    return end.get("peak_memory_gb")
+    def keep(self, records: list[Record], rank: int | None) -> None:
+        """Write records, or the times of those that came out as they were before; raises UserError if others did not."""
+        if self.retiming is None:
+            self.run.append(*records, rank=rank)
+            return
+        for record in records:
+            if record["tokens_sha256"] != self.retiming.digests[record_id(record)]:
+                raise UserError(
+                    f"retime=true: image {file_name(record_id(record))} of {self.run.path.name} came out with other tokens "
+                    "than its record has, as on other hardware or library versions; nothing of this retiming is used. "
+                    "For new tokens use a new runs_dir."
+                )
+        self.run.append_timings(*({key: record[key] for key in TIMED} for record in records), rank=rank)
 
 
 # ---- batches
 
 
-def _batches(
-    job: Job, model: ImageModel, share: list[Id], launch: int, stop: Stopping
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the missing records batch by batch; a batch with one missing image runs whole, for the same tokens."""
-    missing = set(share)
-    for number in _numbers(job, missing):
-        batch = _ids(job, number)
-        stop.begin()
-        yield _batch(job, model, batch, [key in missing for key in batch], number, launch, stop)
-
-
-def _batch(
-    job: Job, model: ImageModel, batch: list[Id], wanted: list[bool], number: int, launch: int, stop: Stopping
-) -> list[dict[str, Any]]:
+def make_batch(
+    job: Job, model: ImageModel, number: int, missing: Collection[Id], launch: int, stop: Stopping
+) -> list[Record]:
+    """Make one batch and return the missing records; one with a single missing image runs whole, for the same tokens."""
+    batch = job.batch(number)
     clock = _Clock(model.device)
     prompts, seeds = [job.prompts[p] for p, _ in batch], [sample_seed(job.seed, *key) for key in batch]
     cond = _encode(model, prompts)
@@ -179,7 +120,7 @@ def _batch(
     images, losses, seconds["image"] = _finish(job, model, cond, result.samples)
     records = []
     for row, (key, sampled) in enumerate(zip(batch, result.samples, strict=True)):
-        if not wanted[row]:
+        if key not in missing:
             continue
         if tracer is not None:
             job.run.write_trace(key, *tracer.of(row, sampled, guesses=key == job.ids[0]))
@@ -199,9 +140,7 @@ def _watch(stop: Stopping, tracer: _Tracer | None) -> Callable[[StepInfo], None]
     return step
 
 
-def _refilled(
-    job: Job, model: ImageModel, missing: list[Id], launch: int, stop: Stopping
-) -> Iterator[list[dict[str, Any]]]:
+def refilled(job: Job, model: ImageModel, missing: list[Id], launch: int, stop: Stopping) -> Iterator[list[Record]]:
     """Yield records one by one as rows finish; a row's time runs from the moment its prompt was taken.
 
     After a signal no row takes a new prompt; those in flight finish.
@@ -234,9 +173,10 @@ def _refilled(
 
 def _record(
     job: Job, key: Id, sampled: Sample, image: np.ndarray, seconds: dict[str, float], head: dict[str, Any]
-) -> dict[str, Any]:
-    """Write image and tokens, and return the line that names them."""
-    files = job.run.write_image(key, image, sampled.tokens)
+) -> Record:
+    """Write image and tokens, and return the line that names them; a retiming writes neither."""
+    again = job.retiming is not None
+    files = {"tokens_sha256": digest_of(sampled.tokens)} if again else job.run.write_image(key, image, sampled.tokens)
     if not np.isfinite(head["nll"]):  # JSON has no NaN; a float16 overflow is the usual cause
         head = {name: value for name, value in head.items() if name != "nll"}
     return {
@@ -266,12 +206,14 @@ def _finish(
     clock = _Clock(model.device)
     images = model.decode(tokens)
     seconds = clock.lap()
-    return images.permute(0, 2, 3, 1).cpu().numpy(), nll(model, cond, tokens, job.sampling).tolist(), seconds
+    known = job.retiming is not None  # the likelihood was measured when the image was made
+    losses = [math.nan] * len(samples) if known else nll(model, cond, tokens, job.sampling).tolist()
+    return images.permute(0, 2, 3, 1).cpu().numpy(), losses, seconds
 
 
-def _report(records: list[dict[str, Any]], done: int, progress: Progress, tracker: Tracker) -> None:
+def report(records: list[Record], done: int, tracker: Tracker) -> None:
+    """Show what finished records say in the tracker."""
     tokens, forwards = sum(r["tokens"] for r in records), sum(r["forwards"] for r in records)
-    progress.advance(images=len(records), tokens=tokens, forwards=forwards)
     seconds = records[0]["seconds"]
     values = {
         "sampling/tokens_per_forward": tokens / forwards,

@@ -54,6 +54,7 @@ TYPES: dict[str, Any] = {
     "batch_size": int,
     "refill": bool,
     "baseline": str | None,
+    "retime": bool,
     "trace": int,
     "guidance_scale": float,
     "temperature": float,
@@ -91,6 +92,13 @@ def check_settings(cfg: DictConfig) -> None:
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
     if cfg.against is not None and cfg.stage != "compare":
         raise UserError("against=FOLDER is the second run of stage=compare; it needs stage=compare run_dir=FOLDER.")
+    if cfg.retime and (cfg.stage != "sample" or cfg.trace):
+        wrong = (
+            "leave trace= out, which slows what it follows"
+            if cfg.trace
+            else f"it works with stage=sample, not {cfg.stage}"
+        )
+        raise UserError(f"retime=true times a finished run again; {wrong}.")
     if cfg.trace and cfg.refill:
         raise UserError("trace= follows whole batches, so it needs refill=false.")
     if not cfg.runs_dir.strip():

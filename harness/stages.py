@@ -34,9 +34,9 @@ def sample(cfg: DictConfig) -> Path:
     _report_cut(plan.prompts, cfg.limit)
     try:
         single = job.sweep_name() is None
-        job.make_run(cfg, plan, metrics=metrics, tracker=tracker, models=models, wait=not single, ranks=ranks)
-        if base is not None and base_plan is not None:
-            job.make_baseline(base, base_plan, metrics=metrics, models=models, ranks=ranks)
+        run = job.Entry(cfg=cfg, plan=plan, tracker=tracker)
+        baseline = None if base is None or base_plan is None else job.Entry(cfg=base, plan=base_plan)
+        job.make_run(run, metrics=metrics, models=models, baseline=baseline, wait=not single, ranks=ranks)
         if ranks.main:
             plans = [plan] if base_plan is None else [base_plan, plan]
             parts = parts_of(plans, cfg.limit, metrics)

@@ -170,13 +170,13 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
         )
     for what, members in _by_reason(rows, _disturbed).items():
         found.append(f"timings of {_names(members)} are inflated: the process {what}.")
-    faster = [row for row in rows if row.speedup is not None and not row.run.is_ar]
-    if few := [row for row in faster if row.speedup.timings < TIMINGS]:
-        counts = _listed(few, lambda row: row.speedup.timings)
-        found.append(f"speed-ups of {_names(few)} rest on {counts} timings each: indicative only.")
-    if apart := [row for row in faster if not row.speedup.paired]:
+    faster = {row.run.label: row.speedup for row in rows if row.speedup is not None and not row.run.is_ar}
+    if few := {label: speedup.timings for label, speedup in faster.items() if speedup.timings < TIMINGS}:
+        counts = ", ".join(map(str, sorted(set(few.values()))))
+        found.append(f"speed-ups of {', '.join(few)} rest on {counts} timings each: indicative only.")
+    if apart := [label for label, speedup in faster.items() if not speedup.paired]:
         found.append(
-            f"{_names(apart)} and AR were not timed in turns: the intervals of the speed-ups leave out how the machine "
+            f"{', '.join(apart)} and AR were not timed in turns: the intervals of the speed-ups leave out how the machine "
             f"changed in between; {AGAIN}, in turns."
         )
     for reason, members in _by_reason(rows, lambda row: row.speedup_missing).items():

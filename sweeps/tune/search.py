@@ -22,7 +22,6 @@ from harness import job
 from harness.console import say, sentence
 from harness.plan import build_metrics, make_plan
 from harness.provenance import hardware
-from harness.tracking import NoTracker
 from sjd2.config import choices, instantiate
 from sjd2.errors import UserError
 from sjd2.locks import lock
@@ -90,7 +89,7 @@ class Search:
         ids, known = plan.prompts.ids(limit), plan.run.metrics
         scored = known.get("n_images", 0) >= len(ids) and metrics.keys() <= set(known.get("protocol", {}))
         if plan.run.missing(ids) or not scored:
-            job.make_run(cfg, plan, metrics=metrics, tracker=NoTracker(), models=self.models, wait=True)
+            job.make_run(job.Entry(cfg=cfg, plan=plan), metrics=metrics, models=self.models, wait=True)
         return plan.run
 
     def result(self, run: RunFolder, reference: RunFolder) -> TrialResult:

@@ -234,7 +234,7 @@ def test_plain_progress_lines(capsys: pytest.CaptureFixture, monkeypatch: pytest
     monkeypatch.setattr("harness.console.time.monotonic", lambda: next(clock))
     with Progress("run", 4, 12) as progress:
         for _ in range(4):
-            progress.advance(images=2, tokens=60, forwards=20)
+            progress.advance(images=2, tokens=60, forwards=20, seconds=6.0)
     lines = capsys.readouterr().out.splitlines()
     assert 1 < len(lines) <= 4
     assert lines[-1].startswith("run: 12/12 images, ")
@@ -246,7 +246,7 @@ def test_plain_progress_lines(capsys: pytest.CaptureFixture, monkeypatch: pytest
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress("run", 0, 4) as progress:
-        progress.advance(images=4, tokens=60, forwards=20)
+        progress.advance(images=4, tokens=60, forwards=20, seconds=1.0)
     out, err = capsys.readouterr()
     assert out == ""
     assert "4/4" in err

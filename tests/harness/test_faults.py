@@ -26,6 +26,7 @@ from evaluation import run_folder
 from evaluation.run_folder import RunFolder, run_folders
 from harness import job as evaluation_job
 from harness import sample as sampling
+from harness import turns
 from sjd2.models.base import Condition, ImageModel
 from tests.helpers.cli import ROOT, Cli
 from tests.helpers.forked import Forked, plain
@@ -172,20 +173,20 @@ def test_a_sweep_on_a_full_disk_ends_with_rows(cli: Cli, small_disk: Path) -> No
 
 def test_a_line_that_was_written_half(cli: Cli, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable) -> None:
     """A limit on the size of files cuts the write of a batch's lines, as a quota does."""
-    expected, warm_up = undisturbed(cli, *JOB), sampling.warm_up
+    expected, warm_up = undisturbed(cli, *JOB), turns.warm_up
 
     def limited(*arguments: object) -> None:
         warm_up(*arguments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))  # of the forked process
 
-    monkeypatch.setattr(sampling, "warm_up", limited)
+    monkeypatch.setattr(turns, "warm_up", limited)
     process = Forked(cli, *JOB)
     assert process.wait() == 1
     assert "files may not grow further" in process.output
     (file,) = cli.runs_dir.glob("toy-*/samples.jsonl")
     assert file.stat().st_size == 3000
     assert not file.read_bytes().endswith(b"\n")
-    monkeypatch.setattr(sampling, "warm_up", warm_up)
+    monkeypatch.setattr(turns, "warm_up", warm_up)
     assert cli(*JOB) == 0
     assert "1 line(s) cut by a kill" in cli.out
     assert content(cli.runs_dir) == expected

@@ -22,8 +22,7 @@ from tests.helpers.cli import Cli
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out images and plots, which other tests look at: they are most of a small command's time."""
-    monkeypatch.setattr(job, "image_grid", lambda *_: None)
-    monkeypatch.setattr(job, "acceptance_map", lambda *_: None)
+    monkeypatch.setattr(job, "draw_grids", lambda *_: None)
     monkeypatch.setattr(figures, "draw_plots", lambda *_, **__: figures.Plots())
 
 

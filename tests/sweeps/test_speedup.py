@@ -63,10 +63,10 @@ def test_one_timing_has_no_interval() -> None:
 
 def test_timings_in_turns_are_compared_pair_by_pair(tmp_path: Path) -> None:
     slow, fast = drifting(np.random.default_rng(1), 12)
-    turns = {"launch": {"turns": "t"}}
+    turns = {"turns": "t"}
     runs = [
-        ar(tmp_path, n=24, latency=slow.tolist(), **turns),
-        make(tmp_path, "sjd", n=24, latency=fast.tolist(), **turns),
+        ar(tmp_path, n=24, latency=slow.tolist(), launch=turns),
+        make(tmp_path, "sjd", n=24, latency=fast.tolist(), launch=turns),
     ]
     text, rows = table(tmp_path, *runs)
     found = {key: float(rows[1][f"speedup{key}"]) for key in ("", "_low", "_high")}

@@ -1,0 +1,212 @@
+"""Make what run folders lack; two runs of one command, AR and a decoder, in turns: A B A B, batch by batch.
+
+The speed of a machine drifts by tens of percent within minutes. Timings taken in turns share the drift, and their ratio is
+free of it. Refilled runs keep all rows busy to their end, so they follow one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.run_folder import Id, Record
+from harness.console import Progress, say
+from harness.flops import gflops_per_token
+from harness.meter import GpuWatch, Meter
+from harness.provenance import start_entry
+from harness.ranks import ALONE, Ranks
+from harness.sample import Job, make_batch, refilled, report, warm_up
+from harness.signals import Dropped, Stopping, listening
+from sjd2.errors import UserError
+from sjd2.models.base import ImageModel
+
+
+@dataclass(kw_only=True)
+class Lane:
+    """One run at work: the ids that this rank makes for it, and how far it is."""
+
+    job: Job
+    share: list[Id]
+    launch: int
+    done: int
+    total: int
+    meter: Meter | None = None  # None where this rank makes nothing
+
+    def keep(self, records: list[Record], rank: int | None) -> None:
+        """Write what a turn made."""
+        self.job.keep(records, rank)
+        self.done += len(records)
+
+
+def make_images(jobs: Sequence[Job], ranks: Ranks = ALONE) -> list[bool]:
+    """Make the images that the run folders lack and return for each job whether there were any.
+
+    Complete runs load no model. Several jobs have the same model, ids and batches. Each rank makes its share; rank 0
+    returns when all have theirs. Raises Interrupted after a signal.
+    """
+    lacking = [_lacking(job, ranks) for job in jobs]
+    work = [(job, records, missing) for job, (records, missing) in zip(jobs, lacking, strict=True) if missing]
+    if work:
+        _work(work, ranks)
+    return [bool(missing) for _, missing in lacking]
+
+
+def _lacking(job: Job, ranks: Ranks) -> tuple[list[Record], list[Id]]:
+    """Return the records that are there and the ids that are not, and print so."""
+    records = job.run.records() if ranks.main else []
+    missing = [(p, r) for p, r in ranks.broadcast(lambda: job.missing(records))]
+    if job.run.damaged:
+        say(f"{job.run.path}: {job.run.damaged} line(s) cut by a kill are left out; their images are made again.")
+    total, done = len(job.wanted), len(job.wanted) - len(missing)
+    what = "there" if job.retiming is None else "timed again"
+    if not missing:
+        say(f"{job.run.path.name}: all {total} images are {what}.")
+        if ranks.main and job.flops and not any("gflops_per_token" in entry for entry in job.run.provenance()):
+            job.run.launch(_entry(job, job.load(), ranks), records)  # counted late: a launch without images
+    elif done:
+        say(f"{job.run.path.name}: {done} of {total} images are {what}, resuming.")
+    return records, missing
+
+
+def _work(work: Sequence[tuple[Job, list[Record], list[Id]]], ranks: Ranks) -> None:
+    turns = {"turns": ranks.broadcast(lambda: uuid.uuid4().hex[:12])} if len(work) > 1 and not work[0][0].refill else {}
+    shares = _shares([job for job, _, _ in work], [missing for _, _, missing in work], ranks)
+    needed = any(shares)
+    model = work[0][0].load() if needed else None  # more ranks than batches: the last ones have nothing to do
+    lanes = []
+    for (job, records, missing), share in zip(work, shares, strict=True):
+
+        def start(job: Job = job, records: list[Record] = records) -> int:
+            return job.run.launch(_entry(job, model or job.load(), ranks, turns), records)
+
+        launch = ranks.broadcast(start)
+        alone = ranks.world == 1
+        total, done = (len(job.wanted), len(job.wanted) - len(missing)) if alone else (len(share), 0)
+        lanes.append(Lane(job=job, share=share, launch=launch, done=done, total=total))
+    if model is not None and needed:
+        _make(lanes, model, ranks)
+    _gather(lanes, ranks)
+
+
+def _gather(lanes: Sequence[Lane], ranks: Ranks) -> None:
+    """Wait for all ranks, and note what only the whole launch knows."""
+    for lane in lanes:
+        with listening(lane.job.grace_s) as stop:
+            peak = lane.meter.peak_gb if lane.meter is not None else None
+            peaks = ranks.gather(peak, check=lambda stop=stop: stop.leave() if stop.asked else None)
+        end: dict[str, Any] = {"retimed": True} if lane.job.retiming is not None else {}
+        if ranks.world > 1 and any(peaks):
+            end["peak_memory_gb"] = max(filter(None, peaks))
+        if ranks.main and end:
+            lane.job.run.close_launch(lane.launch, end)
+        if ranks.main and lane.job.retiming is not None:
+            say(
+                f"{lane.job.run.path.name}: {len(lane.job.wanted)} images timed again, with the tokens of their records."
+            )
+
+
+def _entry(job: Job, model: ImageModel, ranks: Ranks, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    entry = start_entry(model.device, **job.launch, **(more or {}))
+    if job.retiming is not None:
+        entry["retime"] = job.retiming.session
+    if job.flops:
+        entry["gflops_per_token"] = gflops_per_token(model, job.decoder, job.prompts[0], job.sampling, job.seed)
+    if job.graphs is not None:  # times with and without are those of two machines
+        entry["hardware"] += " with CUDA graphs"
+    if model.fused:
+        entry["hardware"] += " and fused attention" if job.graphs is not None else " with fused attention"
+    if ranks.world > 1:
+        entry["ranks"] = ranks.world
+        if model.device.type == "cpu":  # they share its cores, so their times are those of another machine
+            entry["hardware"] += f" in each of {ranks.world} processes"
+    return entry
+
+
+def _shares(jobs: Sequence[Job], missing: Sequence[list[Id]], ranks: Ranks) -> list[list[Id]]:
+    """Return the missing ids of this rank for each job: whole batches, dealt out in turn, both runs' to the same rank."""
+    if jobs[0].refill:
+        return [ranks.share(ids) for ids in missing]
+    numbers = sorted({number for job, ids in zip(jobs, missing, strict=True) for number in job.numbers(ids)})
+    mine = {key for number in ranks.share(numbers) for key in jobs[0].batch(number)}
+    return [[key for key in ids if key in mine] for ids in missing]
+
+
+def _make(lanes: Sequence[Lane], model: ImageModel, ranks: Ranks) -> None:
+    """Make the images of this rank and write their records batch by batch."""
+    for lane in lanes:
+        warm_up(lane.job, model)
+        lane.meter = Meter(model.device)
+    watch = GpuWatch(model.device)
+    try:
+        with listening(lanes[0].job.grace_s) as stop, watch, _progress(lanes, ranks) as progress:
+            with contextlib.suppress(Dropped):
+                _take_turns(lanes, model, stop, progress, ranks)
+            if stop.asked:
+                say(f"stopped by {stop.name}: {_so_far(lanes)} images are there, the same command resumes.")
+                stop.leave()
+    finally:
+        for lane in lanes:
+            if ranks.main and lane.meter is not None:
+                lane.job.run.close_launch(lane.launch, lane.meter.entry() | watch.entry())
+
+
+def _take_turns(
+    lanes: Sequence[Lane], model: ImageModel, stop: Stopping, progress: Sequence[Progress], ranks: Ranks
+) -> None:
+    began = time.monotonic()
+    for place, records in _turns(lanes, model, stop):
+        lane = lanes[place]
+        try:
+            lane.keep(records, ranks.number)
+        except UserError:
+            for one in lanes if lane.job.retiming is not None else ():
+                one.job.run.close_launch(one.launch, {"void": True})
+            raise
+        stop.end()
+        counts = {key: sum(record[key] for record in records) for key in ("tokens", "forwards")}
+        progress[place].advance(images=len(records), seconds=time.monotonic() - began, **counts)
+        if lane.job.retiming is None:
+            report(records, lane.done, lane.job.tracker)
+        if stop.asked and not lane.job.refill:
+            return
+        began = time.monotonic()
+
+
+def _turns(lanes: Sequence[Lane], model: ImageModel, stop: Stopping) -> Iterator[tuple[int, list[Record]]]:
+    """Yield (place of the lane, its records): a batch of each lane in turn; refilled runs one after the other."""
+    if lanes[0].job.refill:
+        for place, lane in enumerate(lanes):
+            assert lane.meter is not None
+            with lane.meter:
+                for records in refilled(lane.job, model, lane.share, lane.launch, stop):
+                    yield place, records
+        return
+    missing = [set(lane.share) for lane in lanes]
+    for number, place in sorted((n, place) for place, lane in enumerate(lanes) for n in lane.job.numbers(lane.share)):
+        lane = lanes[place]
+        assert lane.meter is not None
+        stop.begin()
+        with lane.meter:
+            records = make_batch(lane.job, model, number, missing[place], lane.launch, stop)
+        yield place, records
+
+
+@contextlib.contextmanager
+def _progress(lanes: Sequence[Lane], ranks: Ranks) -> Iterator[list[Progress]]:
+    shown: list[Progress] = []
+    with contextlib.ExitStack() as stack:
+        for lane in lanes:
+            title = lane.job.run.path.name + (f" (rank 0 of {ranks.world})" if ranks.world > 1 else "")
+            first = shown[0] if shown else None
+            shown.append(stack.enter_context(Progress(title, lane.done, lane.total, shown=ranks.main, beside=first)))
+        yield shown
+
+
+def _so_far(lanes: Sequence[Lane]) -> str:
+    if len(lanes) == 1:
+        return f"{lanes[0].done} of {lanes[0].total}"
+    return ", ".join(f"{lane.done} of {lane.total} of {lane.job.run.path.name}" for lane in lanes)
