@@ -172,11 +172,9 @@ def _join_baseline(run: Entry, base: Entry, held: contextlib.ExitStack, ranks: R
 
 def _alike(run: Entry, base: Entry) -> bool:
     """Return whether two runs share model, images and batches."""
-    same = [
-        (e.plan.identity["digest"], e.plan.device, e.plan.dtype, e.plan.fused, e.plan.prompts.ids())
-        for e in (run, base)
-    ]
-    return same[0] == same[1] and all(run.cfg[key] == base.cfg[key] for key in ("batch_size", "refill", "limit"))
+    plans, keys = (run.plan, base.plan), ("batch_size", "refill", "limit")
+    same = [(plan.identity["digest"], plan.device, plan.dtype, plan.fused, plan.prompts.ids()) for plan in plans]
+    return same[0] == same[1] and all(run.cfg[key] == base.cfg[key] for key in keys)
 
 
 def _make(
