@@ -15,6 +15,7 @@ import torch
 from sjd2.files import split_lines
 
 LOOK_S = 1.0  # seconds between two looks at the GPU
+NO_SAMPLES = (0, 6)  # how NVML says that nobody computed: no error, not found
 BRAKES = 0x08 | 0x20 | 0x40 | 0x80  # NVML's reasons for lower clocks: slowdown by hardware, heat (two), power brake
 
 
@@ -146,6 +147,6 @@ def others_at_work(nvml: Any, handle: Any, since: int) -> bool:
     try:
         busy = {sample.pid for sample in nvml.nvmlDeviceGetProcessUtilization(handle, since) if sample.smUtil > 0}
     except nvml.NVMLError as error:
-        busy = set() if isinstance(error, getattr(nvml, "NVMLError_NotFound", ())) else running
+        busy = set() if getattr(error, "value", None) in NO_SAMPLES else running
     own = os.getpid()
     return bool(busy - {own}) if own in running else len(busy) > 1

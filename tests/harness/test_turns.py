@@ -176,13 +176,14 @@ def test_a_baseline_in_other_hands_is_waited_for(
 
 
 class NVMLError(Exception):
-    pass
+    def __init__(self, value: int = 3) -> None:  # not supported
+        self.value = value
 
 
 def gpu(*busy: int, running: tuple[int, ...], reasons: int = 0, silent: bool = False) -> SimpleNamespace:
     def utilization(*_: object) -> list[SimpleNamespace]:
-        if silent:
-            raise NVMLError
+        if silent or not busy:
+            raise NVMLError(3 if silent else 6)
         return [SimpleNamespace(pid=pid, smUtil=50) for pid in busy]
 
     return SimpleNamespace(
