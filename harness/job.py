@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation.declared import declared, shown
 from evaluation.metrics.speed import Speed
 from evaluation.part_names import KEPT, part_names
-from evaluation.run_folder import Id, RunFolder, Snapshot, record_id
+from evaluation.prompts import ImageIds
+from evaluation.run_folder import RunFolder, Snapshot, record_id
 from evaluation.score import NOTE, Metric, score
 from evaluation.timings import unfinished_retiming, untimed
 from harness.console import GROUPS, say
@@ -97,7 +98,7 @@ class Entry:
         return bool(self.plan.run.missing(self.wanted) or not self.plan.run.metrics)
 
     @property
-    def wanted(self) -> list[Id]:
+    def wanted(self) -> ImageIds:
         """Return the ids that the command asks for."""
         return self.plan.prompts.wanted(self.cfg.limit)
 
@@ -172,9 +173,9 @@ def _join_baseline(run: Entry, base: Entry, held: contextlib.ExitStack, ranks: R
 
 def _alike(run: Entry, base: Entry) -> bool:
     """Return whether two runs share model, images and batches."""
-    plans, keys = (run.plan, base.plan), ("batch_size", "refill", "limit")
-    same = [(plan.identity["digest"], plan.device, plan.dtype, plan.fused, plan.prompts.ids()) for plan in plans]
-    return same[0] == same[1] and all(run.cfg[key] == base.cfg[key] for key in keys)
+    keys = ("digest", "prompts", "batch_size", "refill", "dtype")
+    sides = [(entry.plan.device, entry.plan.fused, entry.cfg.limit) for entry in (run, base)]
+    return sides[0] == sides[1] and all(run.plan.identity[key] == base.plan.identity[key] for key in keys)
 
 
 def _make(
