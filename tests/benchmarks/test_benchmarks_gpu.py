@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import first_gpu_run, gpu
 from benchmarks.architectures import ARCHITECTURES, entry_bytes, weight_bytes
 from benchmarks.roofline import Peaks, Work, work
 from benchmarks.timing import Budget, graphed, time_call
@@ -153,3 +153,10 @@ def test_gpu_tests_are_marked_and_skipped_without_a_device() -> None:
 def test_registered_marks(pytestconfig: pytest.Config) -> None:
     names = {line.split(":")[0] for line in pytestconfig.getini("markers")}
     assert {"gpu", "slow"} <= names
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_gpu_run, "result_file", lambda *words: tmp_path / f"{'-'.join(words)}.json")
+    assert first_gpu_run.run("broken", 30, ("-c", "raise SystemExit(3)")).startswith("broken: exit status 3")
+    assert "stopped after 1 s" in first_gpu_run.run("slow", 1, ("-c", "import time; time.sleep(30)"))
+    assert first_gpu_run.run("right", 30, ("-c", "print('fine')")).endswith("fine\n")
