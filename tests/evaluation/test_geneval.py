@@ -71,7 +71,7 @@ def tool(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "clone" / "evaluation").mkdir(parents=True)
     (tmp_path / "clone" / "evaluation" / "evaluate_images.py").write_text(TOOL)
     (tmp_path / "detector").mkdir()
-    (tmp_path / "detector" / geneval.DETECTOR).touch()
+    (tmp_path / "detector" / geneval.DETECTOR).write_bytes(b"\x80")  # as a pickle begins
     return {"tool": str(tmp_path / "clone"), "detector": str(tmp_path / "detector"), "python": sys.executable}
 
 

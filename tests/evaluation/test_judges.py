@@ -214,7 +214,7 @@ def test_cached_hub_weights_are_found_without_the_hub(monkeypatch: pytest.Monkey
 def test_a_file_of_weights_needs_a_tag_where_tags_differ(tmp_path: Path) -> None:
     """Neither activation nor preprocessing are in the file: OpenAI's weights with plain GELU score otherwise."""
     file = tmp_path / "mine.pt"
-    file.write_bytes(b"never read here")
+    file.write_bytes(b"\x80 never read here")
     with pytest.raises(
         UserError,
         match=r"differ in that: set .*pretrained=TAG:.*openai \(QuickGELU, mean 0.48, shortest\) or .* \(GELU, ",
