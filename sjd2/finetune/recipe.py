@@ -188,11 +188,11 @@ class ParallelRecipe(FinetuneRecipe):
         transformer: Any = model.transformer
         usual = transformer.config._attn_implementation
         if model.device.type == "cpu":
-            transformer.set_attn_implementation("eager")
+            transformer.set_attn_implementation({"": "eager"})  # of the image tokeniser's, transformers would warn
         try:
             yield
         finally:
-            transformer.set_attn_implementation(usual)
+            transformer.set_attn_implementation({"": usual})
 
 
 def positive(**counts: int | None) -> None:

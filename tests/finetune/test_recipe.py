@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from omegaconf import OmegaConf
 
 from baselines.eagle.head import EagleSettings
 from baselines.eagle.train import FinetuneEagle
-from sjd2.config import CONF
+from sjd2.config import CONF, compose, instantiate
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.finetune.data.generated import FileCaptions, Generated, _text
-from sjd2.finetune.recipe import Recipe, Training, TrainRecipe
+from sjd2.finetune.recipe import ParallelRecipe, Recipe, Training, TrainRecipe
 from sjd2.finetune.trainer import Metrics, Piece
+from tests.helpers.small_training import spec
 
 # name of `finetune=`: (starts from a model, runs under torchrun)
 DECLARED = {
@@ -108,3 +110,28 @@ def test_missing_captions_are_reported_before_a_model_loads(tmp_path: Path) -> N
     recipe = FinetuneEagle(head=EagleSettings(), data=data, steps=1, batch_size=1, lr=0.1)
     with pytest.raises(UserError, match=r"none\.txt does not exist"):
         recipe.check(None)
+
+
+def test_training_switches_the_attention_without_a_warning(place: Path) -> None:
+    model, heard = spec(place).load("cpu"), []
+    usual = model.transformer.config._attn_implementation
+    handler = logging.Handler()
+    handler.emit = heard.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with ParallelRecipe.attention(object.__new__(ParallelRecipe), model):
+            assert model.transformer.config._attn_implementation == "eager"
+        assert model.transformer.config._attn_implementation == usual != "eager"
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert heard == []
+
+
+@pytest.mark.parametrize(("name", "settings"), [("sjd2", "decoder=sjd2 model.adapter=there"),
+                                                ("sjd2-paper", "decoder=sjd2-paper model.adapter=there"),
+                                                ("eagle", "decoder=eagle decoder.drafter.weights=there"),
+                                                ("front", "decoder=sjd-fc decoder.drafter.weights=there")])  # fmt: skip
+def test_a_training_names_the_settings_that_use_its_result(name: str, settings: str) -> None:
+    images = ["finetune.data.images=somewhere"] if name == "sjd2-paper" else []  # which has no default
+    recipe = instantiate(compose([f"finetune={name}", *images]).finetune)
+    assert recipe.usage(Path("there")) == settings
