@@ -21,7 +21,7 @@ from sjd2.front.front_drafter import Front, FrontDrafter
 from sjd2.front.front_shape import branches, front_shape
 from sjd2.models.kv_cache import RowCache
 from tests.helpers.decoders import AR, CUT, FORCED, GRID, GUIDED, PATHS, PROMPTS, SAMPLING, decode, eagle, front
-from tests.helpers.enumeration import z_score
+from tests.helpers.enumeration import is_caught, z_score
 from tests.helpers.tiers import by_default
 from tests.helpers.toy import Toy
 
@@ -46,7 +46,7 @@ LOSSLESS = {
 }
 
 
-DEFAULT = ("siblings", "corrected branches", "eagle chain", "eagle static", "eagle dynamic")
+DEFAULT = ("siblings", "corrected branches", "eagle chain", "eagle dynamic")
 
 
 @pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT))
@@ -60,6 +60,7 @@ def test_forced_tokens_in_trees_do_not_change_the_distribution(name: str, nets: 
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
 
 
+@pytest.mark.full
 def test_appended_timestep_tokens_in_trees_do_not_change_the_distribution(nets: dict[str, str]) -> None:
     decoder = front(9, nets, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2)
     assert abs(z_score(decoder, GUIDED, code="appended")) < 5
@@ -130,7 +131,7 @@ def test_broken_trees_are_caught(drafter, nets: dict[str, str]) -> None:
     drafter = drafter(nets)
     refiner = Coupled() if drafter.num_carried(7) > 1 else None
     decoder = Decoder(name="x", window=7, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner)
-    assert abs(z_score(decoder, GUIDED)) > 5
+    assert is_caught(decoder, GUIDED)
 
 
 class NoCompaction(RowCache):
@@ -142,7 +143,7 @@ class NoCompaction(RowCache):
 
 def test_keys_left_in_a_branch_are_caught(nets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sjd2.models.base.RowCache", NoCompaction)
-    assert abs(z_score(front(9, nets, siblings=(2, 1), copies=2), GUIDED)) > 5
+    assert is_caught(front(9, nets, siblings=(2, 1), copies=2), GUIDED)
 
 
 # ---- equalities

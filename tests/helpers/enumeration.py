@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from sjd2.decoding.decoder import Decoder
@@ -12,7 +14,7 @@ from sjd2.models.layout import TokenGrid
 from tests.helpers.decoders import LINE
 from tests.helpers.toy import Toy, chi_square_z, enumerate_probs
 
-SAMPLES = 12_000
+SAMPLES, PART = 12_000, 4000
 PROMPT = "a b"
 
 
@@ -27,20 +29,32 @@ def strong_toy(grid: TokenGrid = LINE, code: str = "additive") -> Toy:
     return model
 
 
-def z_score(
+def z_scores(
     decoder: Decoder, sampling: SamplingParams, grid: TokenGrid = LINE, code: str = "additive", start: int = 0
-) -> float:
-    """Decode SAMPLES images and return the z-score of their frequencies under the enumerated distribution."""
+) -> Iterator[float]:
+    """Decode PART images at a time; yield the z-score of all frequencies so far under the enumerated distribution."""
     model = strong_toy(grid, code)
     _, probs = enumerate_probs(model, PROMPT, sampling)
     free = model.layout.free
     digits = 3 ** torch.arange(int(free.sum()) - 1, -1, -1)
-    tokens = []
-    for part in range(0, SAMPLES, 4000):
-        seeds = list(range(start + part, start + part + 4000))
-        tokens.append(generate(model, decoder, model.encode([PROMPT] * 4000), seeds, sampling=sampling).tokens)
-    counts = torch.bincount((torch.cat(tokens)[:, free] * digits).sum(1), minlength=len(probs))
-    assert torch.equal(torch.cat(tokens)[0, ~free], model.layout.forced()[~free])
-    z = chi_square_z(counts, probs)
-    print(f"z = {z:.1f}")
-    return z
+    counts = torch.zeros(len(probs), dtype=torch.long)
+    for part in range(start, start + SAMPLES, PART):
+        seeds = list(range(part, part + PART))
+        tokens = generate(model, decoder, model.encode([PROMPT] * PART), seeds, sampling=sampling).tokens
+        assert torch.equal(tokens[0, ~free], model.layout.forced()[~free])
+        counts += torch.bincount((tokens[:, free] * digits).sum(1), minlength=len(probs))
+        z = chi_square_z(counts, probs)
+        print(f"z = {z:.1f} of {int(counts.sum())} images")
+        yield z
+
+
+def z_score(
+    decoder: Decoder, sampling: SamplingParams, grid: TokenGrid = LINE, code: str = "additive", start: int = 0
+) -> float:
+    """Return the z-score of SAMPLES images."""
+    return list(z_scores(decoder, sampling, grid, code, start))[-1]
+
+
+def is_caught(decoder: Decoder, sampling: SamplingParams, grid: TokenGrid = LINE) -> bool:
+    """Return whether the z-score leaves 5 within SAMPLES images; a broken decoder mostly needs fewer."""
+    return any(abs(z) > 5 for z in z_scores(decoder, sampling, grid))
