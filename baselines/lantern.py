@@ -81,7 +81,7 @@ class RelaxedVerifier(Verifier):
         codebook = model.codebook.detach().float().cpu().contiguous()
         _check_size(settings.neighbours, len(codebook))
         key = _digest(codebook, settings.neighbours, settings.normalise)
-        folder = cache_folder() if settings.cache is None else Path(settings.cache).expanduser()
+        folder = cache_folder() if settings.cache is None else Path(settings.cache)
         table = neighbour_table(codebook, settings.neighbours, settings.normalise, folder / f"{key}.npy")
         self.table = table.to(model.device)  # [V, K-1] int32: the other codes, nearest first
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from harness.console import answer, guarded, show_logs, spoken
 from harness.home import ensure_home
 from harness.ranks import takes_part
+from harness.recompose import settled
 from harness.settings import STAGES, check_settings, resolve
-from harness.words import check_words
+from harness.words import at_home, check_words
 from sjd2 import __version__
-from sjd2.config import CONF, INSTALLED
+from sjd2.config import CONF, INSTALLED, compose
 from sjd2.files import read_json
 
 
@@ -56,6 +58,7 @@ def command(cfg: DictConfig) -> None:
 
 def dispatch(cfg: DictConfig) -> Path:
     """Validate what every stage shares, then call the stage; returns the folder with its results."""
+    cfg = settled(cfg)
     check_settings(cfg)
     if cfg.paper is not None:
         resolve("sweeps.tables.paper.check")(cfg.paper)
@@ -75,13 +78,34 @@ def dispatch(cfg: DictConfig) -> Path:
 
 def _launch() -> None:
     """Run Hydra; where a launcher gives up because jobs died, the sweep's table reports them instead of its error."""
+    sys.argv[1:] = at_home(sys.argv[1:])
     check_words(sys.argv[1:])
+    if shown := composed_settings(sys.argv[1:]):
+        print(shown, end="")
+        return
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         callback = sys.modules.get("sweeps.multirun.callback")
         if callback is None or not callback.close(error):
             raise
+
+
+def composed_settings(words: Sequence[str]) -> str | None:
+    """Return what `--cfg job` shows where parts are chosen, None for all that Hydra shows itself.
+
+    Hydra would show settings of parts that are not there, see `sjd2.part_choices`.
+    """
+    flags, settings, folders, rest = [], [], [], iter(words)
+    for word in rest:
+        if word in ("--config-dir", "-cd"):
+            folders.append(next(rest, ""))
+        else:
+            (flags if word.startswith("-") or word == "job" else settings).append(word)
+    chosen = any(word.lstrip("+~").startswith(("decoder/", "experiment=", "debug=")) for word in settings)
+    if not chosen or set(flags) - {"--resolve"} not in ({"--cfg", "job"}, {"-c", "job"}, {"--cfg=job"}):
+        return None
+    return OmegaConf.to_yaml(compose(settings, search=folders), resolve="--resolve" in flags)
 
 
 def _help() -> None:

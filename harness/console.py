@@ -217,6 +217,10 @@ def _unreadable(word: str, reason: str) -> str:
 
 def _unknown_key(key: str) -> str:
     """Name the settings nearest to a key that does not exist, from the configuration without it."""
+    if found := re.fullmatch(r"decoder/(\w+)", key):
+        return (
+            f"this decoder is one piece, without a {found[1]} to choose; decoder=sjd takes any that conf/decoder/ has."
+        )
     keys = [k for k in setting_names(sys.argv[1:], without=key) if not k.endswith("_target_")]
     parent, _, leaf = key.rpartition(".")
     while parent and not any(k.startswith(f"{parent}.") for k in keys):  # the nearest part of the key that exists

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +23,13 @@ from evaluation.prompts import ImageIds
 from evaluation.run_folder import RunFolder, Snapshot, record_id
 from evaluation.score import NOTE, Metric, score
 from evaluation.timings import unfinished_retiming, untimed
-from harness.console import GROUPS, say
+from harness.console import say
 from harness.grids import draw_grids
 from harness.plan import Plan
 from harness.ranks import ALONE, Ranks
 from harness.sample import Job, Retiming
 from harness.tracking import About, NoTracker, Tracker
 from harness.turns import make_images
-from sjd2.config import compose
 from sjd2.decoding.cuda_graph import Graphs, obstacle
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
@@ -39,7 +37,6 @@ from sjd2.models.base import ImageModel
 
 GRID = 64  # images at most in grid.png
 SHOWN = 32  # images shown one by one in the tracker
-OWN = re.compile(r"[+~]*(decoder|run_dir)([./=@]|$)")  # overrides that belong to one decoder's run, not to its baseline
 
 
 class Models:
@@ -326,35 +323,6 @@ def sweep_name() -> str | None:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return Path(HydraConfig.get().sweep.dir).name
-
-
-def baseline_settings(cfg: DictConfig) -> DictConfig:
-    """Compose this command once more with `decoder=<baseline>`, without the settings of its own decoder.
-
-    Tuned defaults follow the new decoder; an experiment's values under `decoder:` do not reach it.
-    """
-    return recompose([], decoder=cfg.baseline)
-
-
-def recompose(overrides: Sequence[str], *, decoder: str | None = None) -> DictConfig:
-    """Compose this command once more with further overrides; with `decoder`, without the settings of its own one."""
-    hydra = HydraConfig.get()
-    if decoder is None:
-        return _compose([*hydra.overrides.task, *overrides])
-    chosen = f"decoder={decoder}"
-    base = _compose([*(word for word in hydra.overrides.task if not OWN.match(word)), *overrides, chosen])
-    # an experiment may say something under `decoder:`, which is not meant for this one
-    choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if group != "decoder"}
-    base.decoder = _compose([*(f"{group}={choice}" for group, choice in choices.items() if choice), chosen]).decoder
-    return base
-
-
-def _compose(overrides: Sequence[str]) -> DictConfig:
-    """Compose with the folders of this command, from within it."""
-    hydra = HydraConfig.get()
-    folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
-    search = [source.path for source in hydra.runtime.config_sources if "command-line" in source.provider]
-    return compose(overrides, search=search, folder=folder, name=hydra.job.config_name or "config")
 
 
 def about(run: RunFolder, kind: str) -> About:

@@ -16,6 +16,7 @@ from harness.console import say
 from harness.finetune import train, usage
 from harness.parts import Parts, keep_parts, parts_of
 from harness.plan import Plan, build_metrics, build_tracker, make_plan, scored_run
+from harness.recompose import baseline_settings
 from harness.settings import resolve
 from harness.tracking import NoTracker
 
@@ -25,7 +26,7 @@ def sample(cfg: DictConfig) -> Path:
     ranks = parallel.join()
     metrics, plan = build_metrics(cfg), make_plan(cfg, ranks)
     tracker = build_tracker(cfg) if ranks.main else NoTracker()
-    base = job.baseline_settings(cfg) if cfg.baseline and plan.decoder.name != cfg.baseline else None
+    base = baseline_settings(cfg) if cfg.baseline and plan.decoder.name != cfg.baseline else None
     base_plan = make_plan(base, ranks) if base is not None else None
     wanted = [plan.prompts.metadata[prompt] for prompt, _ in plan.prompts.wanted(cfg.limit)]
     for metric in metrics.values():

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,15 @@ SHORT = ("-h", "-c", "-p", "-r", "-m", "-sc", "-cp", "-cn", "-cd", "-i")
 VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
           "--experimental-rerun", "--info", "-i")  # fmt: skip
 MANY = ("-m", "--multirun")
+
+AT_HOME = re.compile(
+    r"(?<=[=,\[])~[\w.-]*(?=/)"
+)  # a shell expands the ~ of a word's start, and Hydra's grammar has none
+
+
+def at_home(words: Sequence[str]) -> list[str]:
+    """Return the words with home folders for the `~` of their values: 'prompts.path=~/mine.txt', 'a=~/b,~/c'."""
+    return [AT_HOME.sub(lambda found: os.path.expanduser(found[0]), word) for word in words]
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 from PIL import Image
 from torch import Tensor
 
-from sjd2.config import choices, compose, instantiate
+from sjd2.config import choices, compose, expand_home, instantiate
 from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.generate import CHECK_EVERY, StepInfo
 from sjd2.decoding.generate import generate as run_decoder
@@ -29,9 +29,9 @@ from sjd2.decoding.sampling import SamplingParams
 from sjd2.devices import resolve_device, resolve_dtype
 from sjd2.errors import UserError, choose, unknown
 from sjd2.models.base import ImageModel
+from sjd2.part_choices import PARTS
 
 logger = logging.getLogger(__name__)
-PARTS = ("drafter", "verifier", "refiner")  # of a decoder, each a config group of its own: conf/decoder/<part>/
 
 
 @dataclass(kw_only=True, repr=False)
@@ -215,6 +215,7 @@ def _compose(group: str, name: str, settings: dict[str, Any], *, model: str | No
     node = compose(overrides)[group]
     with open_dict(node):  # a wrong name is reported by `instantiate`, with the valid ones
         node.merge_with({key: value for key, value in settings.items() if key not in parts})
+    expand_home(node)
     return node
 
 

@@ -12,6 +12,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import re
 import types
 import typing
@@ -26,14 +27,16 @@ import hydra.version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from sjd2.errors import UserError, unknown
+from sjd2.part_choices import choose_parts, settle_parts
 
 _HERE = Path(__file__).resolve().parent
 INSTALLED = (_HERE / "conf").is_dir()  # from a wheel, which carries conf/ inside; else this is a checkout
 CONF = _HERE / "conf" if INSTALLED else _HERE.parent / "conf"
 PACKAGES = ("sjd2", "baselines", "evaluation", "harness", "sweeps", "benchmarks")  # that a `_target_` may name
+_HOME = re.compile(r"((?:local-dir|transformers):)?(~[\w.-]*)(?=/|$)")
 PLUGINS = "sjd2.plugins"  # entry-point group of packages that bring decoders, models or metrics in a conf/ of their own
 WORDS = {
     int: "a whole number",
@@ -83,7 +86,13 @@ def compose(
         places = ",".join(f"'file://{place}'" for place in dict.fromkeys([*search, *map(str, plugins().values())]))
         overrides = [*overrides, f"hydra.searchpath=[{places}]"]  # takes the place of what config.yaml says
     with _own_hydra(), hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        return hydra.compose(name, list(overrides))
+        cfg = hydra.compose(name, list(overrides), return_hydra_config=True)
+        if choose_parts(overrides, cfg.hydra.runtime.choices):
+            settle_parts(cfg, GlobalHydra.instance().config_loader(), name, overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    expand_home(cfg)
+    return cfg
 
 
 @contextlib.contextmanager
@@ -115,8 +124,16 @@ def _trusted() -> list[str]:
     return [f"{package}.*" for package in dict.fromkeys([*PACKAGES, *plugins(), *named])]
 
 
+def home(text: str) -> str:
+    """Return a setting whose leading `~` is a home folder, also after the kind of a model: local-dir:~/clip."""
+    found = _HOME.match(text)
+    return f"{found[1] or ''}{os.path.expanduser(found[2])}{text[found.end() :]}" if found else text
+
+
 # in yaml: lossless: ${equal:${decoder.rule},exact}
 OmegaConf.register_new_resolver("equal", lambda value, other: value == other, replace=True)
+# in config.yaml: where Hydra itself writes
+OmegaConf.register_new_resolver("home", home, replace=True)
 # in config.yaml: where plug-ins keep their yaml files
 OmegaConf.register_new_resolver("plugins", lambda: [f"file://{folder}" for folder in plugins().values()], replace=True)
 
@@ -152,6 +169,18 @@ def check_node(node: Any, extra: Collection[str] = ()) -> None:
         check_node(child)
 
 
+def expand_home(node: Any) -> None:
+    """Put home folders into the settings below `node`, in place: the one place that does, for every path."""
+    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        child = node._get_node(key)
+        if isinstance(child, (DictConfig, ListConfig)):
+            if not child._is_none() and not child._is_missing() and not child._is_interpolation():
+                expand_home(child)
+        elif isinstance(value := child._value(), str) and (new := home(value)) != value:
+            node[key] = new
+
+
 def plain(node: DictConfig) -> dict[str, Any]:
     """Return a node as plain dictionaries and lists, with everything resolved."""
     return typing.cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
@@ -175,6 +204,8 @@ def fits(value: Any, hint: Any) -> bool:
     if (origin or hint) in (list, tuple, Sequence):
         kind = inner[0] if inner else Any
         return isinstance(value, (list, tuple)) and all(fits(item, kind) for item in value)
+    if inspect.isclass(hint) and hint.__module__ != "builtins":  # an object: yaml writes it with a _target_
+        return issubclass(hint, (Mapping, str)) or not isinstance(value, (str, int, float, Mapping))
     return True
 
 
@@ -211,7 +242,10 @@ def _check_target(node: DictConfig, extra: Collection[str]) -> None:
         if isinstance(value, Mapping) and "_target_" in value:
             continue
         if not fits(value, hints.get(key, Any)):
-            raise UserError(f"{_where(node, key)} must be {describe(hints[key])}, got {value!r}.")
+            where = _where(node, str(key))
+            group = where.replace(".", "/")
+            fix = f"; write {group}={value}" if value in choices(group) else ""
+            raise UserError(f"{where} must be {describe(hints[key])}, got {value!r}{fix}.")
     for key, parameter in parameters.items():
         open_kinds = (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if (
@@ -224,11 +258,17 @@ def _check_target(node: DictConfig, extra: Collection[str]) -> None:
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    """Return the parameters' types; {} where they name things that only a type checker imports."""
-    try:
-        return typing.get_type_hints(target.__init__ if _own_init(target) else target)
-    except NameError:
-        return {}
+    """Return the parameters' types, without those that name things that only a type checker imports."""
+    layers = [target]
+    if inspect.isclass(target):
+        layers = [target.__init__] if _own_init(target) else list(reversed(target.__mro__))
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for name, annotation in inspect.get_annotations(layer).items():
+            alone = type(name, (), {"__module__": layer.__module__, "__annotations__": {name: annotation}})
+            with contextlib.suppress(NameError):
+                found |= typing.get_type_hints(alone)
+    return found
 
 
 def _own_init(target: Any) -> bool:

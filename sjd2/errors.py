@@ -16,6 +16,8 @@ class UserError(ValueError):
 def unknown(kind: str, value: object, valid: Iterable[str]) -> UserError:
     """Return the error for a choice that does not exist, with the most similar valid one as a hint."""
     valid = sorted(valid)
+    if not valid:
+        return UserError(f"unknown {kind} '{value}'; there is none to set.")
     given = str(value).lower()
     folded = {name.lower(): name for name in valid}
     near = [folded[name] for name in difflib.get_close_matches(given, folded, n=3)]

@@ -153,7 +153,7 @@ class FeatureDistance(Metric):
     ) -> None:
         self.extractor = extractor
         self.path = SHIPPED_REFERENCE if reference == "shipped" else find(reference) if reference else None
-        self.cache = Path(cache).expanduser() if cache else None
+        self.cache = Path(cache) if cache else None
         self.subsets = Subsets(count=kid_subsets, size=kid_subset_size, seed=seed)
         self.only_prompts, self.batch_size = only_prompts, extractor.batch_size
 

@@ -25,8 +25,7 @@ class BaseDecoder:
     window: int
     lookahead: int = 0
     num_forwards: int = 0
-    # Any is an Engine, whose name only a type checker could import here; settings are checked against the annotations of
-    # their class, and one that cannot be resolved leaves them all unchecked
+    # Any is an Engine, whose name only a type checker could import here
     engine: ClassVar[type[Any] | None] = None
 
     def check(self, spec: ModelSpec) -> None:
@@ -104,7 +103,7 @@ class Decoder(BaseDecoder):
         if self.refiner is not None and self.num_carried == 1:
             raise UserError(
                 f"decoder '{self.name}' draws all its draft tokens anew in each pass, so a refiner has nothing to refine; "
-                "leave decoder/refiner=null."
+                "set decoder.refiner=null."
             )
         if self.drafter.needs_records and self.refiner is not None and not self.refiner.records:
             raise UserError(

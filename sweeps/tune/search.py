@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -22,28 +22,36 @@ from harness import job
 from harness.console import say, sentence
 from harness.plan import build_metrics, make_plan
 from harness.provenance import hardware
+from harness.recompose import OWN, recompose
 from sjd2.config import choices, instantiate
 from sjd2.errors import UserError
 from sjd2.locks import lock
-from sweeps.compare.pair import LATENCY
-from sweeps.tune.space import OBJECTIVES, QUALITIES, UNITS, Tune, suggest
+from sweeps.tune.space import OBJECTIVES, QUALITIES, Tune, suggest
 from sweeps.tune.study import (
+    IMPOSSIBLE,
+    add_own_trial,
+    best_objective,
     best_trial,
     complete,
+    counted,
+    nothing_better,
     open_study,
+    own_trial,
+    own_within,
     show_front,
     trial_line,
     within_bound,
     write_decoder,
     write_trials,
 )
+from sweeps.tune.verdict import judged
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
 TURNS = 4  # in which the finals and the judgement are run
-COSTS = {"passes": "passes per image", "latency": LATENCY}  # names in the comparison of two runs
+DRAWS = 20  # settings in a row that exclude each other, after which a search gives up
 
 
 @dataclass
@@ -72,10 +80,14 @@ class Search:
         last = cfg.prompts.get("skip", 0) + total - tune.prompts
         self.search_captions, self.final_captions = [f"prompts.skip={last}"], [f"prompts.skip={last - tune.finals}"]
 
-    def compose(self, *overrides: str, decoder: str | None = None) -> DictConfig:
-        """Compose the command again with further settings; `decoder` replaces the command's decoder and its settings."""
-        fixed = [word for word in self.tune.fixed if decoder is None or not job.OWN.match(word)]
-        cfg = job.recompose([*fixed, "baseline=null", "run_dir=null", *overrides], decoder=decoder)
+    def compose(self, *overrides: str, decoder: str | None = None, own: bool = False) -> DictConfig:
+        """Compose the command again with further settings.
+
+        decoder: replaces the command's decoder and its settings. own: the decoder as the command has it, without the
+        settings that tune.fixed gives it.
+        """
+        fixed = [word for word in self.tune.fixed if (decoder is None and not own) or not OWN.match(word)]
+        cfg = recompose([*fixed, "baseline=null", "run_dir=null", *overrides], decoder=decoder)
         cfg.runs_dir = str(self.out / "runs")
         return cfg
 
@@ -95,9 +107,6 @@ class Search:
     def result(self, run: RunFolder, reference: RunFolder) -> TrialResult:
         """Compare a scored run with AR on the same captions."""
         key, quality = OBJECTIVES[self.tune.objective], QUALITIES[self.tune.quality]
-        incomplete = [run.path.name for run in (run, reference) if quality not in run.metrics]
-        if incomplete:
-            raise UserError(f"tune.quality={self.tune.quality} is not measured by this evaluation=; change either.")
         return TrialResult(
             run.metrics[key], run.metrics[quality] - reference.metrics[quality], bool(run.config.decoder.lossless)
         )
@@ -109,12 +118,17 @@ class Search:
         return result.quality - self.tune.bound
 
     def attempt(self, trial: Trial, best: Callable[[], float | None]) -> tuple[float, float]:
-        """Run one trial; raise TrialPruned for settings that are invalid together, or hopeless after a few images."""
+        """Run one trial; raise TrialPruned for settings that exclude each other, or are hopeless after a few images."""
         import optuna
 
         overrides = suggest(trial, self.tune.space)
         try:
             cfg = self.compose(*overrides, *self.search_captions)
+            make_plan(cfg)
+        except UserError as error:
+            trial.set_user_attr(IMPOSSIBLE, sentence(error))
+            raise optuna.TrialPruned from error
+        try:
             early = min(self.tune.early, self.tune.prompts)
             run = self.make(cfg, early, {"speed": Speed()})
             value, champion = run.metrics[OBJECTIVES[self.tune.objective]], best()
@@ -126,13 +140,20 @@ class Search:
         except (UserError, torch.OutOfMemoryError) as error:
             trial.set_user_attr("pruned", sentence(error))
             raise optuna.TrialPruned from error
-        trial.set_user_attr("run", run.path.name)
-        trial.set_user_attr("overrides", overrides)
-        trial.set_user_attr("violation", self.violation(found))
-        trial.set_user_attr("over", found.quality > self.tune.bound)
+        for key, value in self.attributes(run, found, overrides).items():
+            trial.set_user_attr(key, value)
         trial.set_constraint("quality", self.violation(found))
-        trial.set_user_attr("lossless", found.lossless)
         return found.objective, found.quality
+
+    def attributes(self, run: RunFolder, found: TrialResult, overrides: Sequence[str]) -> dict[str, Any]:
+        """Return what a study keeps of a trial beside its values."""
+        return {
+            "run": run.path.name,
+            "overrides": list(overrides),
+            "violation": self.violation(found),
+            "over": found.quality > self.tune.bound,
+            "lossless": found.lossless,
+        }
 
     def run(self) -> Path:
         """Search, judge the best on other captions, write trials.csv, pareto.png and the best settings as a decoder yaml."""
@@ -143,23 +164,52 @@ class Search:
         base = make_plan(self.compose(*self.search_captions))
         say(f"tune: AR on the {self.tune.prompts} captions of the search")
         self.reference = self.make(self.compose(*self.search_captions, decoder="ar"), self.tune.prompts, self.metrics)
+        if QUALITIES[self.tune.quality] not in self.reference.metrics:
+            raise UserError(f"tune.quality={self.tune.quality} is not measured by this evaluation=; change either.")
         runs = (self.reference.config.identity.id, base.identity["id"])
         study = open_study(self.out, self.tune, runs, hardware(torch.device(base.device)), found=self._found)
-        done = sum(
-            trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials
-        )  # FAIL, left by a kill, is tried again
-        while done < self.tune.trials:
-            trial = study.ask()
-            self._step(study, trial)
-            done += 1
-            say(f"trial {done}/{self.tune.trials}: {trial_line(study.trials[trial.number], self.tune)}")
+        if own_trial(study) is None:
+            add_own_trial(study, *self.own())
+        say(f"trial 0: {trial_line(own_trial(study), self.tune)}")
+        self.search(study)
         write_trials(study, self.out)
-        if best_trial(study) is None:
+        if best_trial(study) is None and not own_within(study):
             raise UserError(
-                f"none of {done} trials of stage=tune is within tune.bound={self.tune.bound}; see {self.out / 'trials.csv'}."
+                f"none of {len(counted(study))} trials of stage=tune is within tune.bound={self.tune.bound}; see "
+                f"{self.out / 'trials.csv'}."
             )
         show_front(study, self.tune)
+        if (reason := nothing_better(study, self.tune)) is not None:
+            say(f"no better than your settings: {reason}.")
+            return self.out
         return self.judge(self.final(study))
+
+    def own(self) -> tuple[tuple[float, float], dict[str, Any]]:
+        """Run the decoder's own settings on the captions of the search; returns the trial's values and attributes."""
+        run = self.make(self.compose(*self.search_captions, own=True), self.tune.prompts, self.metrics)
+        found = self.result(run, self.reference)
+        return (found.objective, found.quality), self.attributes(run, found, [])
+
+    def search(self, study: Study) -> None:
+        """Run trials until the study has as many as asked for; settings that exclude each other are none."""
+        import optuna
+
+        excluded = 0
+        while (done := len(counted(study))) < self.tune.trials:
+            trial = study.ask()
+            try:
+                study.tell(trial, self.attempt(trial, lambda: best_objective(study)))
+            except optuna.TrialPruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            made = study.trials[trial.number]
+            excluded = excluded + 1 if IMPOSSIBLE in made.user_attrs else 0
+            if excluded >= DRAWS:
+                write_trials(study, self.out)
+                raise UserError(
+                    f"{DRAWS} settings in a row exclude each other; narrow tune.space. {made.user_attrs[IMPOSSIBLE]}"
+                )
+            place = "no trial" if excluded else f"trial {done}/{self.tune.trials - 1}"
+            say(f"{place}: {trial_line(made, self.tune)}")
 
     def _found(self, trial: FrozenTrial) -> bool:
         """Return whether the run of a trial is the one that these settings have."""
@@ -225,76 +275,34 @@ class Search:
             return sentence(error)
         return f"exceeds the bound by {over:.4g}" if over > 0 else ""
 
-    def _step(self, study: Study, trial: Trial) -> None:
-        import optuna
-
-        def best() -> float | None:
-            found = best_trial(study)
-            return None if found is None else found.values[0]
-
-        try:
-            study.tell(trial, self.attempt(trial, best))
-        except optuna.TrialPruned:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-
     def judge(self, champion: FrozenTrial) -> Path:
         """Compare the best trial with the decoder's own settings and AR on captions that no trial used."""
         from sweeps.tables.table import make_tables, show
 
         overrides = champion.user_attrs["overrides"]
         best = self.compose(*overrides)
-        cfgs = [self.compose(decoder="ar"), self.compose(), best]
+        cfgs = [self.compose(decoder="ar"), self.compose(own=True), best]
         say(
             f"judgement: AR, the decoder's own settings and the best in turns, {self.tune.judge} captions that no trial used"
         )
         if failed := [run for run in self.in_turns(cfgs, self.tune.judge) if isinstance(run, str)]:
             raise UserError(failed[0])
         runs = [self.make(cfg, self.tune.judge, self.metrics) for cfg in cfgs]
-        judged = self.out / "judged"
-        show(make_tables(list(dict.fromkeys(run.path for run in runs)), judged), judged / "table.md", self.cfg.output)
-        file = write_decoder(best, overrides, self.out, self.tune)
-        for line in self.verdict(*runs):
+        folder = self.out / "judged"
+        show(make_tables(list(dict.fromkeys(run.path for run in runs)), folder), folder / "table.md", self.cfg.output)
+        better, lines = judged(self.tune, *runs)
+        for line in lines:
             say(line)
+        if not better:
+            say(
+                f"no better than your settings: {' '.join(overrides)} won the search, but here its gain is not "
+                "beyond noise and within the bound."
+            )
+            return self.out
+        file = write_decoder(best, overrides, self.out, self.tune)
         say(f"best settings: {' '.join(overrides)}")
         say(f"as a decoder: python run.py --config-dir {self.out} decoder={file.stem}")
         return self.out
-
-    def verdict(self, reference: RunFolder, default: RunFolder, best: RunFolder) -> list[str]:
-        """Return how the best compares with the decoder's own settings and, in quality, with AR, as sentences."""
-        from sweeps.compare.pair import compare_two
-        from sweeps.runs import read_run
-
-        key, tune, images = OBJECTIVES[self.tune.objective], self.tune, best.metrics["n_images"]
-        gap = best.metrics[QUALITIES[tune.quality]] - reference.metrics[QUALITIES[tune.quality]]
-        within = "kept" if gap <= tune.bound else "exceeded"
-        if best.config.decoder.lossless:
-            within += "; the decoder is lossless, so any difference is noise"
-        quality = (
-            f"quality: {tune.quality} minus AR's {gap:+.4g} on {images} images, tune.bound={tune.bound} is {within}."
-        )
-        if default.path == best.path:
-            return ["the best settings are the decoder's own.", quality]
-        ours, theirs, unit = best.metrics[key], default.metrics[key], UNITS[tune.objective]
-        found = compare_two(read_run(default.path), read_run(best.path))
-        costs = {
-            measure.name: measure for measure in found.measures if measure.name in COSTS.values() and measure.tested
-        }
-        gaps = [f"{m.name} {m.gap.with_interval(m.digits)}, p {m.gap.p_text}" for m in costs.values()]
-        asked = costs.get(COSTS[tune.objective])
-        test = f"best minus own, 99 %, corrected for {found.tests} tests: {'; '.join(gaps)}"
-        if asked is None:
-            proof = "Not tested: too few images, or images that share their passes"
-        elif asked.gap.differs:
-            proof = f"The difference is significant ({test})"
-        else:
-            proof = f"No significant difference ({test})"
-        return [
-            (
-                f"judged on {images} other images: {ours:.4g} {unit} against {theirs:.4g} with the decoder's own settings "
-                f"({theirs / ours:.3f}x). {proof}."
-            ),
-            quality,
-        ]
 
 
 def stage(cfg: DictConfig) -> Path:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+OWN_SETTINGS = "own"  # attribute of trial 0, the decoder's own settings: its two values, which a sampler must not see
+IMPOSSIBLE = "impossible"  # attribute of settings that exclude each other: why
 TRIES = 3  # starts of a trial after which it is taken to be what kills the process
 
 
@@ -89,6 +91,57 @@ def complete(study: Study) -> list[FrozenTrial]:
     return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
 
 
+def counted(study: Study) -> list[FrozenTrial]:
+    """Return the trials that a search has spent: run, or left early. FAIL, left by a kill, is tried again."""
+    ended = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    return [trial for trial in ended if IMPOSSIBLE not in trial.user_attrs]
+
+
+def add_own_trial(study: Study, values: tuple[float, float], attributes: dict[str, Any]) -> None:
+    """Add the decoder's own settings, trial 0.
+
+    They may lie outside the space, and samplers search only where all complete trials have parameters, so for Optuna
+    this trial is pruned and its values are an attribute.
+    """
+    import optuna
+
+    state, kept = optuna.trial.TrialState.PRUNED, {OWN_SETTINGS: list(values), **attributes}
+    study.add_trial(optuna.trial.create_trial(state=state, user_attrs=kept))
+
+
+def own_trial(study: Study) -> FrozenTrial | None:
+    """Return the trial of the decoder's own settings."""
+    return next((trial for trial in study.trials if OWN_SETTINGS in trial.user_attrs), None)
+
+
+def own_within(study: Study) -> bool:
+    """Return whether the decoder's own settings were run and are within the bound."""
+    own = own_trial(study)
+    return own is not None and own.user_attrs["violation"] <= 0
+
+
+def best_objective(study: Study) -> float | None:
+    """Return the lowest objective so far of the settings within the bound, the decoder's own included."""
+    best, own = best_trial(study), own_trial(study)
+    found = [] if best is None else [best.values[0]]
+    if own is not None and own_within(study):
+        found.append(own.user_attrs[OWN_SETTINGS][0])
+    return min(found, default=None)
+
+
+def nothing_better(study: Study, tune: Tune) -> str | None:
+    """Return why no trial can be better than the decoder's own settings; None if one had a lower objective."""
+    best, own = best_trial(study), own_trial(study)
+    if own is None or not own_within(study):
+        return None
+    if best is None:
+        return f"none of {len(counted(study)) - 1} other trials is within tune.bound={tune.bound}"
+    ours, unit = own.user_attrs[OWN_SETTINGS][0], UNITS[tune.objective]
+    if best.values[0] < ours:
+        return None
+    return f"{ours:.4g} {unit}, and the best of {len(counted(study)) - 1} other trials has {best.values[0]:.4g}"
+
+
 def best_trial(study: Study) -> FrozenTrial | None:
     """Return the trial with the lowest objective among those within the bound; None if there is none."""
     return next(iter(within_bound(study)), None)
@@ -116,18 +169,24 @@ def pareto_trials(study: Study) -> list[FrozenTrial]:
 def trial_line(trial: FrozenTrial, tune: Tune) -> str:
     """Return the settings and the result of a trial as one line."""
     words = " ".join(f"{key}={value}" for key, value in trial.params.items())
-    if trial.state.name != "COMPLETE":
+    values = trial.user_attrs.get(OWN_SETTINGS)
+    if values is not None:
+        words = "the decoder's own settings"
+    elif IMPOSSIBLE in trial.user_attrs:
+        return f"{words}: impossible ({trial.user_attrs[IMPOSSIBLE]})"
+    elif trial.state.name != "COMPLETE":
         return f"{words}: pruned ({_why(trial)})"
+    objective, quality = values or trial.values
     bound = "" if trial.user_attrs["violation"] <= 0 else ", exceeds the bound"
     if not bound and trial.user_attrs.get("over"):
         bound = ", exceeds the bound, kept because lossless"
-    return f"{words}: {trial.values[0]:.4g} {UNITS[tune.objective]}, {tune.quality} {trial.values[1]:+.4g}{bound}"
+    return f"{words}: {objective:.4g} {UNITS[tune.objective]}, {tune.quality} {quality:+.4g}{bound}"
 
 
 def _why(trial: FrozenTrial) -> str:
     """Return why a trial has no result."""
     lost = f"the process died in it {TRIES} times" if trial.state.name == "PRUNED" else trial.state.name.lower()
-    return trial.user_attrs.get("pruned", lost)
+    return trial.user_attrs.get(IMPOSSIBLE) or trial.user_attrs.get("pruned", lost)
 
 
 def show_front(study: Study, tune: Tune) -> None:
@@ -149,10 +208,12 @@ def write_trials(study: Study, out: Path) -> None:
         ["trial", "state", *keys, asked["objective"], f"{asked['quality']}_minus_ar", "within", "run", "why"]
     )
     for trial in study.trials:
-        whole = trial.state.name == "COMPLETE"
-        own = [*trial.values, trial.user_attrs["violation"] <= 0, trial.user_attrs["run"]] if whole else [""] * 4
-        values = [trial.params.get(key, "") for key in keys]
-        lines.writerow([trial.number, trial.state.name.lower(), *values, *own, "" if whole else _why(trial)])
+        values, state = trial.user_attrs.get(OWN_SETTINGS) or trial.values, trial.state.name.lower()
+        whole = values is not None
+        found = [*values, trial.user_attrs["violation"] <= 0, trial.user_attrs["run"]] if whole else [""] * 4
+        state = next((name for name in (OWN_SETTINGS, IMPOSSIBLE) if name in trial.user_attrs), state)
+        params = [trial.params.get(key, "") for key in keys]
+        lines.writerow([trial.number, state, *params, *found, "" if whole else _why(trial)])
     write_atomically(out / "trials.csv", text.getvalue().encode())
     points = [Point(str(t.number), t.values[0], t.values[1], t.user_attrs["lossless"]) for t in complete(study)]
     if points:

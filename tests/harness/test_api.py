@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 import sjd2
 from sjd2.errors import UserError
@@ -170,13 +171,25 @@ def test_a_terminal_gets_a_bar(model, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == ""
 
 
-def test_inside_a_hydra_application(tmp_path: Path) -> None:
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
-        outer, version = GlobalHydra.instance().hydra, hydra.version.getbase()
-        assert sjd2.decoder("scd", window=4).window == 4
+def test_inside_a_hydra_application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's own @hydra.main of an older version_base: nothing of it changes."""
+    done = []
+
+    def app(_cfg: object) -> None:
+        outer, version, own = GlobalHydra.instance().hydra, hydra.version.getbase(), HydraConfig.get()
+        assert sjd2.load("tiny").layout.length == 144
+        assert sjd2.decoder("lantern", model="tiny", verifier="exact", window=4).window == 4
         assert GlobalHydra.instance().hydra is outer
+        assert HydraConfig.get() is own
         assert hydra.version.getbase() == version
+        done.append(version)
+
+    GlobalHydra.instance().clear()
+    monkeypatch.chdir(tmp_path)
+    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    monkeypatch.setattr(sys, "argv", ["app.py", *quiet])
+    hydra.main(version_base="1.2", config_path=None)(app)()
+    assert len(done) == 1
 
 
 # ---- the examples

@@ -13,16 +13,20 @@ import pytest
 import torch
 import yaml
 
+from evaluation.run_folder import RunFolder
 from sjd2.errors import UserError
 from sweeps.tune import search as tune
 from sweeps.tune import space as spaces
 from sweeps.tune import study as studies
+from sweeps.tune.verdict import amount
 from tests.helpers.cli import Cli
 
 SMALL = (
     *("stage=tune", "tune=scd", "decoder=scd", "tune.objective=passes", "tune.quality=nll", "tune.prompts=4"),
     *("tune.judge=4", "tune.early=2", "tune.random_trials=2", "tune.finals=4"),
 )
+# at this temperature many draft tokens are accepted, so the decoder's own window of 2 is beaten beyond noise
+BEATEN = (*SMALL, "temperature=0.1", "decoder.window=2", "tune.space.decoder.window.high=16")
 
 
 def test_a_space_is_flat_and_its_ranges_are_checked() -> None:
@@ -79,6 +83,30 @@ def test_the_best_is_the_fastest_within_the_bound_and_the_front_is_brute_force()
     assert studies.best_trial(study_of([(1.0, 1.0, 0.1)])) is None
 
 
+def test_the_own_settings_are_no_trial_for_the_sampler_and_are_beaten_or_not() -> None:
+    settings = spaces.Tune(name="x", space={"a": [1, 2]}, objective="passes")
+    study = study_of([(3.0, 0.0, 0.0), (1.0, 0.9, 0.5)])  # the faster one is beyond the bound
+    kept = {"violation": -1.0, "run": "r", "lossless": True, "overrides": [], "over": False}
+    studies.add_own_trial(study, (2.0, 0.0), kept)
+    assert studies.best_objective(study) == 2.0
+    assert studies.best_trial(study).values[0] == 3.0
+    assert len(studies.complete(study)) == 2
+    assert len(studies.counted(study)) == 3
+    assert studies.nothing_better(study, settings) == "2 passes per image, and the best of 2 other trials has 3"
+    assert studies.trial_line(studies.own_trial(study), settings).startswith("the decoder's own settings: 2 passes")
+    study.add_trial(study_of([(1.5, 0.0, 0.0)]).trials[0])
+    assert studies.nothing_better(study, settings) is None
+    none = study_of([(1.0, 0.9, 0.5)])
+    studies.add_own_trial(none, (2.0, 0.0), kept)
+    assert "none of 1 other trials is within tune.bound=0.02" in studies.nothing_better(none, settings)
+
+
+def test_an_amount_is_less_or_more() -> None:
+    assert amount(0.477, 0.558, "latency") == "14.5 % less time"
+    assert amount(0.8, 0.6, "latency") == "33.3 % more time"
+    assert amount(35.26, 36.49, "passes") == "3.4 % fewer passes"
+
+
 def test_a_cut_search_tries_again_what_it_had_in_hand(tmp_path: Path) -> None:
     settings = spaces.Tune(name="x", space={"a": {"low": 0, "high": 9}})
     study = studies.open_study(tmp_path, settings)
@@ -120,24 +148,28 @@ def test_seconds_of_two_machines_do_not_mix(tmp_path: Path, objective: str, move
 
 @pytest.mark.full
 def test_a_search_from_start_to_decoder(cli: Cli) -> None:
-    assert cli(*SMALL, "tune.trials=4") == 0, cli.err
+    asked = (*BEATEN, "tune.judge=24")
+    assert cli(*asked, "tune.trials=4") == 0, cli.err
     out = cli.runs_dir / "tune-scd"
     rows = list(csv.DictReader((out / "trials.csv").open()))
     assert len(rows) == 4
+    assert [row["state"] for row in rows].index("own") == 0
+    assert RunFolder(out / "runs" / rows[0]["run"]).config.decoder.window == 2
     whole = [row for row in rows if row["state"] == "complete"]
     assert whole
     assert all(row["within"] == "True" for row in whole)  # SCD is lossless, whatever four captions say
     assert "finals: " in cli.out
     decoder = yaml.safe_load((out / "decoder" / "scd-tuned.yaml").read_text())
     assert str(decoder["window"]) in {row["decoder.window"] for row in whole}
-    assert "judged on 4 other images" in cli.out or "the decoder's own" in cli.out
+    assert "judged on 24 other images" in cli.out
+    assert "fewer passes). The difference is significant" in " ".join(cli.out.split())
     assert (out / "judged" / "table.md").is_file()
     assert (out / "pareto.png").is_file()
 
     made = {path: path.stat().st_mtime_ns for path in out.rglob("images/*.png")}
-    assert cli(*SMALL, "tune.trials=4") == 0  # nothing is made twice
+    assert cli(*asked, "tune.trials=4") == 0  # nothing is made twice
     assert {path: path.stat().st_mtime_ns for path in out.rglob("images/*.png")} == made
-    assert cli(*SMALL, "tune.trials=5") == 0  # and a longer search resumes
+    assert cli(*asked, "tune.trials=5") == 0  # and a longer search resumes
     assert [row["decoder.window"] for row in csv.DictReader((out / "trials.csv").open())][:4] == [
         row["decoder.window"] for row in rows
     ]
@@ -145,6 +177,18 @@ def test_a_search_from_start_to_decoder(cli: Cli) -> None:
     path = f"hydra.searchpath=[file://{out}]"
     assert cli("decoder=scd-tuned", "limit=2", "baseline=null", path) == 0, cli.err
     assert cli.run("scd").config.decoder.window == decoder["window"]
+
+
+@pytest.mark.full
+def test_settings_that_nothing_beats_stay(cli: Cli) -> None:
+    """The own window lies outside the space."""
+    space = ("tune.space.decoder.window.low=2", "tune.space.decoder.window.high=3")
+    asked = (*SMALL, "temperature=0.1", "decoder.window=16", *space, "tune.trials=3")
+    assert cli(*asked) == 0, cli.err
+    assert "no better than your settings: " in cli.out
+    assert "best settings" not in cli.out
+    assert not (cli.runs_dir / "tune-scd" / "decoder").exists()
+    assert not (cli.runs_dir / "tune-scd" / "judged").exists()
 
 
 class Finals(tune.Search):
@@ -225,7 +269,7 @@ def test_a_trial_that_keeps_ending_the_process_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_captions_of_search_and_judgement_are_disjoint(cli: Cli) -> None:
-    assert cli(*SMALL, "tune.trials=4") == 0
+    assert cli(*BEATEN, "tune.trials=4") == 0
     found: dict[int, set[str]] = {}
     for path in (cli.runs_dir / "tune-scd" / "runs").glob("toy-*"):
         texts = {line["prompt"] for line in map(yaml.safe_load, (path / "samples.jsonl").read_text().splitlines())}
@@ -242,8 +286,11 @@ def test_settings_that_do_not_fit_are_left_and_nothing_within_the_bound_is_said(
     assert "none of 2 trials" in cli.err
     wrong = ("tune.name=wrong", "tune.space.decoder.window.low=-2", "tune.space.decoder.window.high=-1")
     assert cli(*SMALL, *wrong, "tune.trials=2") == 1
-    assert "none of 2 trials" in cli.err
-    rows = list(csv.DictReader((cli.runs_dir / "tune-wrong" / "trials.csv").open()))
+    assert f"{tune.DRAWS} settings in a row exclude each other" in cli.err
+    own, *rows = csv.DictReader((cli.runs_dir / "tune-wrong" / "trials.csv").open())
+    assert own["state"] == "own"
+    assert len(rows) == tune.DRAWS  # they cost none of the two trials
+    assert {row["state"] for row in rows} == {"impossible"}
     assert all("decoder.window must be 1 or more" in row["why"] for row in rows)
 
 

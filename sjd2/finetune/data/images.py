@@ -102,7 +102,7 @@ def find_parts(images: str, captions: str | None = None) -> list[Part]:
     if shards:
         _report_left_out(images, set(Path(images).expanduser().rglob("*")) - set(shards))
         return [TarPart(path) for path in shards]
-    root = Path(images).expanduser()
+    root = Path(images)
     if not root.is_dir():
         raise UserError(
             f"finetune.data.images={images} does not exist; give a folder of images with captions, or .tar shards."
@@ -135,7 +135,7 @@ def _report_left_out(images: str, paths: Iterable[Path]) -> None:
 
 def find_shards(images: str) -> list[Path]:
     """Return the .tar files that `images` means: a file, a folder's, or those of a pattern with * ? []."""
-    path = Path(images).expanduser()
+    path = Path(images)
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     return sorted(Path(found) for found in glob.glob(str(path)) if found.endswith(".tar"))
@@ -147,7 +147,7 @@ def read_captions(root: Path, captions: str | None) -> dict[str, str] | None:
     captions: .jsonl of {"file_name", "text"} (None: metadata.jsonl in the folder, if it is there), or .json: such a list, or
     one object of name: caption. The keys "image" and "caption" work too. Raises `UserError` for anything else.
     """
-    path = Path(captions).expanduser() if captions is not None else root / LIST
+    path = Path(captions) if captions is not None else root / LIST
     if not path.is_file():
         if captions is not None:
             raise UserError(f"finetune.data.captions={captions} does not exist; give a .jsonl or .json file.")

@@ -1,0 +1,240 @@
+"""Parts of decoders: every pair of the groups composes or is refused, and no value reaches a part it was not written for."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+import sjd2
+from harness.cli import composed_settings
+from harness.words import at_home
+from sjd2.config import CONF, choices, compose, instantiate, plain
+from sjd2.errors import UserError
+from sjd2.part_choices import PARTS
+from tests.helpers.cli import Cli
+from tests.helpers.tiers import by_default
+
+if TYPE_CHECKING:
+    from collections import OrderedDict as Unknown
+
+DECODERS = sorted(path.stem for path in (CONF / "decoder").glob("*.yaml"))
+OPTIONS = {part: choices(f"decoder/{part}") for part in PARTS}
+EXPERIMENT = """\
+# @package _global_
+defaults:
+  - override /decoder: sjd
+  - override /decoder/verifier: relaxed
+limit: 2
+run_dir: {run_dir}
+decoder:
+  lossless: false
+  window: 6
+  verifier:
+    neighbours: 3
+"""
+
+
+@cache
+def composed(*words: str) -> DictConfig:
+    return compose(words).decoder
+
+
+@cache
+def groups(decoder: str) -> tuple[str, ...]:
+    """Return the parts that a decoder's yaml lets one choose."""
+    if decoder == "ar":
+        return ()
+    text = (CONF / "decoder" / f"{decoder}.yaml").read_text(encoding="utf-8")
+    entries = OmegaConf.create(text).get("defaults", [])
+    found = {key.split()[-1] for entry in entries if isinstance(entry, DictConfig) for key in entry} & set(PARTS)
+    for parent in (entry for entry in entries if isinstance(entry, str) and entry != "_self_"):
+        found |= set(groups(parent))
+    return tuple(part for part in PARTS if part in found)
+
+
+@cache
+def of_part(part: str, option: str) -> dict[str, Any]:
+    """Return a part as its own yaml describes it."""
+    node = plain(OmegaConf.load(CONF / "decoder" / part / f"{option}.yaml"))
+    if node.pop("defaults", None):  # drafter/front has a drafter for its main chain
+        node["chain"] = of_part("drafter", "jacobi")
+    return node
+
+
+def refusal(decoder: dict[str, Any]) -> str | None:
+    """Return why a decoder is refused, None if it is built."""
+    try:
+        instantiate(OmegaConf.create({"decoder": decoder}).decoder)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+CASES = [(decoder, "tiny") for decoder in DECODERS if groups(decoder)]
+CASES += [(decoder, "lumina") for decoder in ("gsd", "lantern++", "sjd2")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_every_part_of_the_groups_replaces_another_whole(case: tuple[str, str]) -> None:
+    decoder, model = case
+    own = plain(composed(f"decoder={decoder}", f"model={model}"))
+    for part in groups(decoder):
+        for option in OPTIONS[part]:
+            got = plain(composed(f"decoder={decoder}", f"model={model}", f"decoder/{part}={option}"))
+            expected = of_part(part, option)
+            if own.get(part, {}).get("_target_") == expected["_target_"]:
+                expected = own[part]
+            assert got == own | {part: expected}
+
+
+@pytest.mark.parametrize("decoder", by_default([d for d in DECODERS if groups(d)], ["sjd", "eagle", "sjd2"]))
+def test_every_pair_of_parts_is_built_or_refused_with_a_reason(decoder: str) -> None:
+    """Parts are independent of each other, as the test above shows, so a pair is put together from two compositions."""
+    own, outcomes = plain(composed(f"decoder={decoder}")), set()
+    parts = groups(decoder)
+    for chosen in itertools.product(*([None, *OPTIONS[part]] for part in parts)):
+        node = own | {part: option and of_part(part, option) for part, option in zip(parts, chosen, strict=True)}
+        exact = not {"grouped", "relaxed", "all", "keep"} & set(chosen)
+        reason = refusal(node | {"lossless": exact and own["lossless"]})
+        assert reason is None or (reason.endswith(".") and ". " not in reason.replace("e.g. ", ""))  # one sentence
+        outcomes.add(reason is None)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "option"),
+    [
+        ("decoder=gsd model=lumina", "verifier", "exact"),
+        ("decoder=lantern", "verifier", "exact"),
+        ("decoder=lantern++", "verifier", "grouped"),
+        ("decoder=eagle decoder/refiner=coupled", "drafter", "jacobi"),
+        ("decoder=sjd2-fc", "drafter", "jacobi"),
+        ("decoder=jacobi", "refiner", "coupled"),
+    ],
+)
+def test_a_part_has_no_setting_of_the_one_before(words: str, part: str, option: str) -> None:
+    decoder = compose([*words.split(), f"decoder/{part}={option}"]).decoder
+    assert plain(decoder)[part] == of_part(part, option)
+    instantiate(decoder)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("decoder=eagle decoder/drafter=jacobi", "needs a refiner.*decoder/refiner=coupled"),
+        ("decoder=sjd decoder/drafter=eagle", "nothing to refine; set decoder.refiner=null"),
+        ("decoder=lantern decoder/verifier=exact decoder.verifier.neighbours=3", "unknown setting of decoder.verifier"),
+        ("decoder=sjd decoder/verifier=relaxed", "set decoder.lossless=false"),
+        ("decoder=ar decoder/verifier=exact", "decoder=ar drafts nothing, so it takes no decoder/verifier=exact"),
+        (
+            "decoder=sjd decoder.verifier=exact",
+            "decoder.verifier must be Verifier or null, got 'exact'; write decoder/verifier=exact",
+        ),
+        ("decoder=jacobi ~decoder/refiner", "needs a refiner"),
+    ],
+)
+def test_a_senseless_pair_has_a_reason(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        instantiate(compose(words.split()).decoder)
+
+
+def test_a_decoder_of_one_piece_has_a_reason(cli: Cli) -> None:
+    assert cli("decoder=zipar", "decoder/verifier=exact") != 0
+    assert "this decoder is one piece, without a verifier to choose" in cli.err
+
+
+def test_the_settings_shown_are_those_of_the_run() -> None:
+    shown = composed_settings(["--cfg", "job", "decoder=gsd", "decoder/verifier=exact", "decoder.window=5"])
+    assert shown is not None
+    decoder = OmegaConf.create(shown).decoder
+    assert (plain(decoder)["verifier"], decoder.window) == (of_part("verifier", "exact"), 5)
+    assert composed_settings(["--cfg", "job", "decoder=gsd"]) is None
+    assert composed_settings(["decoder=gsd", "decoder/verifier=exact"]) is None
+    assert composed_settings(["--cfg", "hydra", "decoder=gsd", "decoder/verifier=exact"]) is None
+
+
+def test_values_of_the_command_line_reach_the_chosen_part() -> None:
+    node = compose(["decoder=lantern", "decoder/verifier=grouped", "decoder.verifier.group=3"]).decoder
+    assert plain(node)["verifier"] == of_part("verifier", "grouped") | {"group": 3}
+    chain = "decoder/drafter@decoder.drafter.chain"
+    node = compose(["decoder=sjd2-fc", f"{chain}=jacobi", "decoder.drafter.chain.init=left"]).decoder
+    assert node.drafter.chain.init == "left"
+    assert node.drafter.siblings == [4, 3, 2]
+    assert type(sjd2.decoder("lantern", model="tiny", verifier="exact").verifier).__name__ == "Exact"
+
+
+def test_an_experiment_chooses_a_part(cli: Cli, tmp_path: Path) -> None:
+    """Its AR baseline has none of it, nor does AR beside it; another decoder or part drops what was meant for the first."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(EXPERIMENT.format(run_dir="null"), encoding="utf-8")
+    words = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "experiment=mine"]
+    relaxed = of_part("verifier", "relaxed")
+    assert plain(compose(words).decoder)["verifier"] == relaxed | {"neighbours": 3}
+    assert plain(compose([*words, "decoder=ar"]).decoder) == plain(compose(["decoder=ar"]).decoder)
+    assert plain(compose([*words, "decoder/verifier=exact"]).decoder)["verifier"] == of_part("verifier", "exact")
+    lantern = plain(compose([*words, "decoder=gsd"]).decoder)
+    assert lantern["verifier"] == relaxed | {"neighbours": 3}
+
+    assert cli(*words) == 0, cli.err
+    assert cli.run("sjd").config.decoder.verifier.neighbours == 3
+    assert plain(cli.run("ar").config.decoder) == plain(compose(["decoder=ar"]).decoder)
+
+
+# ---- types of settings
+
+
+@dataclass(kw_only=True)
+class Half:
+    """One annotation that cannot be resolved here, and one that can."""
+
+    size: int
+    other: Unknown | None = None
+
+
+def test_one_annotation_that_cannot_be_resolved_leaves_the_others_checked() -> None:
+    node = OmegaConf.create({"half": {"_target_": f"{__name__}.Half", "size": "wide"}})
+    with pytest.raises(UserError, match=r"half\.size must be a whole number, got 'wide'"):
+        instantiate(node.half)
+    node.half.size = 3
+    assert instantiate(node.half).size == 3
+
+
+# ---- paths
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line, in a yaml, in Python, after local-dir:, and where Hydra itself writes; texts stay as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.txt").write_text("a red circle\n", encoding="utf-8")
+    words = [
+        "prompts=file",
+        "prompts.path='~/mine.txt'",
+        "evaluation.metrics.clip.model='local-dir:~/clip'",
+        "logger.notes='~ 3'",
+    ]
+    cfg = compose([*words, "+logger.tags=['~/x']", "runs_dir='~'"])
+    assert cfg.prompts.path == f"{tmp_path}/home/mine.txt"
+    assert cfg.evaluation.metrics.clip.model == f"local-dir:{tmp_path}/home/clip"
+    assert cfg.logger.notes == "~ 3"
+    assert cfg.runs_dir == f"{tmp_path}/home"
+    assert (
+        sjd2.decoder("lantern", drafter="eagle", verifier={"cache": "~/tables"}).verifier.cache
+        == f"{tmp_path}/home/tables"
+    )
+
+    words = ["a.b=[~/c,~/d]", "notes=~ 3", "x~y/z=1", "~decoder/refiner"]
+    assert at_home(words) == [f"a.b=[{tmp_path}/home/c,{tmp_path}/home/d]", *words[1:]]
+    # the quoted one reaches Hydra as it would from a yaml
+    words = ["decoder=scd", "prompts=file", "prompts.path=~/mine.txt", "baseline=null", "runs_dir='~/runs'"]
+    assert cli("-m", *words) == 0, cli.err
+    assert not (tmp_path / "~").exists()
+    assert [path.name for path in (tmp_path / "home" / "runs").glob("toy-scd-*")]
+    assert (tmp_path / "home" / "runs" / "sweeps").is_dir()
