@@ -217,6 +217,8 @@ def _unreadable(word: str, reason: str) -> str:
 
 def _unknown_key(key: str) -> str:
     """Name the settings nearest to a key that does not exist, from the configuration without it."""
+    if found := re.fullmatch(r"decoder/(\w+)@.*", key):
+        return f"this decoder chooses a part inside its {found[1]}, which therefore stays; start from another decoder."
     if found := re.fullmatch(r"decoder/(\w+)", key):
         return (
             f"this decoder is one piece, without a {found[1]} to choose; decoder=sjd takes any that conf/decoder/ has."

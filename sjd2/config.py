@@ -177,7 +177,7 @@ def expand_home(node: Any) -> None:
         if isinstance(child, (DictConfig, ListConfig)):
             if not child._is_none() and not child._is_missing() and not child._is_interpolation():
                 expand_home(child)
-        elif isinstance(value := child._value(), str) and (new := home(value)) != value:
+        elif child is not None and isinstance(value := child._value(), str) and (new := home(value)) != value:
             node[key] = new
 
 

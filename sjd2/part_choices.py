@@ -19,7 +19,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sjd2.errors import UserError
 
-PARTS = ("drafter", "verifier", "refiner")  # of a decoder, each a config group of its own: conf/decoder/<part>/
+PARTS: tuple[str, ...] = (
+    "drafter",
+    "verifier",
+    "refiner",
+)  # of a decoder, each a config group of its own: conf/decoder/<part>/
 DEFAULTS = "decoder_defaults/"
 _CHOICE = re.compile(r"[+~]*decoder/")  # an override that chooses a part
 _DECODER = re.compile(r"decoder/[^/]+")  # the path of a decoder's yaml; those of parts are one folder deeper

@@ -168,9 +168,8 @@ class Search:
             raise UserError(f"tune.quality={self.tune.quality} is not measured by this evaluation=; change either.")
         runs = (self.reference.config.identity.id, base.identity["id"])
         study = open_study(self.out, self.tune, runs, hardware(torch.device(base.device)), found=self._found)
-        if own_trial(study) is None:
-            add_own_trial(study, *self.own())
-        say(f"trial 0: {trial_line(own_trial(study), self.tune)}")
+        own = own_trial(study) or add_own_trial(study, *self.own())
+        say(f"trial 0: {trial_line(own, self.tune)}")
         self.search(study)
         write_trials(study, self.out)
         if best_trial(study) is None and not own_within(study):

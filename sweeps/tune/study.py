@@ -97,8 +97,8 @@ def counted(study: Study) -> list[FrozenTrial]:
     return [trial for trial in ended if IMPOSSIBLE not in trial.user_attrs]
 
 
-def add_own_trial(study: Study, values: tuple[float, float], attributes: dict[str, Any]) -> None:
-    """Add the decoder's own settings, trial 0.
+def add_own_trial(study: Study, values: tuple[float, float], attributes: dict[str, Any]) -> FrozenTrial:
+    """Add the decoder's own settings, trial 0, and return it.
 
     They may lie outside the space, and samplers search only where all complete trials have parameters, so for Optuna
     this trial is pruned and its values are an attribute.
@@ -107,6 +107,7 @@ def add_own_trial(study: Study, values: tuple[float, float], attributes: dict[st
 
     state, kept = optuna.trial.TrialState.PRUNED, {OWN_SETTINGS: list(values), **attributes}
     study.add_trial(optuna.trial.create_trial(state=state, user_attrs=kept))
+    return study.trials[-1]
 
 
 def own_trial(study: Study) -> FrozenTrial | None:
