@@ -43,7 +43,8 @@ def reference(folder: Path) -> JanusForConditionalGeneration:
 def public_ids(folder: Path, prompt: str) -> torch.Tensor:
     """Return what transformers' processor feeds for drawing, from the published turn markers: [1, P]."""
     text = f"<|User|>: {prompt.strip()}\n\n<|Assistant|>:"
-    return JanusProcessor.from_pretrained(folder)(text=text, generation_mode="image", return_tensors="pt").input_ids
+    processor = JanusProcessor.from_pretrained(folder)  # older ones take a text that is no list for a list of letters
+    return processor(text=[text], generation_mode="image", return_tensors="pt").input_ids
 
 
 def spec(**changes: object) -> JanusSpec:
