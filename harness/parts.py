@@ -22,10 +22,9 @@ def parts_of(plans: list[Plan], limit: int | None, metrics: Mapping[str, Metric]
     """Return the images that `limit` asks for, and their metrics, of those runs that have more."""
     found: Parts = {}
     for plan in plans:
-        ids = set(plan.prompts.ids(limit))
-        snapshot = Snapshot(plan.run, ids)
-        if len(snapshot.records) < len(plan.run.records()):
-            found[plan.run.path] = (ids, score_part(snapshot, metrics))
+        ids = plan.prompts.ids(limit)
+        if plan.run.metrics.get("n_images", 0) > len(ids):  # all of `ids` are there, so the others are more
+            found[plan.run.path] = (set(ids), score_part(Snapshot(plan.run, set(ids)), metrics))
     return found
 
 

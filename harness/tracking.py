@@ -241,9 +241,8 @@ class WandbTracker:
         return wandb.Settings(**{key: value for key, value in wishes.items() if key in wandb.Settings.model_fields})
 
 
-def _reason(error: Exception) -> str:
-    found = getattr(error, "errors", None)  # pydantic's, whose own text has four lines
-    text = found()[0]["msg"] if callable(found) else str(error)
+def _reason(error: Any) -> str:
+    text = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)  # pydantic's own text has four lines
     return " ".join(text.split())[:160] or type(error).__name__
 
 

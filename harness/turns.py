@@ -26,7 +26,7 @@ from sjd2.models.base import ImageModel
 
 
 @dataclass(kw_only=True)
-class Lane:
+class Side:
     """One run at work: the ids that this rank makes for it, and how far it is."""
 
     job: Job
@@ -77,7 +77,7 @@ def _work(work: Sequence[tuple[Job, list[Record], list[Id]]], ranks: Ranks) -> N
     shares = _shares([job for job, _, _ in work], [missing for _, _, missing in work], ranks)
     needed = any(shares)
     model = work[0][0].load() if needed else None  # more ranks than batches: the last ones have nothing to do
-    lanes = []
+    sides = []
     for (job, records, missing), share in zip(work, shares, strict=True):
 
         def start(job: Job = job, records: list[Record] = records) -> int:
@@ -86,26 +86,26 @@ def _work(work: Sequence[tuple[Job, list[Record], list[Id]]], ranks: Ranks) -> N
         launch = ranks.broadcast(start)
         alone = ranks.world == 1
         total, done = (len(job.wanted), len(job.wanted) - len(missing)) if alone else (len(share), 0)
-        lanes.append(Lane(job=job, share=share, launch=launch, done=done, total=total))
+        sides.append(Side(job=job, share=share, launch=launch, done=done, total=total))
     if model is not None and needed:
-        _make(lanes, model, ranks)
-    _gather(lanes, ranks)
+        _make(sides, model, ranks)
+    _gather(sides, ranks)
 
 
-def _gather(lanes: Sequence[Lane], ranks: Ranks) -> None:
+def _gather(sides: Sequence[Side], ranks: Ranks) -> None:
     """Wait for all ranks, and note what only the whole launch knows."""
-    for lane in lanes:
-        with listening(lane.job.grace_s) as stop:
-            peak = lane.meter.peak_gb if lane.meter is not None else None
+    for side in sides:
+        with listening(side.job.grace_s) as stop:
+            peak = side.meter.peak_gb if side.meter is not None else None
             peaks = ranks.gather(peak, check=lambda stop=stop: stop.leave() if stop.asked else None)
-        end: dict[str, Any] = {"retimed": True} if lane.job.retiming is not None else {}
+        end: dict[str, Any] = {"retimed": True} if side.job.retiming is not None else {}
         if ranks.world > 1 and any(peaks):
             end["peak_memory_gb"] = max(filter(None, peaks))
         if ranks.main and end:
-            lane.job.run.close_launch(lane.launch, end)
-        if ranks.main and lane.job.retiming is not None:
+            side.job.run.close_launch(side.launch, end)
+        if ranks.main and side.job.retiming is not None:
             say(
-                f"{lane.job.run.path.name}: {len(lane.job.wanted)} images timed again, with the tokens of their records."
+                f"{side.job.run.path.name}: {len(side.job.wanted)} images timed again, with the tokens of their records."
             )
 
 
@@ -135,78 +135,78 @@ def _shares(jobs: Sequence[Job], missing: Sequence[list[Id]], ranks: Ranks) -> l
     return [[key for key in ids if key in mine] for ids in missing]
 
 
-def _make(lanes: Sequence[Lane], model: ImageModel, ranks: Ranks) -> None:
+def _make(sides: Sequence[Side], model: ImageModel, ranks: Ranks) -> None:
     """Make the images of this rank and write their records batch by batch."""
-    for lane in lanes:
-        warm_up(lane.job, model)
-        lane.meter = Meter(model.device)
+    for side in sides:
+        warm_up(side.job, model)
+        side.meter = Meter(model.device)
     watch = GpuWatch(model.device)
     try:
-        with listening(lanes[0].job.grace_s) as stop, watch, _progress(lanes, ranks) as progress:
+        with listening(sides[0].job.grace_s) as stop, watch, _progress(sides, ranks) as progress:
             with contextlib.suppress(Dropped):
-                _take_turns(lanes, model, stop, progress, ranks)
+                _take_turns(sides, model, stop, progress, ranks)
             if stop.asked:
-                say(f"stopped by {stop.name}: {_so_far(lanes)} images are there, the same command resumes.")
+                say(f"stopped by {stop.name}: {_so_far(sides)} images are there, the same command resumes.")
                 stop.leave()
     finally:
-        for lane in lanes:
-            if ranks.main and lane.meter is not None:
-                lane.job.run.close_launch(lane.launch, lane.meter.entry() | watch.entry())
+        for side in sides:
+            if ranks.main and side.meter is not None:
+                side.job.run.close_launch(side.launch, side.meter.entry() | watch.entry())
 
 
 def _take_turns(
-    lanes: Sequence[Lane], model: ImageModel, stop: Stopping, progress: Sequence[Progress], ranks: Ranks
+    sides: Sequence[Side], model: ImageModel, stop: Stopping, progress: Sequence[Progress], ranks: Ranks
 ) -> None:
     began = time.monotonic()
-    for place, records in _turns(lanes, model, stop):
-        lane = lanes[place]
+    for place, records in _turns(sides, model, stop):
+        side = sides[place]
         try:
-            lane.keep(records, ranks.number)
+            side.keep(records, ranks.number)
         except UserError:
-            for one in lanes if lane.job.retiming is not None else ():
+            for one in sides if side.job.retiming is not None else ():
                 one.job.run.close_launch(one.launch, {"void": True})
             raise
         stop.end()
         counts = {key: sum(record[key] for record in records) for key in ("tokens", "forwards")}
         progress[place].advance(images=len(records), seconds=time.monotonic() - began, **counts)
-        if lane.job.retiming is None:
-            report(records, lane.done, lane.job.tracker)
-        if stop.asked and not lane.job.refill:
+        if side.job.retiming is None:
+            report(records, side.done, side.job.tracker)
+        if stop.asked and not side.job.refill:
             return
         began = time.monotonic()
 
 
-def _turns(lanes: Sequence[Lane], model: ImageModel, stop: Stopping) -> Iterator[tuple[int, list[Record]]]:
-    """Yield (place of the lane, its records): a batch of each lane in turn; refilled runs one after the other."""
-    if lanes[0].job.refill:
-        for place, lane in enumerate(lanes):
-            assert lane.meter is not None
-            with lane.meter:
-                for records in refilled(lane.job, model, lane.share, lane.launch, stop):
+def _turns(sides: Sequence[Side], model: ImageModel, stop: Stopping) -> Iterator[tuple[int, list[Record]]]:
+    """Yield (place of the side, its records): a batch of each side in turn; refilled runs one after the other."""
+    if sides[0].job.refill:
+        for place, side in enumerate(sides):
+            assert side.meter is not None
+            with side.meter:
+                for records in refilled(side.job, model, side.share, side.launch, stop):
                     yield place, records
         return
-    missing = [set(lane.share) for lane in lanes]
-    for number, place in sorted((n, place) for place, lane in enumerate(lanes) for n in lane.job.numbers(lane.share)):
-        lane = lanes[place]
-        assert lane.meter is not None
+    missing = [set(side.share) for side in sides]
+    for number, place in sorted((n, place) for place, side in enumerate(sides) for n in side.job.numbers(side.share)):
+        side = sides[place]
+        assert side.meter is not None
         stop.begin()
-        with lane.meter:
-            records = make_batch(lane.job, model, number, missing[place], lane.launch, stop)
+        with side.meter:
+            records = make_batch(side.job, model, number, missing[place], side.launch, stop)
         yield place, records
 
 
 @contextlib.contextmanager
-def _progress(lanes: Sequence[Lane], ranks: Ranks) -> Iterator[list[Progress]]:
+def _progress(sides: Sequence[Side], ranks: Ranks) -> Iterator[list[Progress]]:
     shown: list[Progress] = []
     with contextlib.ExitStack() as stack:
-        for lane in lanes:
-            title = lane.job.run.path.name + (f" (rank 0 of {ranks.world})" if ranks.world > 1 else "")
+        for side in sides:
+            title = side.job.run.path.name + (f" (rank 0 of {ranks.world})" if ranks.world > 1 else "")
             first = shown[0] if shown else None
-            shown.append(stack.enter_context(Progress(title, lane.done, lane.total, shown=ranks.main, beside=first)))
+            shown.append(stack.enter_context(Progress(title, side.done, side.total, shown=ranks.main, beside=first)))
         yield shown
 
 
-def _so_far(lanes: Sequence[Lane]) -> str:
-    if len(lanes) == 1:
-        return f"{lanes[0].done} of {lanes[0].total}"
-    return ", ".join(f"{lane.done} of {lane.total} of {lane.job.run.path.name}" for lane in lanes)
+def _so_far(sides: Sequence[Side]) -> str:
+    if len(sides) == 1:
+        return f"{sides[0].done} of {sides[0].total}"
+    return ", ".join(f"{side.done} of {side.total} of {side.job.run.path.name}" for side in sides)

@@ -70,7 +70,7 @@ class Clip:
 
         if Path(file).suffix in (".npz", ".npy"):  # of big_vision, with names of its own
             return
-        stored: dict[str, Tensor] = dict(load_state_dict(file))
+        stored: Any = load_state_dict(file)
         own = self.model.state_dict()
         for key in stored.keys() & own.keys():
             if key.endswith("positional_embedding") and stored[key].shape != own[key].shape:

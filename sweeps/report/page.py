@@ -165,9 +165,9 @@ def tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         ends = "" if error is None else f" [{best.compression_all - error:.2f}, {best.compression_all + error:.2f}]"
         what = "tokens per pass, passes of a draft network counted too, the most of any lossless decoder here"
         found.append((f"{best.compression_all:.2f}{ends}", what, best))
-    if faster := [row for row in fair if row.speedup is not None]:
-        best = max(faster, key=lambda row: row.speedup.ratio)
-        found.append((best.speedup.text(), "the speed of AR, by the fastest lossless decoder on this hardware", best))
+    if faster := [(row.speedup, row) for row in fair if row.speedup is not None]:
+        speedup, best = max(faster, key=lambda pair: pair[0].ratio)
+        found.append((speedup.text(), "the speed of AR, by the fastest lossless decoder on this hardware", best))
     images = sum(row.n for row in rows)
     whole = [(f"{images:,}", f"image{'s' * (images != 1)} in {len(rows)} run{'s' * (len(rows) != 1)}", "")]
     return [(value, what, row.run.label) for value, what, row in found] + whole

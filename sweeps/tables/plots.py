@@ -22,7 +22,6 @@ import numpy as np
 from sjd2.files import write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -73,7 +72,10 @@ def _save(figure: Figure, path: Path) -> Path:
     there = {font.name for font in font_manager.fontManager.ttflist}
     others = [name for name in FONTS if name in there]
     ticks = {
-        id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels("both")
+        id(text)
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for text in axis.get_ticklabels(which="both")
     }
     for text in figure.findobj(Text):
         if id(text) not in ticks:  # these are matplotlib's own: 10^-1
@@ -91,7 +93,7 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _legend(place: Axes | Figure, entries: Mapping[str, Artist], **settings: Any) -> None:
+def _legend(place: Axes | Figure, entries: Mapping[str, Any], **settings: Any) -> None:
     """Add a legend; matplotlib itself leaves labels out that begin with an underscore."""
     legend = place.legend(list(entries.values()), [str(number) for number in range(len(entries))], **settings)
     for text, label in zip(legend.get_texts(), entries, strict=True):
@@ -110,9 +112,9 @@ def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Poin
     return kept
 
 
-def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_better: bool | None) -> dict[str, Artist]:
+def _pareto_panel(axis: Axes, title: str, points: Sequence[Point], lower_is_better: bool | None) -> dict[str, Any]:
     """Draw one panel; return what its legend explains."""
-    entries: dict[str, Artist] = {}
+    entries: dict[str, Any] = {}
     for index, point in enumerate(points):
         colour = f"C{index % 10}"
         entries[point.label if point.lossless else f"{point.label} (lossy)"] = axis.errorbar(
@@ -142,7 +144,7 @@ def pareto(panels: Mapping[str, tuple[Sequence[Point], bool | None]], path: Path
     The grey line joins the Pareto-optimal runs. Filled: lossless; hollow cross: lossy.
     """
     figure, axes = _figure(1.5 + 4.6 * len(panels), 4.6, 1, len(panels))
-    entries: dict[str, Artist] = {}
+    entries: dict[str, Any] = {}
     for axis, (title, (points, lower)) in zip(axes[0], panels.items(), strict=True):
         entries |= _pareto_panel(axis, title, points, lower)
     _legend(figure, entries, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
@@ -177,7 +179,7 @@ def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) ->
     """Draw for each decoder the share of passes that committed k tokens: {label: {k: passes}}."""
     figure, axes = _figure(6.5, 4)
     axis = axes[0, 0]
-    entries: dict[str, Artist] = {}
+    entries: dict[str, Any] = {}
     for index, (name, histogram) in enumerate(counts.items()):
         total = sum(histogram.values())
         if total:
