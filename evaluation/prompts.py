@@ -107,7 +107,7 @@ class Prompts:
         """Return the prompts; raises UserError if the file is missing, unreadable or empty."""
         return [text for text, _ in self._entries]
 
-    @property
+    @cached_property
     def metadata(self) -> list[Facts]:
         """Return what the set holds of each prompt besides its text, {} for nothing."""
         return [facts for _, facts in self._entries]

@@ -20,10 +20,12 @@ GPU_DISTURBED = 0.05  # share of the looks at a GPU that found another process a
 def newest_timings(run: Snapshot) -> list[Record]:
     """Return the records whose times count, each with the seconds, launch and batch of its newest timing.
 
-    After a retiming they are the images it has timed; before, those that were made without `trace=`.
+    After a retiming they are the images it has timed; before, those that were made without `trace=`. One that was killed
+    takes no timing away: it counts when it is resumed to its end.
     """
-    sessions = retimings(run)
-    return list(sessions.values())[-1] if sessions else [r for r in run.records if not run.folder.traced(r)]
+    ended = {entry["retime"] for entry in run.launches if "retime" in entry and entry.get("retimed")}
+    sessions = [timed for session, timed in retimings(run).items() if session in ended]
+    return sessions[-1] if sessions else [r for r in run.records if not run.folder.traced(r)]
 
 
 def retimings(run: Snapshot) -> dict[str, list[Record]]:

@@ -65,6 +65,9 @@ def _lacking(job: Job, ranks: Ranks) -> tuple[list[Record], list[Id]]:
     what = "there" if job.retiming is None else "timed again"
     if not missing:
         say(f"{job.run.path.name}: all {total} images are {what}.")
+        if ranks.main and job.retiming is not None:  # a kill met the other run after the last image of this one
+            launches = [e["launch"] for e in job.run.provenance() if e.get("retime") == job.retiming.session]
+            job.run.close_launch(launches[-1], {"retimed": True})
         if ranks.main and job.flops and not any("gflops_per_token" in entry for entry in job.run.provenance()):
             job.run.launch(_entry(job, job.load(), ranks), records)  # counted late: a launch without images
     elif done:

@@ -60,15 +60,23 @@ def obstacles(run: Run, other: Run, machine: Machine | None) -> list[str]:
 
 
 def baseline(run: Run, runs: Iterable[Run], machine: Machine | None) -> tuple[Run | None, list[str]]:
-    """Return the AR run with equal settings; if there is none, None and what the nearest AR run differs in."""
+    """Return the AR run with equal settings, of several the one that `run` took turns with, else that of most images.
+
+    If there is none, return None and what the nearest AR run differs in.
+    """
     ranked = sorted(
-        ((obstacles(run, other, machine), not same_weights(run, other), -len(other.images), index, other)
-         for index, other in enumerate(runs) if other.is_ar),
-        key=lambda entry: (len(entry[0]), *entry[1:4]),
+        ((obstacles(run, other, machine), not same_weights(run, other), -_in_turns(run, other), -len(other.images), index,
+          other) for index, other in enumerate(runs) if other.is_ar),
+        key=lambda entry: (len(entry[0]), *entry[1:5]),
     )  # fmt: skip
     if not ranked:
         return None, [NO_BASELINE]
-    return (ranked[0][4], []) if not ranked[0][0] else (None, ranked[0][0])
+    return (ranked[0][5], []) if not ranked[0][0] else (None, ranked[0][0])
+
+
+def _in_turns(run: Run, other: Run) -> int:
+    """Return how many images of `run` were timed in turns with those of another."""
+    return sum((image.turns, key) in other.in_turns for key, image in run.images.items() if image.turns)
 
 
 def quality_reference(run: Run, runs: Iterable[Run]) -> Run | None:

@@ -84,6 +84,7 @@ def test_images_by_id_or_as_the_captions_name_them(coco: Path) -> None:
     by_id = Coco(name="coco2017", path=str(coco), caption="sjd")
     by_file = Coco(name="coco2017", path=str(coco), caption="sjd", order="annotations")
     assert [facts["image_id"] for facts in by_id.metadata] == [10, 20, 30, 40]
+    assert by_id.metadata is by_id.metadata  # looked up for each of maybe 100,000 images
     assert [facts["image_id"] for facts in by_file.metadata] == [30, 10, 20, 40]
     assert sorted(by_id.texts) == sorted(by_file.texts)  # the order changes no choice
     assert by_id.metadata[2] == {"image_id": 30, "caption_id": 104, "file_name": "000000000030.jpg"}

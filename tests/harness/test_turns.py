@@ -131,6 +131,9 @@ def test_a_kill_costs_one_pair(cli: Cli, killed: list[tuple[str, int]]) -> None:
         with pytest.raises(Killed):
             cli(*COMMAND, *again)
         assert killed == [("ar", 0), ("sjd", 0), ("ar", 1)]
+        if again:  # the timings that were there count until the new ones are complete
+            timings = newest_timings(Snapshot(cli.run("sjd")))
+            assert [timing["launch"] for timing in timings] == [0] * 4 + [1] * 6
         killed.extend([("", 0)])  # the fourth may be made from here on
         assert cli(*COMMAND, *again) == 0, cli.err
         assert killed[4:] == [("sjd", 1), ("ar", 2), ("sjd", 2)]
@@ -142,6 +145,21 @@ def test_a_kill_costs_one_pair(cli: Cli, killed: list[tuple[str, int]]) -> None:
         assert [a == b for a, b in zip(*marks, strict=True)] == [True] * 4 + [False] * 4 + [True] * 2
         assert len(retimings(runs[1])) == len(again)
     assert [run.provenance()[-1]["retimed"] for run in (cli.run("ar"), cli.run("sjd"))] == [True, True]
+
+
+def test_a_kill_after_the_last_image_of_ar(cli: Cli, killed: list[tuple[str, int]]) -> None:
+    killed.extend([("", 0)] * 4)  # no kill yet
+    command = ("decoder=sjd", "limit=8")
+    assert cli(*command) == 0, cli.err
+    killed.clear()
+    with pytest.raises(Killed):
+        cli(*command, "retime=true")
+    assert killed == [("ar", 0), ("sjd", 0), ("ar", 1)]
+    killed.append(("", 0))
+    assert cli(*command, "retime=true") == 0, cli.err
+    assert killed[4:] == [("sjd", 1)]
+    for run in (cli.run("ar"), cli.run("sjd")):
+        assert {timing["launch"] for timing in newest_timings(Snapshot(run))} <= {1, 2}
 
 
 def test_refilled_runs_follow_one_another(cli: Cli, plain: None) -> None:

@@ -124,6 +124,7 @@ def test_a_retiming_replaces_disturbed_timings(tmp_path: Path) -> None:
         for path, seconds in zip(paths, sides, strict=True):
             run = RunFolder(path)
             entry = {"hardware": "Some CPU, 2 threads", "threads": 2, "turns": session, "retime": session}
+            entry |= {"retimed": True}
             if seconds is not None:
                 number = run.launch(entry)
                 parts = {"encode": 0.0, "prefill": 0.0, "decode": seconds, "image": 0.0}
@@ -138,6 +139,18 @@ def test_a_retiming_replaces_disturbed_timings(tmp_path: Path) -> None:
     found = speed_up(runs[1], runs[0], table_machine(runs))
     assert isinstance(found, SpeedUp)
     assert (found.low, found.high, found.timings) == (4.0, 4.0, 6)
+
+
+def test_each_seed_is_compared_with_the_ar_run_it_took_turns_with(tmp_path: Path) -> None:
+    paths = []
+    for seed, seconds in ((0, 4.0), (1, 8.0)):
+        launch = {"turns": f"of seed {seed}"}
+        paths += [ar(tmp_path, n=16, seed=seed, latency=[seconds] * 16, launch=launch)]
+        paths += [make(tmp_path, "sjd", n=16, seed=seed, latency=[seconds / 2] * 16, launch=launch)]
+    text, rows = table(tmp_path, *paths)
+    found = [(row["speedup"], row["speedup_in_turns"]) for row in rows if row["decoder"] == "sjd"]
+    assert found == [("2.0", "True")] * 2
+    assert "not timed in turns" not in text
 
 
 def test_the_hero_number_counts_draft_passes_and_has_an_interval(tmp_path: Path) -> None:
