@@ -32,6 +32,7 @@ from sjd2.errors import UserError
 from sjd2.models.base import Condition, ImageModel
 
 WARM_UP_PASSES = 3
+RECORDED_PASSES = 6  # where passes are replayed: enough to have one recorded before the first image is timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,9 +292,10 @@ class _Warm(Exception):
 
 def warm_up(job: Job, model: ImageModel) -> None:
     """Run a few passes of the first batch and one decoding to pixels, unrecorded: first calls are slow."""
+    passes = WARM_UP_PASSES if job.graphs is None else RECORDED_PASSES
 
     def few(step: StepInfo) -> None:
-        if step.pass_index >= WARM_UP_PASSES:
+        if step.pass_index >= passes:
             raise _Warm
 
     batch = job.ids[: job.batch_size]

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from evaluation.run_folder import Id, Record
 from harness.console import Progress, say
 from harness.flops import gflops_per_token
@@ -140,14 +142,14 @@ def _shares(jobs: Sequence[Job], missing: Sequence[list[Id]], ranks: Ranks) -> l
 
 def _make(sides: Sequence[Side], model: ImageModel, ranks: Ranks) -> None:
     """Make the images of this rank and write their records batch by batch."""
+    crowded = _warm_up(sides, model)
     for side in sides:
-        warm_up(side.job, model)
         side.meter = Meter(model.device)
     watch = GpuWatch(model.device)
     try:
         with listening(sides[0].job.grace_s) as stop, watch, _progress(sides, ranks) as progress:
             with contextlib.suppress(Dropped):
-                _take_turns(sides, model, stop, progress, ranks)
+                _take_turns(sides, model, stop, progress, ranks, crowded=crowded)
             if stop.asked:
                 say(f"stopped by {stop.name}: {_so_far(sides)} images are there, the same command resumes.")
                 stop.leave()
@@ -157,11 +159,47 @@ def _make(sides: Sequence[Side], model: ImageModel, ranks: Ranks) -> None:
                 side.job.run.close_launch(side.launch, side.meter.entry() | watch.entry())
 
 
+def _warm_up(sides: Sequence[Side], model: ImageModel) -> bool:
+    """Warm up all runs; return whether their replayed passes keep too much memory to stay there beside each other."""
+    for side in sides:
+        try:
+            warm_up(side.job, model)
+        except torch.OutOfMemoryError:
+            if not _others_hold(side, sides):
+                raise
+        else:
+            continue
+        say("the keys and values of both runs do not fit beside each other: each turn makes its own anew, untimed.")
+        _make_room(sides)
+        warm_up(side.job, model)
+        return True
+    return False
+
+
+def _others_hold(side: Side, sides: Sequence[Side]) -> bool:
+    """Return whether other runs keep keys, values and recorded passes."""
+    return any(one is not side and one.job.graphs is not None and one.job.graphs.kept is not None for one in sides)
+
+
+def _make_room(sides: Sequence[Side]) -> None:
+    """Free what all runs keep on the GPU."""
+    for one in sides:
+        if one.job.graphs is not None:
+            one.job.graphs.release()
+    torch.cuda.empty_cache()
+
+
 def _take_turns(
-    sides: Sequence[Side], model: ImageModel, stop: Stopping, progress: Sequence[Progress], ranks: Ranks
+    sides: Sequence[Side],
+    model: ImageModel,
+    stop: Stopping,
+    progress: Sequence[Progress],
+    ranks: Ranks,
+    *,
+    crowded: bool,
 ) -> None:
     began = time.monotonic()
-    for place, records in _turns(sides, model, stop):
+    for place, records in _turns(sides, model, stop, crowded=crowded):
         side = sides[place]
         try:
             side.keep(records, ranks.number)
@@ -179,11 +217,17 @@ def _take_turns(
         began = time.monotonic()
 
 
-def _turns(sides: Sequence[Side], model: ImageModel, stop: Stopping) -> Iterator[tuple[int, list[Record]]]:
-    """Yield (place of the side, its records): a batch of each side in turn; refilled runs one after the other."""
+def _turns(
+    sides: Sequence[Side], model: ImageModel, stop: Stopping, *, crowded: bool
+) -> Iterator[tuple[int, list[Record]]]:
+    """Yield (place of the side, its records): a batch of each side in turn; refilled runs one after the other.
+
+    crowded: the memory has room for the keys and values of one run, so the other's are freed before each turn.
+    """
     if sides[0].job.refill:
         for place, side in enumerate(sides):
             assert side.meter is not None
+            _ready(side, sides, model, crowded=crowded)
             with side.meter:
                 for records in refilled(side.job, model, side.share, side.launch, stop):
                     yield place, records
@@ -192,10 +236,18 @@ def _turns(sides: Sequence[Side], model: ImageModel, stop: Stopping) -> Iterator
     for number, place in sorted((n, place) for place, side in enumerate(sides) for n in side.job.numbers(side.share)):
         side = sides[place]
         assert side.meter is not None
+        _ready(side, sides, model, crowded=crowded)
         stop.begin()
         with side.meter:
             records = make_batch(side.job, model, number, missing[place], side.launch, stop)
         yield place, records
+
+
+def _ready(side: Side, sides: Sequence[Side], model: ImageModel, *, crowded: bool) -> None:
+    """Where memory is short, free what the other runs keep and record this run's passes anew, before its time runs."""
+    if crowded and _others_hold(side, sides):
+        _make_room(sides)
+        warm_up(side.job, model)
 
 
 @contextlib.contextmanager

@@ -42,9 +42,12 @@ class CudaGraphs:
 
     def __call__(self, work: Callable[[], None]) -> Replay:
         """Record `work` without doing it and return what does it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # older torch stays on its own stream where a recording fails
         self.pool = graph.pool()
         return graph.replay
 
@@ -70,7 +73,11 @@ class Replayed(Engine):
         self.fixed: list[Tensor] = []  # the tensors that outlive a pass, at the addresses that the graphs know
         self.num_new = torch.zeros_like(self.state.committed)  # [B] tokens committed in the last pass
         self.warm = 0
-        self.room = self.cache.capacity
+        self.refused = False  # whether the device refused to record a pass
+
+    def grow(self) -> None:
+        super().grow()
+        self.graphs.clear()  # keys and values may lie elsewhere now, the model's or a draft network's
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -79,9 +86,6 @@ class Replayed(Engine):
             self.warm += 1
             super().step()
             return
-        if self.cache.capacity != self.room:  # keys and values lie elsewhere now
-            self.graphs.clear()
-            self.room = self.cache.capacity
         bound, most = self.cache.bound, self.prompt + self.total
         # one graph serves the whole image where attention reads the lengths on the device
         level = self.cache.bound = most if self.cache.fused else min(-(-bound // BUCKET) * BUCKET, most)
@@ -103,7 +107,7 @@ class Replayed(Engine):
             return self.record(self._work)
         except RuntimeError as error:  # of CUDA: nothing of the pass has been done
             logger.warning("passes run as they are, not as CUDA graphs: %s.", first_line(error))
-        self.record = lambda work: work
+        self.record, self.refused = (lambda work: work), True
         for name, owner in owners.items():
             setattr(self, name, owner)
         for (owner, name), fixed in zip(kept, self.fixed, strict=True):
@@ -183,17 +187,26 @@ class Graphs:
     def __init__(self, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
         self.record = record or CudaGraphs()
         self.kept: Replayed | None = None
+        self.refused = False
+
+    def release(self) -> None:
+        """Free the last engine: its keys and values, and its graphs."""
+        if self.kept is not None:
+            self.kept.graphs.clear()  # a refused pass refers to its engine, which would stay until Python looks for cycles
+        self.kept = None
 
     def start(
         self, model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams
     ) -> Engine:
-        """Open an engine as `generate.start_engine` does; one that is not replayable runs as it is."""
+        """Open an engine as `generate.start_engine` does; it runs as it is if it is not replayable, or one was refused."""
         engine = engine_class(decoder)
-        if not engine.replayable:
+        self.refused = self.refused or (self.kept is not None and self.kept.refused)
+        if not engine.replayable or self.refused:
+            self.release()
             return engine(model, decoder, rows, prompt, sampling)
         if self.kept is not None and self.kept.serves(model, decoder, rows, sampling):
             self.kept.clear()
             return self.kept
-        self.kept = None  # its memory first
+        self.release()  # its memory first
         self.kept = replayed(engine)(model, decoder, rows, -(-prompt // PROMPT) * PROMPT, sampling, self.record)
         return self.kept

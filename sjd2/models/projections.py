@@ -33,8 +33,13 @@ class Product:
                 for part, view in zip(parts, whole.split(self.sizes), strict=True):
                     setattr(part, name, nn.Parameter(view, requires_grad=getattr(part, name).requires_grad))
         self.parts, self.given, self.outputs = parts, None, []
+        self.places = [own.data_ptr() for own in self._own()]
         for number, part in enumerate(parts):
             part.forward = functools.partial(self.part, number)
+
+    def _own(self) -> list[Tensor]:
+        """Return the weights and biases that the layers have now."""
+        return [own for part in self.parts for own in (part.weight, part.bias) if own is not None]
 
     def part(self, number: int, x: Tensor) -> Tensor:
         """Return the output of one of the layers: [..., D] -> [..., O]."""
@@ -49,8 +54,9 @@ class Product:
 
     def _serves(self) -> bool:
         """Return whether the layers' weights are still views of the matrix, and want no gradients of their own."""
-        first = self.parts[0].weight
-        return first.data_ptr() == self.weight.data_ptr() and not (torch.is_grad_enabled() and first.requires_grad)
+        own = self._own()
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in own)
+        return not wanted and [x.data_ptr() for x in own] == self.places
 
 
 def join_projections(model: ImageModel) -> int:

@@ -87,10 +87,31 @@ def test_a_device_that_cannot_record_runs_the_passes_as_they_are(
     decoder = DECODERS[name](nets)
     plain = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING)
     with as_on_a_gpu():
-        found = generate(model, decoder, model.encode(PROMPTS[:2]), SEEDS[:2], sampling=SAMPLING, graphs=Graphs(refuse))
-    assert torch.equal(found.tokens, plain.tokens)
-    assert [s.accepted for s in found.samples] == [s.accepted for s in plain.samples]
+        graphs = Graphs(refuse)
+        for count in (2, 1, 2):  # the next batches, a smaller one among them, do not try again
+            condition = model.encode(PROMPTS[:count])
+            found = generate(model, decoder, condition, SEEDS[:count], sampling=SAMPLING, graphs=graphs)
+            assert torch.equal(found.tokens, plain.tokens[:count])
+            assert [s.accepted for s in found.samples] == [s.accepted for s in plain.samples[:count]]
     assert caplog.text.count("not as CUDA graphs: operation not permitted when stream is capturing.") == 1
+
+
+def test_keys_of_a_draft_network_may_move_alone(
+    model: Toy, nets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the head's cache has room for a tree beside the model's: a longer prompt may outgrow just the one
+    monkeypatch.setattr("sjd2.decoding.cuda_graph.BUCKET", 64)
+    decoder = KINDS["eagle"](nets)
+    for start in range(1, 9):  # tokens of the first prompt; one of them leaves room in the model's cache alone
+        graphs = Graphs(tape.record)
+        with as_on_a_gpu():
+            engine = graphs.start(model, decoder, 1, start, SAMPLING)
+            before = engine.cache.capacity, engine.state.memory.cache.capacity
+            engine.capacity, engine.prompt = engine.capacity + 1, start + 1
+            engine.graphs[64] = lambda: None
+            engine.grow()
+            moved = (engine.cache.capacity, engine.state.memory.cache.capacity) != before
+        assert not (moved and engine.graphs)
 
 
 @pytest.mark.parametrize("name", ["sjd2"])

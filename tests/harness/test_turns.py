@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from contextlib import AbstractContextManager
@@ -14,6 +15,8 @@ from evaluation.run_folder import RunFolder, Snapshot, run_folders
 from evaluation.timings import newest_timings, retimings
 from harness import meter, turns
 from harness.sample import make_batch
+from harness.turns import Side
+from sjd2.decoding.cuda_graph import Graphs
 from sjd2.errors import UserError
 from tests.helpers.cli import Cli
 from tests.helpers.forked import plain
@@ -242,3 +245,34 @@ def test_the_watch_counts_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter.os, "getpid", lambda: 2)
     watch._watch(gpu(2, running=(2,), reasons=0x04), None)  # the usual power cap is no disturbance
     assert watch.entry() == {"gpu_shared": 0.5, "gpu_throttled": 0.5}
+
+
+def test_runs_that_do_not_fit_beside_each_other_free_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = []
+    for _ in range(2):
+        graphs = Graphs(lambda work: work)
+        job = SimpleNamespace(graphs=graphs, refill=False, numbers=lambda share: [0, 1])
+        sides.append(Side(job=job, share=[], launch=0, done=0, total=2, meter=contextlib.nullcontext()))
+    kept = []
+
+    def warm_up(job, model):
+        if any(side.job.graphs.kept for side in sides if side.job is not job):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        job.graphs.kept = SimpleNamespace(graphs={})  # an engine with its keys and values
+
+    def make(job, *_):
+        kept.append([side.job.graphs.kept is not None for side in sides])
+        return []
+
+    monkeypatch.setattr(turns, "warm_up", warm_up)
+    monkeypatch.setattr(turns, "make_batch", make)
+    crowded = turns._warm_up(sides, None)
+    assert crowded
+    stop = SimpleNamespace(begin=lambda: None)
+    assert [place for place, _ in turns._turns(sides, None, stop, crowded=crowded)] == [0, 1, 0, 1]
+    assert kept == [[True, False], [False, True]] * 2
+    sides[0].job.graphs.release()
+    sides[1].job.graphs = None
+    monkeypatch.setattr(turns, "warm_up", lambda job, model: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):  # nothing to free
+        turns._warm_up(sides, None)

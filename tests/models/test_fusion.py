@@ -106,11 +106,27 @@ def test_weights_that_were_replaced_are_used() -> None:
     assert torch.allclose(states(model)[0], states(other)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("last", ["v_proj", "up_proj"])
+def test_one_layer_with_weights_of_its_own_is_used(last: str) -> None:
+    # as PEFT's safe merge of a LoRA on some of the projections leaves them
+    model, other = Toy(GRID), Toy(GRID)
+    join_projections(model)
+    for toy in (model, other):
+        for name, module in toy.transformer.named_modules():
+            if name.endswith(last):
+                module.weight.data = module.weight.data.clone() * 2
+    assert torch.allclose(states(model)[0], states(other)[0], atol=1e-5)
+
+
 def test_weights_in_training_get_their_gradients() -> None:
     model = Toy(GRID)
     join_projections(model)
     model.forward(torch.randn(1, 4, 16), torch.arange(4)[None], None).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.transformer.layers.parameters())
+    value = model.transformer.requires_grad_(False).layers[0].self_attn.v_proj.requires_grad_(True).weight
+    value.grad = None  # one layer of three alone
+    model.forward(torch.randn(1, 4, 16), torch.arange(4)[None], None).square().sum().backward()
+    assert value.grad is not None
 
 
 # ---- norms
