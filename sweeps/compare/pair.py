@@ -174,7 +174,7 @@ def _values(found: PairComparison) -> Iterator[tuple[str, int, list[dict[Id, flo
 def _latencies(found: PairComparison) -> list[dict[Id, float]]:
     """Return the seconds of every separate timing of both runs; the images of a batch are timed together and count once.
 
-    Empty, with a reason in `skipped`, if the times cannot be compared.
+    Empty, with a reason in `skipped`, if the times cannot be compared; their ratio, which needs no pairs, may be there.
     """
     first, second = found.runs
     machine = table_machine(found.runs)
@@ -182,6 +182,7 @@ def _latencies(found: PairComparison) -> list[dict[Id, float]]:
     if not isinstance(speedup, SpeedUp):
         found.skipped.append(f"latency: {', '.join(speedup)}")
         return []
+    found.speedup = speedup
     if any(run.setting("refill") and run.setting("batch_size") != 1 for run in found.runs):
         found.skipped.append("latency: the rows of a refilled batch share their passes, so there is no separate timing")
         return []
@@ -190,7 +191,6 @@ def _latencies(found: PairComparison) -> list[dict[Id, float]]:
     if len({batch for batch, _ in batches}) < len(batches) or len({batch for _, batch in batches}) < len(batches):
         found.skipped.append("latency: the images were batched differently")
         return []
-    found.speedup = speedup
     return [{key: timings[key][side].latency for key in batches.values()} for side in (1, 0)]
 
 

@@ -167,6 +167,7 @@ def test_images_of_one_batch_are_one_timing(tmp_path: Path) -> None:
     assert (
         "latency: the rows of a refilled batch share their passes, so there is no separate timing" in found["skipped"]
     )
+    assert found["speedup"] > 0  # as in a table
     _, found = compared(tmp_path, timed(tmp_path, "sjd2", 302, 4), timed(tmp_path, "scd", 303, 4, 1.2))
     assert measures(found)["latency, s"]["prompts"] == 12  # too few to test: no p-value
     assert "differs" not in measures(found)["latency, s"]
