@@ -99,7 +99,8 @@ def _pareto(rows: Sequence[Row], path: Path, title: str) -> str:
     pareto(panels, path, caption=f"{title}, N={n}" if scored else title)
     if not scored:
         return (
-            "Difference in NLL per token to AR (95 % interval) against latency: for a lossless decoder it includes zero"
+            "Difference in NLL per token to AR (95 % interval) against latency: for a lossless decoder it should include "
+            "zero, 95 times in 100"
         )
     return f"Quality against latency; {pareto_line(panels)}"
 

@@ -71,14 +71,11 @@ def _save(figure: Figure, path: Path) -> Path:
 
     there = {font.name for font in font_manager.fontManager.ttflist}
     others = [name for name in FONTS if name in there]
-    ticks = {
-        id(text)
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for text in axis.get_ticklabels(which="both")
-    }
+    # matplotlib's own texts, 10^-1 and offsets: of all ticks, also those that only the final layout shows or copies
+    both = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    own = {id(text) for axis in both for text in axis.findobj(Text) if text is not axis.label}
     for text in figure.findobj(Text):
-        if id(text) not in ticks:  # these are matplotlib's own: 10^-1
+        if id(text) not in own:
             text.set_parse_math(False)
             text.set_usetex(False)
             if not text.get_text().isascii():
@@ -177,6 +174,8 @@ def acceptance_maps(
 
 def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) -> Path:
     """Draw for each decoder the share of passes that committed k tokens: {label: {k: passes}}."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(6.5, 4)
     axis = axes[0, 0]
     entries: dict[str, Any] = {}
@@ -188,6 +187,7 @@ def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) ->
             style = ("-", "--", ":")[index // 10 % 3]
             (entries[name],) = axis.plot(lengths, shares, marker=".", color=f"C{index % 10}", linestyle=style)
     axis.set(xlabel="tokens committed by a pass", ylabel="share of passes", yscale="log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
     _legend(axis, entries, fontsize="small")
     return _save(figure, path)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -238,6 +239,22 @@ def test_prompts_labels_and_titles_are_drawn_as_they_stand(tmp_path: Path, caplo
     plots.acceptance_histogram({text: {1: 2, 3: 1} for text in texts}, tmp_path / "h.png")
     assert len(list(tmp_path.glob("*.png"))) == 4
     assert "no font here has" in caplog.text
+
+
+@pytest.mark.usefixtures("with_plots")
+@pytest.mark.parametrize("counts", [{1: 5, 2: 20, 3: 10, 4: 1}, {1: 1000, 2: 20, 4: 1}, {1: 7}])
+def test_ticks_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: dict[int, int]) -> None:
+    """10^-1 is drawn as mathematics, also at ticks that the final layout adds; token counts are whole."""
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (save(self, *args, **kw), drawn.append(self)))
+    plots.acceptance_histogram({"sjd_$x$": counts}, tmp_path / "h.png")
+    (axes,) = drawn[0].axes
+    shown = [text for text in axes.yaxis.get_ticklabels(which="both") if "$" in text.get_text()]
+    assert shown
+    assert all(text.get_parse_math() for text in shown)
+    assert not any(text.get_parse_math() for text in axes.get_legend().get_texts())
+    assert all(text.get_text().replace("−", "").isdigit() for text in axes.xaxis.get_ticklabels())
 
 
 @pytest.mark.usefixtures("with_plots")
