@@ -2,7 +2,8 @@
 
 Lossless decoders must not differ from AR, a lossy control should: its likelihood (NLL per token) and its kernel distance
 (KID, from the features in the run folders) are tested at 1 %, corrected for the number of decoders. Every value is of
-the images that both runs have. Two runs in every respect (`run_dir=A against=B`): pair.py.
+the images that both runs have; too few prompts for a test leave the mean alone. Two runs in every respect
+(`run_dir=A against=B`): pair.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sweeps.comparable import common_prompts, groups, quality_reference, same_weights, table_machine
 from sweeps.compare.distances import DistanceGaps, fid_settings
-from sweeps.compare.pair import compare_pair
+from sweeps.compare.pair import UNTESTED, compare_pair, enough, gap_numbers
 from sweeps.runs import Run, read_runs
 from sweeps.speedup import SpeedUp, speed_up_over_ar
 from sweeps.tables.formats import Table, markdown
@@ -50,7 +51,7 @@ class AgainstAR:
     @property
     def found(self) -> list[bool]:
         """For each test that could be made, whether it found a difference."""
-        return [value.differs for value in (self.nll, self.kid) if value is not None]
+        return [value.differs for value in (self.nll, self.kid) if value is not None and enough(value)]
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,16 @@ def group_tables(found: GroupComparison) -> list[Table]:
     """Return the tables of one group: against AR, and pairs of the others."""
     made = [_ar_table(found)] if found.against_ar else []
     if found.pairs:
-        header = ["difference (95 %)", "N", "passes per image", "p", "step compression", "p"]
+        few = [pair for pair in found.pairs if not enough(pair.passes)]
+        level = " (95 %)" if len(few) < len(found.pairs) else ""
+        header = [f"difference{level}", "N", "passes per image", "p", "step compression", "p"]
         notes = [
             (
                 "First minus second, on the common prompts; not corrected for the number of pairs. Passes of a separate "
                 "draft model are not counted."
             )
         ]
+        notes += [f"{', '.join(map(_name, few))}: {UNTESTED}."] if few else []
         made.append(
             Table("Decoders compared with each other", header, [_pair_cells(pair) for pair in found.pairs], notes)
         )
@@ -148,8 +152,9 @@ def group_tables(found: GroupComparison) -> list[Table]:
 def _ar_table(found: GroupComparison) -> Table:
     rows, names = found.against_ar, sorted({row.extractor for row in found.against_ar if row.kid})
     level = f"{100 * found.corrected_level:.5g} %"
-    header = ["minus AR", "lossless", "N", f"Δ NLL/token ({level})", "p", "differs"]
-    header += [f"Δ KID ({level})", "p", "differs"] if names else []
+    shown = f" ({level})" if any(row.found for row in rows) else ""
+    header = ["minus AR", "lossless", "N", f"Δ NLL/token{shown}", "p", "differs"]
+    header += [f"Δ KID{shown}", "p", "differs"] if names else []
     header += ["speed-up (95 %)"]
     cells = []
     for row in rows:
@@ -161,9 +166,14 @@ def _ar_table(found: GroupComparison) -> Table:
             first, *rest = _tested(row.kid, 5)
             line += [first + own, *rest]
         cells.append([*line, row.speedup.text(mark.strip()) if row.speedup else ""])
-    notes = [_verdict(rows), (f"Nats per token; p-values and {level} intervals are corrected for {len(rows)} decoders, "
-             f"so the probability of even one false positive is {100 * ALPHA:g} % for each measure. No difference found "
-             "does not prove equality: the interval says how far apart they may be.")]  # fmt: skip
+    notes = [_verdict(rows)]
+    few = [row.run.label for row in rows if row.nll and not enough(row.nll)]
+    if few and shown:
+        notes.append(f"{', '.join(few)}: {UNTESTED}.")
+    if shown:
+        notes.append(f"Nats per token; p-values and {level} intervals are corrected for {len(rows)} decoders, "
+                     f"so the probability of even one false positive is {100 * ALPHA:g} % for each measure. No difference "
+                     "found does not prove equality: the interval says how far apart they may be.")  # fmt: skip
     notes += [f"KID on features of {', '.join(names)}."] if names else []
     missing = {row.kid_missing: [r.run.label for r in rows if r.kid_missing == row.kid_missing] for row in rows}
     reasons = [f"No KID for {', '.join(labels)}: {reason}." for reason, labels in missing.items() if reason]
@@ -182,7 +192,7 @@ def _verdict(rows: Sequence[AgainstAR]) -> str:
             names = [row.run.label for row in tested if any(row.found)]
             listed = f" ({', '.join(names)})" if names else ""
             words.append(f"{len(names)} of {len(tested)} {kind} differ from AR{listed}")
-    return "; ".join(words or ["nothing could be tested"]) + "."
+    return "; ".join(words or [UNTESTED if any(row.nll for row in rows) else "nothing could be tested"]) + "."
 
 
 def _n(difference: Difference | None, prompts: int) -> str:
@@ -192,12 +202,20 @@ def _n(difference: Difference | None, prompts: int) -> str:
 
 
 def _tested(gap: Difference | None, digits: int) -> list[str]:
-    return [gap.with_interval(digits), gap.p_text, "**yes**" if gap.differs else "no"] if gap else ["", "", ""]
+    if gap is None:
+        return ["", "", ""]
+    if not enough(gap):
+        return [f"{gap.mean:+.{digits}f}", "", ""]
+    return [gap.with_interval(digits), gap.p_text, "**yes**" if gap.differs else "no"]
 
 
 def _pair_cells(pair: PassGap) -> list[str]:
-    gaps = [text for gap in (pair.passes, pair.compression) for text in (gap.with_interval(2), gap.p_text)]
-    return [f"{pair.second.label} − {pair.first.label}", _n(pair.passes, 0), *gaps]
+    gaps = [text for gap in (pair.passes, pair.compression) for text in _tested(gap, 2)[:2]]
+    return [_name(pair), _n(pair.passes, 0), *gaps]
+
+
+def _name(pair: PassGap) -> str:
+    return f"{pair.second.label} − {pair.first.label}"
 
 
 # ---- for programs
@@ -211,12 +229,13 @@ def group_json(found: GroupComparison) -> dict[str, Any]:
         line |= {"lossless": row.run.lossless, "reference": row.reference.path.name, "prompts": row.prompts}
         line |= {"same_weights": same_weights(row.run, row.reference)}
         for name, gap in (("nll_per_token", row.nll), ("kid", row.kid)):
-            line |= {name: asdict(gap) | {"differs": gap.differs}} if gap else {}
+            line |= {name: gap_numbers(gap) | ({"differs": gap.differs} if enough(gap) else {})} if gap else {}
         line |= speedup_numbers(row.speedup)
         against.append(line | ({"kid_extractor": row.extractor} if row.kid else {"kid_missing": row.kid_missing}))
     pairs = [
         {"run": pair.second.path.name, "minus": pair.first.path.name, "label": pair.second.label}
-        | {"minus_label": pair.first.label, "passes": asdict(pair.passes), "step_compression": asdict(pair.compression)}
+        | {"minus_label": pair.first.label, "passes": gap_numbers(pair.passes)}
+        | {"step_compression": gap_numbers(pair.compression)}
         for pair in found.pairs
     ]
     about = {"group": title(found.runs[0]), "alpha": ALPHA, "comparisons": len(against)}

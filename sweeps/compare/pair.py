@@ -40,6 +40,18 @@ NOT_PROVENANCE = (
 )  # keys of a launch that do not describe where it ran
 EXAMPLES = 3  # values of one key shown in a cell
 LATENCY = "latency, s"
+UNTESTED = f"not tested, which needs {FEW} common prompts"
+
+
+def enough(gap: Difference) -> bool:
+    """Return whether a difference is of enough prompts for an interval and a p-value."""
+    return gap.prompts >= FEW
+
+
+def gap_numbers(gap: Difference) -> dict[str, Any]:
+    """Return the numbers of a difference by name, without interval and p-value if it is of too few prompts."""
+    known = asdict(gap)
+    return known if enough(gap) else {key: known[key] for key in ("mean", "prompts", "images")}
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Measure:
     @property
     def tested(self) -> bool:
         """Whether there are enough prompts for an interval and a p-value."""
-        return self.gap.prompts >= FEW
+        return enough(self.gap)
 
 
 @dataclass
@@ -247,7 +259,7 @@ def verdict(found: PairComparison) -> list[str]:
             f"Measures: {named} ({100 * ALPHA:g} % over all {found.tests} tests, including those that could not be made)."
         )
     elif found.measures:
-        words.append(f"Measures: not tested, which needs {FEW} common prompts.")
+        words.append(f"Measures: {UNTESTED}.")
     if found.speedup is not None:
         apart = (
             "" if found.speedup.paired else ", not timed in turns: it includes any change of the machine between them"
@@ -260,7 +272,8 @@ def pair_tables(found: PairComparison) -> list[Table]:
     """Return the tables of two runs: measures, settings, and what they ran on."""
     made = []
     if found.measures:
-        header = ["B minus A", "A", "B", f"difference ({100 * (1 - ALPHA / found.tests):.4g} %)", "p", "N"]
+        level = f" ({100 * (1 - ALPHA / found.tests):.4g} %)" if any(m.tested for m in found.measures) else ""
+        header = ["B minus A", "A", "B", f"difference{level}", "p", "N"]
         made.append(Table("Measures", [*header], [_cells(measure) for measure in found.measures]))
     ran = {key: (_some(a), _some(b)) for key, (a, b) in found.provenance.items()}
     equal = []
@@ -305,11 +318,9 @@ def pair_json(found: PairComparison) -> dict[str, Any]:
 
 
 def _numbers(measure: Measure) -> dict[str, Any]:
-    known: dict[str, Any] = {"name": measure.name, **asdict(measure.gap)}
+    known: dict[str, Any] = {"name": measure.name, **gap_numbers(measure.gap)}
     if measure.tested:
         known["differs"] = measure.gap.differs
-    else:
-        known = {key: value for key, value in known.items() if key not in ("low", "high", "p", "level")}
     return known | ({} if measure.values[0] is None else dict(zip("ab", measure.values, strict=True)))
 
 

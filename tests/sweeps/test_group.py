@@ -75,6 +75,12 @@ def test_different_n_use_the_prompts_of_both(tmp_path: Path) -> None:
     text, group = compared(tmp_path)
     found = {row["label"]: row["nll_per_token"]["prompts"] for row in group["against_ar"]}
     assert found == {"scd": 12, "sjd2": 13}
+    assert not any({"low", "p", "differs"} & row["nll_per_token"].keys() for row in group["against_ar"])
+    assert "not tested, which needs 16 common prompts." in text
+    assert "differ from AR" not in text
+    assert "sjd2 − scd: not tested, which needs 16 common prompts." in text
+    assert "| Δ NLL/token |" in text  # no column promises an interval
+    assert "| difference |" in text
     assert [(pair["label"], pair["minus_label"], pair["passes"]["prompts"]) for pair in group["pairs"]] == [
         ("sjd2", "scd", 7)
     ]
