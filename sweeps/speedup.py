@@ -16,7 +16,7 @@ from sweeps.comparable import NO_BASELINE, baseline, obstacles
 from sweeps.runs import ImageCost, Machine, Run
 
 TIMINGS = 6  # below them no interval of a median reaches 95 %: the range of n values covers it with 1 - 2^(1 - n)
-AGAIN = "the same command with retime=true times it again"
+CPU = ("got only ", " of its CPU")  # what two runs can share in one sentence
 Pairs = dict[Id, tuple[ImageCost, ImageCost]]
 
 
@@ -56,16 +56,16 @@ def speed_up_over_ar(run: Run, runs: Iterable[Run], machine: Machine | None) -> 
         named = ", ".join(missing)
         return None, None, named if named == NO_BASELINE else f"the nearest AR run differs in {named}"
     found = speed_up(run, reference, machine)
-    return (found, reference, "") if isinstance(found, SpeedUp) else (None, reference, " and ".join(found))
+    return (found, reference, "") if isinstance(found, SpeedUp) else (None, reference, found)
 
 
-def speed_up(run: Run, other: Run, machine: Machine | None) -> SpeedUp | list[str]:
-    """Return how much faster `run` is than `other`, or the reasons why no speed-up may be given."""
+def speed_up(run: Run, other: Run, machine: Machine | None) -> SpeedUp | str:
+    """Return how much faster `run` is than `other`, or why no speed-up may be given."""
     if reasons := obstacles(run, other, machine):
-        return [f"not the same {', '.join(reasons)}"]
+        return f"not the same {', '.join(reasons)}"
     pairs, paired = comparable_timings(run, other, machine)
-    if reasons := disturbances(run, other, pairs):
-        return reasons
+    if reason := disturbances(run, other, pairs):
+        return reason
     if paired:
         both = [(theirs.latency, ours.latency, images) for ours, theirs, images in separate_pairs(pairs)]
         return SpeedUp(*median_of_ratios(both), images=len(pairs), timings=len(both), paired=True)
@@ -91,14 +91,23 @@ def comparable_timings(run: Run, other: Run, machine: Machine | None) -> tuple[P
     return (in_turns, True) if in_turns and enough else (common, False)
 
 
-def disturbances(run: Run, other: Run, pairs: Pairs) -> list[str]:
-    """Return what disturbed the launches that took these timings, one sentence per run; empty if nothing is known to."""
+def disturbances(run: Run, other: Run, pairs: Pairs) -> str:
+    """Return what disturbed the launches that took these timings, and what times them again; '' if nothing is known to."""
     found = []
     for index, side in enumerate((run, other)):
         numbers = sorted({pair[index].batch[0] for pair in pairs.values()})
         if what := disturbance([side.launches[number] for number in numbers if number in side.launches]):
-            found.append(f"{side.label or side.decoder} {what}; {AGAIN}")
-    return found
+            found.append((side.label or side.decoder, what))
+    if not found:
+        return ""
+    if len(found) == 2 and all(what.startswith(CPU[0]) and what.endswith(CPU[1]) for _, what in found):
+        found = [
+            (found[0][0], found[0][1].removesuffix(CPU[1])),
+            (found[1][0], found[1][1].replace(CPU[0], "only ", 1)),
+        ]
+    made = "it times it" if len(found) == 1 else "them times both"
+    who = " and ".join(f"{name} {what}" for name, what in found)
+    return f"{who}; retime=true in the command that made {made} again, when the machine is quieter"
 
 
 def _separate(images: Iterable[ImageCost], run: Run) -> list[tuple[float, int]]:

@@ -192,7 +192,7 @@ def _latencies(found: PairComparison) -> list[dict[Id, float]]:
     machine = table_machine(found.runs)
     speedup = speed_up(second, first, machine)
     if not isinstance(speedup, SpeedUp):
-        found.skipped.append(f"latency: {', '.join(speedup)}")
+        found.skipped.append(f"latency: {speedup}")
         return []
     found.speedup = speedup
     if any(run.setting("refill") and run.setting("batch_size") != 1 for run in found.runs):

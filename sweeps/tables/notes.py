@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from evaluation.declared import declared
 from evaluation.timings import disturbance
 from sweeps.runs import Machine
-from sweeps.speedup import AGAIN, TIMINGS
+from sweeps.speedup import TIMINGS
 from sweeps.tables.rows import Row
 
 COUNTS = (
@@ -177,7 +177,7 @@ def _doubts_about_times(rows: Sequence[Row], machine: Machine | None) -> list[st
     if apart := [label for label, speedup in faster.items() if not speedup.paired]:
         found.append(
             f"{', '.join(apart)} and AR were not timed in turns: the intervals of the speed-ups leave out how the machine "
-            f"changed in between; {AGAIN}, in turns."
+            "changed in between; retime=true in the command that made them times them again, in turns."
         )
     for reason, members in _by_reason(rows, lambda row: row.speedup_missing).items():
         others = [row for row in rows if not row.run.is_ar]

@@ -94,7 +94,7 @@ def test_a_disturbed_launch_blanks_the_speedup_everywhere(tmp_path: Path, reason
     paths = [ar(tmp_path, n=16), make(tmp_path, "sjd", n=16)]
     RunFolder(paths[who == "sjd"]).close_launch(0, entry)
     RunFolder(paths[who == "ar"]).close_launch(0, {"cpu_share": 0.99})
-    sentence = f"{who} {words}; the same command with retime=true times it again"
+    sentence = f"{who} {words}; retime=true in the command that made it times it again, when the machine is quieter"
     text, rows = table(tmp_path, *paths)
     assert cells(text, "sjd")["speed-up"] == rows[1].get("speedup", "") == ""
     assert f"no speed-up for sjd: {sentence}" in text
@@ -109,6 +109,20 @@ def test_a_disturbed_launch_blanks_the_speedup_everywhere(tmp_path: Path, reason
     assert "speedup" not in group["against_ar"][0]
     assert f"latency: {sentence}" in compare_pair((paths[0], paths[1]), tmp_path / "two")
     assert "speedup" not in json.loads((tmp_path / "two/two.json").read_text())
+
+
+def test_two_disturbed_runs_share_a_sentence(tmp_path: Path) -> None:
+    paths = [ar(tmp_path, n=16), make(tmp_path, "sjd", n=16)]
+    both = "times both again, when the machine is quieter."
+    for path, share in zip(paths, (0.27, 0.26), strict=True):
+        RunFolder(path).close_launch(0, {"cpu_share": share})
+    text, _ = table(tmp_path, *paths)
+    reason = "sjd got only 26 % and ar only 27 % of its CPU; retime=true in the command that made them"
+    assert f"no speed-up for sjd: {reason} {both}" in text
+    RunFolder(paths[0]).close_launch(0, {"cpu_share": 0.9, "gpu_shared": 0.4})
+    text, _ = table(tmp_path, *paths)
+    reason = "sjd got only 26 % of its CPU and ar shared its GPU for 40 % of the time; retime=true"
+    assert f"{reason} in the command that made them {both}" in text
 
 
 @pytest.mark.parametrize("entry", [{"cpu_share": 0.81}, {"gpu_shared": 0.05}, {"gpu_throttled": 0.01}])
