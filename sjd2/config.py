@@ -188,6 +188,8 @@ def plain(node: DictConfig) -> dict[str, Any]:
 
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a yaml value can stand for a parameter of this type; types that yaml cannot hold always fit."""
+    if hint is Any:  # a class since Python 3.11
+        return True
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in inner)

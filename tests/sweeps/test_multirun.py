@@ -82,7 +82,8 @@ def test_a_job_that_dies_is_a_row_and_the_sweep_goes_on(cli: Cli, monkeypatch: p
 @pytest.mark.usefixtures("plain")
 def test_without_isolation_jobs_share_the_process(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(evaluation_job, "sample", lambda *_: seen.append(os.getpid()))
+    make = evaluation_job.make_images
+    monkeypatch.setattr(evaluation_job, "make_images", lambda *given: [seen.append(os.getpid()), make(*given)][1])
     cli("-m", "decoder=ar,sjd", "limit=1", "baseline=null", "runtime.isolate=false")
     assert seen == [os.getpid()] * 2
     cli("-m", "decoder=ar,sjd", "limit=1", "baseline=null")

@@ -114,7 +114,10 @@ def test_an_eagle_head_trains_on_what_it_will_see(model: Chameleon, plain: Plain
     length = image.shape[1] - 2  # pairs 1..: token t and the state before it, at positions 0..
     mask = torch.full((length, length), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
     reported = head(
-        pairs.embeds[:, 1:], pairs.states[:, 1:-1], torch.arange(length).expand(2, -1), None, mask.expand(2, 1, -1, -1)
+        pairs.embeds[:, 1:],
+        pairs.states[:, 1:-1],
+        torch.arange(length).expand(2, -1),
+        attention_mask=mask.expand(2, 1, -1, -1),
     )
     assert torch.allclose(first[:, 1:], reported, atol=1e-9)
     cache = head.cache(2, 64)
