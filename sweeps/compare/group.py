@@ -165,7 +165,7 @@ def _ar_table(found: GroupComparison) -> Table:
             own = f" (N={_n(row.kid, 0)})" if row.kid and _n(row.kid, 0) != line[2] else ""
             first, *rest = _tested(row.kid, 5)
             line += [first + own, *rest]
-        cells.append([*line, row.speedup.text(mark.strip()) if row.speedup else ""])
+        cells.append([*line, row.speedup.text(mark.strip()) if row.speedup else "–" * bool(row.speedup_missing)])
     notes = [_verdict(rows)]
     few = [row.run.label for row in rows if row.nll and not enough(row.nll)]
     if few and shown:

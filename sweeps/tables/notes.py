@@ -70,7 +70,7 @@ def _times(rows: Sequence[Row], machine: Machine | None) -> str:
         f"Times: {', '.join(words)}; batches timed per run: {batches}. Latency: median time to an image, prefill and "
         "decoding of its batch, ± the standard deviation over batches. Speed-up: over the AR run with the same "
         "model, sampling parameters, batch size, dtype and hardware, on the images both have; "
-        f"{_in_turns(rows)}with its 95 % interval (bootstrap over batches); blank where timings do not compare."
+        f"{_in_turns(rows)}with its 95 % interval (bootstrap over batches); – where timings do not compare."
     )
 
 
@@ -123,9 +123,7 @@ def _doubts_about_n(rows: Sequence[Row]) -> list[str]:
     found = []
     if few := [row for row in rows if row.n < FEW]:
         who = "all rows" if len(few) == len(rows) else _names(few)
-        found.append(
-            f"{who}: with fewer than {FEW} images, intervals and standard errors are too narrow to be trusted."
-        )
+        found.append(f"intervals and standard errors are too narrow: fewer than {FEW} images ({who}).")
     if len({row.n for row in rows}) == 1:
         return found
     return [

@@ -94,7 +94,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("latency s", _latency, "latency_s_median", always=True),
         Column(
             "speed-up",
-            lambda row: "" if row.speedup is None else row.speedup.text("†" * row.other_adapter),
+            lambda row: row.speedup.text("†" * row.other_adapter) if row.speedup else "–" * bool(row.speedup_missing),
             "speedup",
             always=True,
         ),

@@ -1,4 +1,6 @@
-"""Show a Markdown page on a terminal: its tables in blocks that fit the width, no number ever cut; notes stay in the file.
+"""Show a Markdown page on a terminal: its tables in blocks that fit the width, no number ever cut.
+
+Of the notes it shows the two most important warnings, a line each; all of them stay in the file.
 
 A row that is wider than the terminal continues in the next block, again below its label: first what decoding costs, then
 quality.
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 from harness.console import answer
 from sweeps.tables.formats import unescape
@@ -27,6 +29,9 @@ ATOM = re.compile(r"\[[^\]]*\]\S*|[±+−/] \S+|\S+(?: (?:[↑↓]|s)(?!\S))?")
 SOURCE = re.compile(r" \(.*\)(?= [↑↓]$)")  # which network made a score; the notes name it too
 BOLD = re.compile(r"(?<!\\)\*\*(.*?)(?<!\\)\*\*")
 GAP = 2  # blanks between two columns
+WARNINGS = 2  # shown on a terminal, shortened to one line each
+# the most important notes, in this order; then other warnings
+FIRST = ("Warning: no speed-up", "No speed-up", "Not compared: latency", "Warning: intervals", "Warning: ")
 FAILED = ("failed: ", "has not started", "was stopped", "is still running")
 
 
@@ -70,11 +75,24 @@ def _print_blocks(text: str, file: Path | None) -> None:
             parts = [unescape(part) for part in BOLD.split(line)]  # every second one is bold
             console.print(Text.assemble(*((part, "bold" if place % 2 else "") for place, part in enumerate(parts))))
         console.print()
+    for line in first_warnings(notes, shutil.get_terminal_size().columns):
+        console.print(Text(line))
     if file is not None:
         warnings = sum(note.startswith("Warning:") for note in notes)
         counts = [(warnings, "warning"), (len(notes) - warnings, "note")]
         words = ["table", *(f"{count} {word}{'s' * (count > 1)}" for count, word in counts if count)]
         console.print(Text(f"{', '.join(words)}: {file}"))
+
+
+def first_warnings(notes: Sequence[str], width: int) -> list[str]:
+    """Return the most important warnings, each shortened to one line of at most `width` columns."""
+    ranked = [note for words in FIRST for note in notes if note.startswith(words)]
+    return [_shortened(unescape(note), width) for note in list(dict.fromkeys(ranked))[:WARNINGS]]
+
+
+def _shortened(text: str, width: int) -> str:
+    """Return the whole words of a text that fit `width` columns, with dots in place of the others."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - 3).rpartition(" ")[0] + " ..."
 
 
 def read_page(text: str) -> tuple[list[PageTable], list[str]]:

@@ -96,7 +96,7 @@ def test_a_disturbed_launch_blanks_the_speedup_everywhere(tmp_path: Path, reason
     RunFolder(paths[who == "ar"]).close_launch(0, {"cpu_share": 0.99})
     sentence = f"{who} {words}; retime=true in the command that made it times it again, when the machine is quieter"
     text, rows = table(tmp_path, *paths)
-    assert cells(text, "sjd")["speed-up"] == rows[1].get("speedup", "") == ""
+    assert (cells(text, "sjd")["speed-up"], rows[1].get("speedup", "")) == ("–", "")
     assert f"no speed-up for sjd: {sentence}" in text
     assert f"timings of {who} are inflated: the process {words}." in text
     (group,) = groups(read_runs(paths)[0])

@@ -37,7 +37,7 @@ def test_no_speedup_against_an_ar_run_of_other_settings(tmp_path: Path, change: 
     assert ours["speedup"] == ""
     assert f"the nearest AR run differs in {reason}." in text
     label = ours["label"]
-    assert cells(text, label)["speed-up"] == ""
+    assert cells(text, label)["speed-up"] == "–"
     assert cells(text, label)["NLL/token (Δ to AR)"].startswith(
         "2.0"
     )  # the prompts are the same, so this still compares

@@ -50,7 +50,7 @@ def test_every_number_of_two_runs(tmp_path: Path) -> None:
     assert "FID" not in "".join(shown)  # no run has one
     assert f"Times: {CPU}, torch 2.15.0, float32" in text
     assert "Counts include forced" in text
-    assert text.count("Warning: all rows: with fewer than 16 images") == 1
+    assert text.count("Warning: intervals and standard errors are too narrow: fewer than 16 images (all rows).") == 1
     assert text.count("Warning: speed-ups of sjd rest on 2 timings each") == 1
     assert text.count("Warning: sjd and AR were not timed in turns") == 1
     assert text.count("Warning") == 3

@@ -77,6 +77,20 @@ def test_costs_come_first_and_quality_second(
     assert "lossless" not in blocks[2]
 
 
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_two_most_important_warnings_are_shown_in_a_line_each(
+    tmp_path: Path, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text, _ = table(tmp_path, ar(tmp_path, n=3), make(tmp_path, "sjd", n=6, launch={"cpu_share": 0.26}))
+    *_, first, second, files = shown(capsys, (text, tmp_path / "out" / "table.md")).splitlines()
+    assert first.startswith("Warning: no speed-up for sjd: sjd got only 26 %")
+    assert first.endswith(" ...")
+    assert second.startswith("Warning: intervals and standard errors are too narrow:")
+    assert max(map(len, (first, second))) <= width
+    assert files.startswith("table, ")
+
+
 def test_a_pipe_gets_markdown_and_the_file(page: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, file = page
     for output in ("auto", "markdown"):
