@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import eq
@@ -201,12 +202,27 @@ def _txt(text: str, path: Path) -> list[tuple[str, Any]]:
 
 
 def _csv(text: str, path: Path) -> list[tuple[str, Any]]:
-    kind = path.suffix.lower()[1:]
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind == "tsv" else ",")
+    kind, entries, ended = path.suffix.lower()[1:], [], False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
+        yield from io.StringIO(text, newline="")
+        ended = True  # asked for one more line; in the middle of an entry only where a quote is open
+
+    rows = csv.DictReader(lines(), delimiter="\t" if kind == "tsv" else ",")
+    last = 0
     try:
-        return [(f"line {rows.line_num}", row) for row in rows if any(row.values())]
+        for row in itertools.chain([rows.fieldnames or ()], rows):
+            if row and ended:
+                raise UserError(
+                    f"prompts file '{path}' is no {kind}: a quote of the entry at line {last + 1} is never closed."
+                )
+            last = rows.line_num
+            if isinstance(row, dict) and any(row.values()):
+                entries.append((f"line {last}", row))
     except csv.Error as error:
         raise UserError(f"prompts file '{path}' is no {kind} at line {rows.line_num}: {error}.") from error
+    return entries
 
 
 def _json(text: str, path: Path) -> list[tuple[str, Any]]:

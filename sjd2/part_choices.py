@@ -2,7 +2,8 @@
 
 A yaml that gives a part values means the part it chose itself: `conf/decoder/gsd.yaml` sets `verifier.distance` of GSD's
 verifier. Hydra merges that into whatever verifier the command line chooses (its issue 1971). Here a layer's values reach a
-part only if the layer was written for this choice; values of the command line always count.
+part only if the layer was written for this choice; values of the command line always count. So does `lossless: false`: it
+is true of the decoder's own parts, and gives way where the command replaces the inexact ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 from hydra.core.config_loader import ConfigLoader
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -51,6 +53,10 @@ def settle_parts(cfg: DictConfig, loader: ConfigLoader, name: str, words: Sequen
             cfg.decoder.pop(key, None)
             if key in settled:
                 cfg.decoder[key] = settled._get_node(key)
+        if layers.called_lossy and cfg.decoder.get("rule", "exact") == "exact":
+            chosen = [cfg.decoder.get(part) for part in PARTS]
+            if all(map(_exact, chosen)) and not all(map(_exact, layers.own_parts())):
+                cfg.decoder.lossless = True
 
 
 class _Layers:
@@ -64,6 +70,7 @@ class _Layers:
         # `final` lacks a part that ~decoder/refiner removes
         self.places = {key: _place(key) for key in {**self.final, **own} if key.startswith("decoder/")}
         self.partless = all(own.get(f"decoder/{part}", "") is None for part in PARTS)  # lists them all as null: AR
+        self.called_lossy = False  # by the decoder's own yaml, and by nothing after it; known after `merge`
 
     def meant(self, path: str) -> Choices:
         """Return the choices that the author of a yaml had in mind."""
@@ -76,6 +83,12 @@ class _Layers:
         if key not in _MEANT:
             _MEANT[key] = self.loader.compute_defaults_list(self.name, asked, RunMode.RUN).overrides.known_choices
         return _MEANT[key]
+
+    def own_parts(self) -> list[Any]:
+        """Return the yaml files of the parts that the decoder's own yaml chooses."""
+        own = self.meant(f"decoder/{self.final['decoder']}")
+        names = [f"decoder/{part}/{name}" for part in PARTS if (name := own.get(f"decoder/{part}"))]
+        return [OmegaConf.create(text) for path in names if (text := _read(self.sources, path)) is not None]
 
     def merge(self) -> tuple[DictConfig, set[str]]:
         """Return the decoder from the values that were meant for its parts, and the keys where that changes anything."""
@@ -92,10 +105,14 @@ class _Layers:
                 chosen = self.meant(path)
                 foreign = [place for key, place in self.places.items() if chosen.get(key) != self.final.get(key)]
                 changed.update(place[0] for place in foreign if _remove(values, place))
+            if "lossless" in values:
+                own = path == f"decoder/{self.final['decoder']}"
+                self.called_lossy = own and values._get_node("lossless")._value() is False
             merged.merge_with(values)
         for override in self.listing.config_overrides:
             group, _, key = override.key_or_group.partition(".")
             if group == "decoder" and key:
+                self.called_lossy &= key != "lossless"
                 _apply(merged, key, override)
         return merged, changed
 
@@ -103,6 +120,16 @@ class _Layers:
 def _of_decoder(path: str) -> bool:
     """Return whether a yaml is a decoder's, or its defaults on a model."""
     return bool(_DECODER.fullmatch(path)) or path.startswith(DEFAULTS)
+
+
+def _exact(part: Any) -> bool:
+    """Return whether a part, as its yaml describes it, keeps the model's distribution whatever its settings; None does."""
+    if not isinstance(part, DictConfig) or not (target := part.get("_target_")):
+        return part is None
+    try:
+        return getattr(hydra.utils.get_object(target), "exact", False) is True
+    except Exception:  # a target that cannot be imported is reported when the decoder is built
+        return False
 
 
 def _place(key: str) -> tuple[str, ...]:

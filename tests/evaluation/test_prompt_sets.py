@@ -222,6 +222,7 @@ FILES = {
     "prompts.jsonl": '{"prompt": "a cat"}\n',
     "prompts.tsv": "text\na cat\n",
     "prompts.csv": "text\na cat\n",
+    "open.csv": 'item_id,text\n1,a cat\n2,"a dog\n3,a cow\n',
 }
 
 
@@ -246,6 +247,7 @@ FILES = {
         (["dpg"], r"prompts=dpg needs prompts.path=PATH: the folder"),
         (["dpg", "path=empty"], r"'empty' holds no prompt"),
         (["dpg", "path=prompts.csv"], r"no column 'item_id'"),
+        (["dpg", "path=open.csv"], r"'open.csv' is no csv: a quote of the entry at line 3 is never closed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

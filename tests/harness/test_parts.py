@@ -162,6 +162,25 @@ def test_the_settings_shown_are_those_of_the_run() -> None:
     assert composed_settings(["--cfg", "hydra", "decoder=gsd", "decoder/verifier=exact"]) is None
 
 
+@pytest.mark.parametrize(
+    ("words", "lossless"),
+    [
+        ("decoder=gsd decoder/verifier=exact", True),
+        ("decoder=lantern decoder/verifier=exact", True),
+        ("decoder=gsd", False),
+        ("decoder=gsd decoder/refiner=coupled", False),  # its verifier is still there
+        ("decoder=gsd decoder/verifier=exact decoder/refiner=keep", False),
+        ("decoder=gsd decoder/verifier=exact decoder.lossless=false", False),  # the command line counts
+        ("decoder=denoise decoder/verifier=exact", True),
+        ("decoder=denoise decoder/verifier=exact decoder.rule=paper", False),
+    ],
+)
+def test_a_decoder_is_lossless_once_its_inexact_parts_are_replaced(words: str, lossless: bool) -> None:
+    node = compose(words.split()).decoder
+    assert node.lossless is lossless
+    assert instantiate(node).lossless is lossless
+
+
 def test_values_of_the_command_line_reach_the_chosen_part() -> None:
     node = compose(["decoder=lantern", "decoder/verifier=grouped", "decoder.verifier.group=3"]).decoder
     assert plain(node)["verifier"] == of_part("verifier", "grouped") | {"group": 3}
