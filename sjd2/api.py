@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from sjd2.models.base import ImageModel
 from sjd2.part_choices import PARTS
 
 logger = logging.getLogger(__name__)
+# of `generate`, beside settings
+ARGUMENTS = ("decoder", "seed", "on_step", "progress", "threads")
 
 
 @dataclass(kw_only=True, repr=False)
@@ -77,9 +80,15 @@ class Images:
         return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in self.images]
 
     def save(self, folder: str | Path) -> Path:
-        """Write 0000.png, 0001.png, ..., tokens.npy [B, N] and images.json into `folder`; returns the folder."""
+        """Write 0000.png, 0001.png, ..., tokens.npy [B, N] and images.json into `folder`; returns the folder.
+
+        Raises `UserError` where a file is in the way.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"save takes a folder, and a file is in the way of '{folder}'.") from error
         for index, image in enumerate(self.pil):
             image.save(folder / f"{index:04}.png")
         np.save(folder / "tokens.npy", self.tokens.cpu().numpy())
@@ -152,16 +161,17 @@ def generate(
     Prompt i of a list always gets the same random numbers, so its image does not depend on the other prompts (in float64
     token for token). Raises `UserError` for settings that do not fit.
     """
-    if isinstance(model, str):
-        raise UserError(f"generate takes a loaded model: sjd2.generate(sjd2.load('{model}'), ...).")
+    _check_model(model)
     prompts = _texts(prompts)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise UserError(f"seed must be a whole number, got {seed!r}.")
     names = [field.name for field in fields(SamplingParams)]
     chosen = {key: settings.pop(key) for key in names if key in settings}
     spec = getattr(model, "spec", None)
     if isinstance(decoder, str):
         decoder = _decoder_for(spec, decoder, settings, names)
     elif settings:
-        raise unknown("setting", next(iter(settings)), names)
+        raise unknown("setting", next(iter(settings)), [*names, *ARGUMENTS])
     if "window" in settings:
         decoder.check_window(model.layout.length)
     if spec is not None:
@@ -185,6 +195,16 @@ def generate(
     )
 
 
+def _check_model(model: Any) -> None:
+    """Raise `UserError` for what is no loaded model."""
+    if isinstance(model, str) and model in list_models():
+        raise UserError(f"generate takes a loaded model: sjd2.generate(sjd2.load('{model}'), ...).")
+    if not hasattr(model, "layout"):
+        raise UserError(
+            f"generate takes the model first, then prompts: sjd2.generate(sjd2.load('tiny'), prompts); got {model!r:.60}."
+        )
+
+
 def _texts(prompts: Any) -> list[str]:
     """Return prompts as a list; raises `UserError` for none, and for what is no text."""
     listed = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
@@ -201,7 +221,9 @@ def _decoder_for(spec: Any, name: str, settings: dict[str, Any], sampling: Seque
     node = _compose("decoder", name, {}, model=model if model in list_models() else None)
     for key in settings:
         if key not in node:
-            raise unknown("setting", key, [*sampling, *(str(key) for key in node if not str(key).startswith("_"))])
+            raise unknown(
+                "setting", key, [*sampling, *ARGUMENTS, *(str(key) for key in node if not str(key).startswith("_"))]
+            )
     return instantiate(_compose("decoder", name, settings, model=model if model in list_models() else None))
 
 

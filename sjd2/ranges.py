@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 from sjd2.errors import UserError
 
@@ -12,8 +13,8 @@ LEAST, MOST = 1e-30, 1e30  # of a factor of logits, which are float32: its large
 def check_sampling_ranges(*, guidance_scale: float, temperature: float, top_k: int, top_p: float) -> None:
     """Raise `UserError` for a sampling parameter outside its range."""
     for name, value in (("guidance_scale", guidance_scale), ("temperature", temperature), ("top_p", top_p)):
-        if not math.isfinite(value):
-            raise UserError(f"{name} must be a finite number, got {value}.")
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, got {value!r}.")
         if value > MOST:
             raise UserError(f"{name} must be {MOST:g} at most, got {value:g}.")
     if guidance_scale < 0:
@@ -26,5 +27,7 @@ def check_sampling_ranges(*, guidance_scale: float, temperature: float, top_k: i
         )
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must lie in (0, 1], got {top_p}; 1 switches it off.")
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral):
+        raise UserError(f"top_k must be a whole number, got {top_k!r}.")
     if top_k < 0:
         raise UserError(f"top_k must be 0 (off) or more, got {top_k}.")

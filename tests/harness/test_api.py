@@ -48,6 +48,8 @@ def test_a_few_lines_give_images_tokens_and_passes(model) -> None:
     assert result.tokens.shape == (2, 144)
     assert all(sum(passes) == 144 for passes in result.accepted)
     assert max(result.forwards) < 100
+    with pytest.raises(UserError, match="a file is in the way of"):
+        result.save(__file__)
 
 
 def test_decoders_by_name_and_setting(model) -> None:
@@ -81,6 +83,13 @@ def test_gumbel_matching_on_the_real_backbone_in_float64() -> None:
         (lambda m: sjd2.generate(m, PROMPTS, decoder="sjd", widow=3), "did you mean 'window'"),
         (lambda m: sjd2.generate(m, PROMPTS, decoder=sjd2.decoder("sjd"), window=3), "unknown setting 'window'"),
         (lambda m: sjd2.generate("tiny", PROMPTS), r"sjd2.load\('tiny'\)"),
+        (lambda m: sjd2.generate(PROMPTS, m), "the model first, then prompts"),
+        (lambda m: sjd2.generate("a dog", m), "the model first, then prompts"),
+        (lambda m: sjd2.generate(m, PROMPTS, temperature="hot"), "temperature must be a finite number, got 'hot'"),
+        (lambda m: sjd2.generate(m, PROMPTS, top_k=2.5), "top_k must be a whole number, got 2.5"),
+        (lambda m: sjd2.generate(m, PROMPTS, seed="x"), "seed must be a whole number, got 'x'"),
+        (lambda m: sjd2.generate(m, PROMPTS, decodr="sjd"), "did you mean 'decoder'.*on_step"),
+        (lambda m: sjd2.generate(m, PROMPTS, decoder=sjd2.decoder("sjd"), sed=3), "did you mean 'seed'"),
         (lambda m: sjd2.generate(m, []), "at least one prompt"),
         (lambda m: sjd2.generate(m, PROMPTS, guidance=2), "guidance_scale"),
         (lambda m: sjd2.generate(m, PROMPTS, top_k=1000), "vocabulary of 512"),
