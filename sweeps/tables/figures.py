@@ -19,7 +19,7 @@ from sjd2.config import instantiate
 from sjd2.errors import first_line
 from sweeps.runs import Run
 from sweeps.tables.plots import COLUMNS_MAX, Point, acceptance_histogram, acceptance_maps, comparison_grid, pareto
-from sweeps.tables.rows import Row
+from sweeps.tables.rows import FEWEST_PROMPTS, Row
 
 if TYPE_CHECKING:
     from sjd2.models.layout import TokenGrid
@@ -85,7 +85,9 @@ def quality_panels(rows: Sequence[Row]) -> dict[str, tuple[list[Point], bool | N
     if panels or not gaps:
         return panels
     points = [_point(row, 0.0, None) for row in rows if row.run.is_ar]
-    points += [_point(row, gap.mean, (gap.high - gap.low) / 2) for row, gap in gaps]
+    points += [
+        _point(row, gap.mean, (gap.high - gap.low) / 2 if gap.prompts >= FEWEST_PROMPTS else None) for row, gap in gaps
+    ]
     return {LIKELIHOOD: (points, None)}
 
 

@@ -8,7 +8,7 @@ from evaluation.declared import declared
 from evaluation.timings import disturbance
 from sweeps.runs import Machine
 from sweeps.speedup import TIMINGS
-from sweeps.tables.rows import Row
+from sweeps.tables.rows import FEWEST_PROMPTS, Row
 
 COUNTS = (
     "Passes are forward passes of the target model, including the prefill, which yields the first token. Step "
@@ -23,8 +23,8 @@ LOSSY = (
 )
 INTERVALS = (
     "In brackets: 95 % intervals of the difference to AR on the same prompts (paired bootstrap over prompts, not "
-    "corrected for the number of rows). ± is the standard error over prompts for step compression, the standard deviation "
-    "over subsets for KID; a single FID has no interval."
+    f"corrected for the number of rows), – below {FEWEST_PROMPTS} prompts. ± is the standard error over prompts for "
+    "step compression, the standard deviation over subsets for KID; a single FID has no interval."
 )
 KID = "KID is the mean over random subsets (torchmetrics), here and in stage=compare."
 FEW = 16  # images below which a bootstrap over prompts and a standard error are unreliable

@@ -24,6 +24,8 @@ from sweeps.speedup import SpeedUp, speed_up_over_ar
 if TYPE_CHECKING:
     from evaluation.statistics import Difference
 
+FEWEST_PROMPTS = 4  # below them a bootstrap over prompts has too few resamples for an interval worth showing
+
 
 @dataclass
 class Row:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -30,8 +30,11 @@ from sweeps.tables.formats import Table, latex, markdown
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
 from sweeps.tables.published import Published, select
-from sweeps.tables.rows import Row, make_rows
+from sweeps.tables.rows import FEWEST_PROMPTS, Row, make_rows
 from sweeps.tables.terminal import show
+
+if TYPE_CHECKING:
+    from evaluation.statistics import Difference
 
 __all__ = ["make_tables", "show", "with_baselines"]
 
@@ -78,7 +81,11 @@ def _latency(row: Row) -> str:
 
 def _nll(row: Row) -> str:
     text, gap = _number(row.nll_per_token, 3) or "–", row.nll_difference
-    return f"{text} ({gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])" if gap else text
+    return f"{text} ({_difference(gap)})" if gap else text
+
+
+def _difference(gap: Difference) -> str:
+    return gap.with_interval(3) if gap.prompts >= FEWEST_PROMPTS else f"{gap.mean:+.3f} [–]"
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -179,7 +186,7 @@ def difference_table(rows: Sequence[Row]) -> Table | None:
     for row in rows:
         if row.differences:
             gaps = [row.differences.get(name) for name in names]
-            texts = [f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]" if gap else "" for gap in gaps]
+            texts = [_difference(gap) if gap else "" for gap in gaps]
             cells.append([row.run.label, str(row.reference_images), *texts])
     header = ["difference to AR (95 %)", "images in both", *names]
     return Table("", header, cells)

@@ -99,6 +99,7 @@ def test_different_n_are_compared_on_the_common_images(tmp_path: Path) -> None:
     text, rows = table(tmp_path, ar(tmp_path / "runs", n=3), make(tmp_path / "runs", "sjd", n=6, nll=40.0))
     ours = rows[1]
     assert (ours["speedup_images"], ours["n_compared"]) == ("3", "3")
+    assert cells(text, "sjd")["NLL/token (Δ to AR)"].endswith("(+0.500 [–])")  # three prompts give no interval
     assert float(ours["speedup"]) == 4  # of 4, 4, 5 and 1, 1, 2
     assert float(ours["nll_per_token_difference"]) == pytest.approx(8 / TOKENS)
     assert "Warning: runs have different N (3, 6)" in text
