@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
+from evaluation.declared import declared, withheld
 from evaluation.metrics.speed import Speed
 from evaluation.run_folder import RunFolder
 from evaluation.score import Metric
@@ -44,7 +45,7 @@ from sweeps.tune.study import (
     write_decoder,
     write_trials,
 )
-from sweeps.tune.verdict import judged
+from sweeps.tune.verdict import UNTOLD, judged
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -153,6 +154,7 @@ class Search:
             "violation": self.violation(found),
             "over": found.quality > self.tune.bound,
             "lossless": found.lossless,
+            "few": QUALITIES[self.tune.quality] in withheld(run.metrics, declared([run])),  # images, to show it
         }
 
     def run(self) -> Path:
@@ -289,9 +291,12 @@ class Search:
         runs = [self.make(cfg, self.tune.judge, self.metrics) for cfg in cfgs]
         folder = self.out / "judged"
         show(make_tables(list(dict.fromkeys(run.path for run in runs)), folder), folder / "table.md", self.cfg.output)
-        better, lines = judged(self.tune, *runs)
+        better, tested, lines = judged(self.tune, *runs)
         for line in lines:
             say(line)
+        if not tested:
+            say(f"not tested: {UNTOLD[self.tune.objective]}; your settings stay.")
+            return self.out
         if not better:
             say(
                 f"no better than your settings: {' '.join(overrides)} won the search, but here its gain is not "

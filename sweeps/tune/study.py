@@ -178,10 +178,11 @@ def trial_line(trial: FrozenTrial, tune: Tune) -> str:
     elif trial.state.name != "COMPLETE":
         return f"{words}: pruned ({_why(trial)})"
     objective, quality = values or trial.values
+    shown = "–" if trial.user_attrs.get("few") else f"{quality:+.4g}"
     bound = "" if trial.user_attrs["violation"] <= 0 else ", exceeds the bound"
     if not bound and trial.user_attrs.get("over"):
         bound = ", exceeds the bound, kept because lossless"
-    return f"{words}: {objective:.4g} {UNITS[tune.objective]}, {tune.quality} {quality:+.4g}{bound}"
+    return f"{words}: {objective:.4g} {UNITS[tune.objective]}, {tune.quality} {shown}{bound}"
 
 
 def _why(trial: FrozenTrial) -> str:

@@ -97,7 +97,8 @@ def test_the_own_settings_are_no_trial_for_the_sampler_and_are_beaten_or_not() -
     study.add_trial(study_of([(1.5, 0.0, 0.0)]).trials[0])
     assert studies.nothing_better(study, settings) is None
     none = study_of([(1.0, 0.9, 0.5)])
-    studies.add_own_trial(none, (2.0, 0.0), kept)
+    studies.add_own_trial(none, (2.0, 0.0), kept | {"few": True})
+    assert studies.trial_line(studies.own_trial(none), settings).endswith("kid –")
     assert "none of 1 other trials is within tune.bound=0.02" in studies.nothing_better(none, settings)
 
 
