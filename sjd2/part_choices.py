@@ -106,8 +106,10 @@ class _Layers:
                 foreign = [place for key, place in self.places.items() if chosen.get(key) != self.final.get(key)]
                 changed.update(place[0] for place in foreign if _remove(values, place))
             if "lossless" in values:
-                own = path == f"decoder/{self.final['decoder']}"
-                self.called_lossy = own and values._get_node("lossless")._value() is False
+                plain = path == f"decoder/{self.final['decoder']}" and not OmegaConf.is_interpolation(
+                    values, "lossless"
+                )
+                self.called_lossy = plain and values.lossless is False
             merged.merge_with(values)
         for override in self.listing.config_overrides:
             group, _, key = override.key_or_group.partition(".")
