@@ -205,10 +205,17 @@ def test_what_lies_in_a_home_folder_that_is_not_there(monkeypatch: pytest.Monkey
 @pytest.mark.skipif(bool(os.geteuid()) or any(not p.stat().st_mode & 0o001 for p in ROOT.parents), reason=NOT_ROOT)
 def test_another_user_with_a_home_that_is_read_only(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The final metrics reach W&B, its tables lie in the run folder."""
+    import wandb
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
     monkeypatch.setenv("HOME", "/proc")
     assert cli("decoder=sjd", "limit=4", "baseline=null", "logger=wandb") == 0  # what it imports is imported
+    wandb.teardown()  # its service and its folder for tables are this user's
+    Path(MEDIA_TMP.name).chmod(0o777)
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o777)
+        monkeypatch.chdir(place)
         cli.runs_dir = Path(place) / "runs"
         process = Forked(cli, "decoder=sjd", "limit=4", "baseline=null", "logger=wandb", user=54321)
         assert process.wait() == 0, process.output
