@@ -125,7 +125,7 @@ class RowCache(Cache):
     def window(
         self, width: int, dtype: torch.dtype, attn_mask: Tensor | None = None, past: bool = False
     ) -> dict[str, Any]:
-        """Open the next `width` slots of every row and return what a transformers model has to be told of them, by keyword.
+        """Open the next `width` slots of every row and return the keyword arguments that a transformers model takes for them.
 
         attn_mask [R, S, T] (None: causal among the slots): which of the last T entries a slot sees, the pass' own S at the
         end. Whatever lies before is seen by all slots with `past`; else by those that see the first of the T, so that a slot

@@ -23,21 +23,15 @@ from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.sampling import SamplingParams, draw
 from sjd2.errors import UserError
-from sjd2.files import ROOT
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import SPAN_BUCKET, RowCache
 from tests.helpers.decoders import GUIDED, LINE, sjd, sjd2
 from tests.helpers.enumeration import PROMPT, strong_toy
+from tests.helpers.on_gpu import DECODERS, MARKS, PROMPTS, SEEDS
 from tests.helpers.toy import Toy, chi_square_z, enumerate_probs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
-PROMPTS = ["a small red circle", "a large blue square left of a green ring", "a yellow triangle"]
-SEEDS = [11, 12, 13]
+pytestmark = MARKS
 CDF = SamplingParams(guidance_scale=3.0, top_k=100, temperature=0.9)
 GUMBEL = replace(CDF, sampler="gumbel")
 MANY = ("ar", "sjd", "sjd2", "sjd-fc", "eagle")

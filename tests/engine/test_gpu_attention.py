@@ -14,19 +14,13 @@ from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import DecodeResult, generate
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.files import ROOT
 from sjd2.models.base import ImageModel
 from sjd2.models.projections import join_projections
 from sjd2.models.window_attention import TOLERANCE, check, fuse_attention, set_attention, stores
+from tests.helpers.on_gpu import DECODERS, MARKS, PROMPTS, SEEDS
 
 window_kernel = pytest.importorskip("sjd2.models.window_kernel", reason="needs Triton", exc_type=ImportError)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
-PROMPTS = ["a small red circle", "a large blue square left of a green ring", "a yellow triangle"]
-SEEDS = [11, 12, 13]
+pytestmark = MARKS
 SAMPLING = SamplingParams(guidance_scale=3.0, top_k=100, temperature=0.9)
 GPU = torch.device("cuda")
 

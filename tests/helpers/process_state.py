@@ -110,7 +110,7 @@ def unchanged() -> Iterator[None]:
     with restored():
         yield
         changes = before.changes()
-    assert not changes, f"left behind, as (before, now): {changes}"
+    assert not changes, f"not restored, as (before, now): {changes}"
 
 
 def seed_everything() -> None:

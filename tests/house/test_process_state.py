@@ -77,5 +77,5 @@ def test_what_is_drawn_without_a_seed_is_always_the_same() -> None:
 
 def test_the_check_is_on_in_every_test(request: pytest.FixtureRequest) -> None:
     assert "_unchanged" in request.fixturenames
-    with pytest.raises(AssertionError, match=r"left behind.*logger urllib3"), unchanged():
+    with pytest.raises(AssertionError, match=r"not restored.*logger urllib3"), unchanged():
         others_disabled()
