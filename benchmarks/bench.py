@@ -164,7 +164,7 @@ def run(cfg: DictConfig) -> Path:
     sampling = replace(plan.sampling, sampler="cdf")
     ar, scd = window_decoder(1), window_decoder(32)
     result: dict[str, Any] = start_entry(model.device, dtype=plan.dtype, model=plan.spec.name)
-    result |= {"protocol": {"passes": PASSES, "images": len(prompts), "law": vars(plan.sampling)}}
+    result |= {"protocol": {"passes": PASSES, "images": len(prompts), "law": plan.sampling.settings()}}
     sections = {
         "passes": pass_times(model, plan.decoder, prompts, sampling),
         "tokens_per_forward": batch_rows(model, plan.decoder, prompts, sampling),

@@ -55,7 +55,7 @@ def measure_model(plan: Architecture, device: torch.device, peak: Peaks, budget:
     row |= {
         "layout": asdict(plan.layout) | {"length": plan.layout.length}, "window": plan.window, "context": bench.context,
         "weight_gigabytes": {name: size / 1e9 for name, size in weights.items()}, "entry_bytes": entry_bytes(model),
-        "law": vars(bench.params),
+        "law": bench.params.settings(),
     }  # fmt: skip
     batches = FEW_BATCHES if options.small else BATCHES
     parts = [(name, batch) for name in PARTS for batch in batches]

@@ -54,7 +54,7 @@ def _settings() -> Iterator[tuple[str, str]]:
     """Yield (key=default, comment) of every setting outside the groups, in the order of conf/config.yaml."""
     for line in split_lines((CONF / "config.yaml").read_text(encoding="utf-8")):
         if (found := SECTION.match(line)) and found[1] in TYPES and found[1] != "stage":
-            own = found[2].startswith("${model.")
+            own = "model.sampling." in found[2]
             yield (
                 (found[1] + "=", f"{found[3]}; {_of_models(found[1])}") if own else (f"{found[1]}={found[2]}", found[3])
             )
@@ -64,7 +64,7 @@ def _of_models(key: str) -> str:
     """Return the default of a sampling parameter, where each model has its own: 'default: janus 5, others 3'."""
     files = {name: CONF / "model" / f"{name}.yaml" for name in choices("model")}
     values = {
-        name: yaml.safe_load(file.read_text(encoding="utf-8"))["sampling"][key]
+        name: yaml.safe_load(file.read_text(encoding="utf-8"))["sampling"].get(key, 0)
         for name, file in files.items()
         if file.is_file()
     }

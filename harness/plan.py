@@ -27,7 +27,7 @@ from sjd2.errors import UserError
 
 # the command line's sampling parameters count, the digest tells the revision, and where layers lie changes no token
 NO_IDENTITY = ("sampling", "revision", "device_map", "text_device")
-SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "sampler")
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p", "sampler")
 
 
 @dataclass(kw_only=True)
@@ -73,7 +73,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
         model=model_settings(cfg),
         digest=spec.digest(),
         decoder=by_content(plain(cfg.decoder)),
-        law={key: cfg[key] for key in SAMPLING},
+        law=sampling.settings(),
         prompts={"digest": prompts.digest, "repeats": prompts.repeats},
         seed=cfg.seed,
         batch_size=cfg.batch_size,

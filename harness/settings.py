@@ -60,6 +60,7 @@ TYPES: dict[str, Any] = {
     "temperature": float,
     "top_k": int,
     "top_p": float,
+    "min_p": float,
     "sampler": str,
     "runs_dir": str,
     "run_dir": str | None,
@@ -86,7 +87,7 @@ def check_settings(cfg: DictConfig) -> None:
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
     choose("device", cfg.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))  # likewise
     choose("sampler", cfg.sampler, SAMPLERS)
-    check_sampling_ranges(**{key: cfg[key] for key in ("guidance_scale", "temperature", "top_k", "top_p")})
+    check_sampling_ranges(**{key: cfg[key] for key in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")})
     choose("output", cfg.output, OUTPUTS)
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))

@@ -10,9 +10,10 @@ from sjd2.errors import UserError
 LEAST, MOST = 1e-30, 1e30  # of a factor of logits, which are float32: its largest number is 3e38
 
 
-def check_sampling_ranges(*, guidance_scale: float, temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling_ranges(*, guidance_scale: float, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Raise `UserError` for a sampling parameter outside its range."""
-    for name, value in (("guidance_scale", guidance_scale), ("temperature", temperature), ("top_p", top_p)):
+    numbers = {"guidance_scale": guidance_scale, "temperature": temperature, "top_p": top_p, "min_p": min_p}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise UserError(f"{name} must be a finite number, got {value!r}.")
         if value > MOST:
@@ -27,6 +28,8 @@ def check_sampling_ranges(*, guidance_scale: float, temperature: float, top_k: i
         )
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must lie in (0, 1], got {top_p}; 1 switches it off.")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"min_p must lie in [0, 1], got {min_p}; 0 switches it off.")
     if isinstance(top_k, bool) or not isinstance(top_k, Integral):
         raise UserError(f"top_k must be a whole number, got {top_k!r}.")
     if top_k < 0:

@@ -1,12 +1,13 @@
-"""The target distribution: guidance, temperature, top-k and top-p in one place, the same for every decoder; and draws from it.
+"""The target distribution: guidance, temperature, top-k, top-p and min-p in one place, the same for every decoder; and draws from it.
 
 # B samples, R model rows (2B with guidance, else B), S slots of a pass, V image vocabulary
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class SamplingParams:
     """The distribution that every decoder samples from.
 
     guidance_scale: g in l = u + g (c - u); 1 leaves the unconditional rows out.
-    temperature: 0 is greedy. top_k: 0 is off; ties with the k-th logit are kept. top_p: 1 is off.
+    temperature: 0 is greedy. top_k: 0 is off; ties with the k-th logit are kept. top_p: 1 is off. min_p: codes
+    less probable than min_p times the most probable one are out, after top-k and top-p; 0 is off.
     sampler: `cdf` draws by inverse CDF; `gumbel` by argmax(log p + G) with G fixed per position, under which exact
     verification is Gumbel matching and every lossless decoder returns exactly the same tokens as AR (docs/exactness.md).
     """
@@ -36,11 +38,16 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     sampler: str = "cdf"
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         choose("sampler", self.sampler, tuple(SAMPLERS))
-        ranges = {key: getattr(self, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
+        ranges = {key: getattr(self, key) for key in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")}
         check_sampling_ranges(**ranges)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what identifies the distribution in run folders and file keys; min_p, which came later, only where it is on."""
+        return {key: value for key, value in vars(self).items() if key != "min_p" or value}
 
     def check(self, vocabulary: int) -> None:
         """Raise `UserError` if top_k exceeds the image vocabulary."""
@@ -68,6 +75,8 @@ class SamplingParams:
             logits = logits.masked_fill(logits < threshold, -torch.inf)
         if self.top_p < 1:
             logits = _nucleus(logits, self.top_p)
+        if self.min_p > 0:
+            logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(self.min_p), -torch.inf)
         return logits.softmax(-1)
 
 

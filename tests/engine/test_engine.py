@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
 
@@ -233,6 +234,8 @@ def test_random_numbers_are_uniform_and_distinct() -> None:
         (lambda: sjd(init="lift"), "did you mean 'left'"),
         (lambda: Coupled(coupling="max"), "maximal"),
         (lambda: SamplingParams(top_p=0), "top_p"),
+        (lambda: SamplingParams(min_p=1.5), "min_p must lie in \\[0, 1\\], got 1.5; 0 switches it off"),
+        (lambda: SamplingParams(min_p=math.nan), "min_p must be a finite number"),
         (lambda: SamplingParams(top_k=13).check(12), "vocabulary of 12"),
         (lambda: Decoder(name="x", window=4, lossless=True), "needs a drafter"),
         (lambda: AdapterSettings(kind="full"), "gated=false"),

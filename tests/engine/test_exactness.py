@@ -26,6 +26,7 @@ EXACT = {
     "scd": (sjd(4, Coupled()), GUIDED),
     "scd cut": (sjd(8, Coupled()), CUT),
     "scd gumbel": (sjd(4, Coupled(coupling="gumbel")), GUIDED),
+    "scd min-p": (sjd(8, Coupled()), SamplingParams(temperature=0.7, min_p=0.4)),
     "match": (sjd(4, Coupled()), replace(GUIDED, sampler="gumbel")),
     "sjd2 age 1": (sjd2(4, Resample(), steps=1), GUIDED),
     "sjd2 age 2 coupled": (sjd2(5, Coupled(), steps=2), CUT),

@@ -68,7 +68,7 @@ SAMPLINGS = {
     "greedy": SamplingParams(temperature=0.0),
     "gumbel": SamplingParams(sampler="gumbel"),
     "top-k": SAMPLING,
-    "top-p": SamplingParams(top_p=0.8),
+    "top-p, min-p": SamplingParams(top_p=0.8, min_p=0.1),
 }
 
 

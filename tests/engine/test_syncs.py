@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta p
 DECODERS = sorted(path.stem for path in (ROOT / "conf" / "decoder").glob("*.yaml"))
 SAMPLINGS = {
     "cdf": SamplingParams(guidance_scale=3.0, top_k=100, temperature=0.9),
-    "plain": SamplingParams(top_p=0.9),
+    "plain": SamplingParams(top_p=0.9, min_p=0.05),
     "gumbel": SamplingParams(guidance_scale=3.0, sampler="gumbel"),
     "greedy": SamplingParams(temperature=0.0),
 }

@@ -113,6 +113,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
         (["temperature=hot"], r"temperature must be a number, got 'hot'"),
         (["temperature=-1"], r"temperature must be 0 \(greedy\) or more"),
         (["top_p=0"], r"top_p must lie in \(0, 1\]"),
+        (["min_p=-0.1"], r"min_p must lie in \[0, 1\], got -0.1"),
         (["finetune=sjd2"], r"stage=finetune only.*run.py stage=finetune .*finetune=sjd2"),
         (["tune=scd", "stage=sample"], r"tune= is read by stage=tune only"),
         (["stage=table", "run_dir=nowhere"], r"run_dir=nowhere does not exist"),

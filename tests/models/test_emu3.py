@@ -150,7 +150,7 @@ def test_the_public_size_is_8193_tokens() -> None:
     spec = load_spec()
     layout = spec.layout
     assert (layout.rows, layout.columns, layout.length, int(layout.free.sum())) == (90, 90, 8193, 8100)
-    assert spec.sampling == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
+    assert spec.sampling == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0, "min_p": 0.0}
     assert (spec.positive, spec.negative) == (POSITIVE, NEGATIVE)
 
 

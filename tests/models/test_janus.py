@@ -100,7 +100,7 @@ def test_inputs_and_distributions_go_through_aligner_and_image_head(
 def test_the_public_size_is_576_tokens() -> None:
     layout = spec().layout
     assert (layout.rows, layout.columns, layout.length, layout.forced_ids) == (24, 24, 576, ())
-    assert spec().sampling == {"guidance_scale": 5.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert spec().sampling == {"guidance_scale": 5.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 # ---- pixels

@@ -303,7 +303,13 @@ def test_the_published_folder_loads_by_size(folder: Path) -> None:
     for size, other in ((512, 256), (256, 512)):
         one = load(folder, "float32", size=size)
         assert one.layout.length == (size // 16) ** 2
-        assert one.spec.sampling == {"guidance_scale": 7.5, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}
+        assert one.spec.sampling == {
+            "guidance_scale": 7.5,
+            "temperature": 1.0,
+            "top_k": 1000,
+            "top_p": 1.0,
+            "min_p": 0.0,
+        }
         assert one.spec.digest() != replace(one.spec, size=other).digest()
     rows = api.generate(one, PROMPTS[:1], decoder="scd", top_k=0)
     assert rows.images.shape == (1, 3, 256, 256)

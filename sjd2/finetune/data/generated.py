@@ -194,7 +194,7 @@ def sampling_at(model: ImageModel, scale: float) -> SamplingParams:
 
 def _text(sampling: SamplingParams) -> str:
     """Return the text that keys of files hold, the class under its name in release 0.1: drawn images stay valid."""
-    return str(sampling).replace(type(sampling).__name__, "Sampling", 1)
+    return f"Sampling({', '.join(f'{key}={value!r}' for key, value in sampling.settings().items())})"
 
 
 def _number(text: str) -> int:
