@@ -1,4 +1,4 @@
-"""The target distribution: guidance, temperature, top-k, top-p and min-p in one place, the same for every decoder; and draws from it.
+"""The target distribution: guidance, temperature, top-k, top-p and min-p in one place for every decoder; and draws from it.
 
 # B samples, R model rows (2B with guidance, else B), S slots of a pass, V image vocabulary
 """
@@ -46,7 +46,7 @@ class SamplingParams:
         check_sampling_ranges(**ranges)
 
     def settings(self) -> dict[str, Any]:
-        """Return what identifies the distribution in run folders and file keys; min_p, which came later, only where it is on."""
+        """Return what identifies the distribution in run folders and file keys; min_p only where it is on."""
         return {key: value for key, value in vars(self).items() if key != "min_p" or value}
 
     def check(self, vocabulary: int) -> None:
