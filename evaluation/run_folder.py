@@ -3,7 +3,7 @@
     config.yaml       the resolved settings, and `identity`: what decides the tokens
     provenance.jsonl  per launch: git commit, package versions, hardware, dtype, weights, command; peak memory
     samples*.jsonl    one line per image (one file per rank)
-    images/ tokens/   00012_0.png and .npy: prompt 12, repeat 0; traces/ with trace=N
+    images/ tokens/   00012_0.png and .npy: prompt 12, repeat 0; traces/ with trace=N; no images/ with model.pixels=none
     timings*.jsonl    after retime=true: one line per image and retiming (evaluation/timings.py)
     metrics.json, grid.png, acceptance.png, wandb/
 
@@ -18,7 +18,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +32,7 @@ from sjd2.locks import join, lock
 Id = tuple[int, int]  # (prompt index, repeat)
 Record = dict[str, Any]  # one line of samples.jsonl
 TIMED = {"id", "launch", "batch", "batch_rows", "seconds"}
-NEEDED = {"id", "prompt", "launch", "batch", "tokens", "forwards", "accepted", "seconds", "image", "tokens_sha256"}
+NEEDED = {"id", "prompt", "launch", "batch", "tokens", "forwards", "accepted", "seconds", "tokens_sha256"}
 
 
 class RunFolder:
@@ -149,21 +149,17 @@ class RunFolder:
         """Return whether this image was made under `trace=`: its times hold extra waits and count in no speed number."""
         return (self.path / "traces" / f"{name(record['id'])}.json").is_file()
 
-    def write_image(self, key: Id, image: np.ndarray, tokens: np.ndarray) -> dict[str, str]:
-        """Put image [H, W, 3] uint8 and tokens [N] on the disk; returns the record's `image` and `tokens_sha256`."""
-        self._folders()
-        tokens = as_stored(tokens)
-        pixels, array = self.path / "images" / f"{name(key)}.png", self.path / "tokens" / f"{name(key)}.npy"
-        with pixels.open("wb") as file:
-            Image.fromarray(image).save(file, format="PNG")
-            sync(file)
-        with array.open("wb") as file:
+    def write_image(self, key: Id, image: np.ndarray | None, tokens: np.ndarray) -> dict[str, str]:
+        """Put image [H, W, 3] uint8, if there is one, and tokens [N] on the disk; returns the record's entries on them."""
+        tokens, entries = as_stored(tokens), {}
+        if image is not None:
+            pixels = self.path / "images" / f"{name(key)}.png"
+            with _opened_below(pixels) as file:
+                Image.fromarray(image).save(file, format="PNG")
+            entries = {"image": pixels.relative_to(self.path).as_posix()}
+        with _opened_below(self.path / "tokens" / f"{name(key)}.npy") as file:
             np.save(file, tokens)
-            sync(file)
-        return {
-            "image": pixels.relative_to(self.path).as_posix(),
-            "tokens_sha256": digest_of(tokens),
-        }
+        return entries | {"tokens_sha256": digest_of(tokens)}
 
     def write_trace(
         self, key: Id, trace: list[tuple[float, int]], details: dict[str, list[list[int]]] | None = None
@@ -227,10 +223,6 @@ class RunFolder:
         """Enter a folder whose shared lock another rank of this launch holds; it is locked until all have left."""
         return join(self.path / ".lock")
 
-    def _folders(self) -> None:
-        for folder in ("images", "tokens"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
-
 
 class Snapshot:
     """A run folder as it is now, for what reads it several times: samples.jsonl is parsed once, on first use."""
@@ -265,9 +257,23 @@ class Snapshot:
         return [line for line in self.folder.timings() if self._ids is None or record_id(line) in self._ids]
 
     @cached_property
+    def drawn(self) -> bool:
+        """Return whether the records have images; False for tokens alone (model.pixels=none)."""
+        return not self.records or any("image" in record for record in self.records)
+
+    @cached_property
     def image_size(self) -> tuple[int, int] | None:
         """Return (height, width) of the first image; None for a run without images."""
-        return self.folder.image_size(self.ids[0]) if self.ids else None
+        return self.folder.image_size(self.ids[0]) if self.ids and self.drawn else None
+
+
+@contextlib.contextmanager
+def _opened_below(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file for writing, its folder made if need be; it is on the disk afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        yield file
+        sync(file)
 
 
 def record_id(record: Record) -> Id:

@@ -83,6 +83,11 @@ class Metric:
     of_parts: bool = True  # whether some of a run's images can be scored alone; not where a tool of its own judges them
     protocol: str = ""  # one sentence on how the values come about; stage=compare takes two runs of equal ones only
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether it looks at images: if it takes any. One whose tool reads the files overrides this."""
+        return type(self).update is not Metric.update
+
     def check(self) -> None:
         """Raise UserError if a file or library is missing; called before any image is made, so it must be cheap."""
 
@@ -147,8 +152,10 @@ def score_part(run: Snapshot, metrics: Mapping[str, Metric]) -> dict[str, Any]:
 def measure(run: Snapshot, metrics: Mapping[str, Metric]) -> dict[str, Scores]:
     """Stream the images of a run once through all metrics; return the scores of those that apply, by their names.
 
-    Raises TypeError for a value that its metric does not declare.
+    Of a run with tokens alone (model.pixels=none) only metrics that need no images. Raises TypeError for a value that its
+    metric does not declare.
     """
+    metrics = {name: metric for name, metric in metrics.items() if run.drawn or not metric.needs_images}
     wanted = {name: metric.start(run) for name, metric in metrics.items()}
     feeds = [_Feed(metrics[name], records) for name, records in wanted.items() if records]
     for record in run.records:

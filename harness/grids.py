@@ -35,7 +35,7 @@ def draw_grids(run: Snapshot, layout: TokenGrid, window: int, most: int) -> None
 
 def image_grid(run: Snapshot, most: int) -> None:
     """Write grid.png: the first `most` images of the run, row by row."""
-    images = list(run.folder.images(run.ids[:most]))
+    images = list(run.folder.images(run.ids[:most])) if run.drawn else []
     if not images:
         return
     height, width = images[0].shape[:2]

@@ -239,6 +239,7 @@ def _job(entry: Entry, models: Models, session: str | None) -> Job:
         grace_s=cfg.runtime.grace_s,
         flops=cfg.runtime.flops and session is None,
         graphs=recorder(cfg, plan),
+        pixels=plan.pixels,
         launch={"dtype": plan.dtype, "weights": plan.identity["digest"], "run": plan.identity["id"]},
         tracker=entry.tracker,
         retiming=Retiming(session=session, digests=digests) if session else None,
@@ -301,7 +302,8 @@ def mirror(run: Snapshot, numbers: Mapping[str, Any], tracker: Tracker) -> None:
     for name in ("grid", "acceptance"):
         if (run.path / f"{name}.png").is_file():
             tracker.images(step, name, [(run.path / f"{name}.png", run.path.name)])
-    tracker.images(step, "images", [(run.path / record["image"], record["prompt"]) for record in records[:SHOWN]])
+    shown_images = [(run.path / record["image"], record["prompt"]) for record in records[:SHOWN] if "image" in record]
+    tracker.images(step, "images", shown_images)
     columns = ("prompt", "seed", "tokens", "forwards", "step_compression", "nll_per_token")
     rows = [
         (

@@ -15,6 +15,7 @@ from evaluation.identity import by_content, identity
 from evaluation.prompts import Prompts
 from evaluation.run_folder import RunFolder, run_folder, run_folders
 from evaluation.score import Metric
+from harness.console import say
 from harness.provenance import physical_cores
 from harness.ranks import ALONE, Ranks
 from harness.settings import check_writable
@@ -26,7 +27,7 @@ from sjd2.devices import resolve_device, resolve_dtype
 from sjd2.errors import UserError
 
 # the command line's sampling parameters count, the digest tells the revision, and where layers lie changes no token
-NO_IDENTITY = ("sampling", "revision", "device_map", "text_device")
+NO_IDENTITY = ("sampling", "revision", "device_map", "text_device", "pixels", "diffusion_device", "diffusion_offload")
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p", "sampler")
 
 
@@ -43,6 +44,7 @@ class Plan:
     device: str
     dtype: str
     fused: bool  # attention in one kernel where the model and the device have it
+    pixels: bool  # turn tokens into images; False with model.pixels=none
 
 
 def set_threads(cfg: DictConfig) -> None:
@@ -81,12 +83,19 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
         dtype=dtype,
         # earlier releases picked outlier columns over all rows of a pass: other tokens, so another run
         **({"int8": "row-wise"} if cfg.model.get("quantisation") == "8bit" else {}),
+        **({} if draws(cfg) else {"pixels": "none"}),  # a folder has an image of every record, or of none
     )
     run = RunFolder(cfg.run_dir) if cfg.run_dir else run_folder(cfg.runs_dir, f"{spec.name}-{decoder.name}", settings)
     check_writable(run.path, "run_dir")
     settings["id"] = run.identity.get("id", settings["id"])  # a run begun by an older release keeps the id it has
     parts = {"spec": spec, "decoder": decoder, "sampling": sampling, "prompts": prompts}
-    return Plan(run=run, identity=settings, device=device, dtype=dtype, fused=cfg.runtime.fused, **parts)
+    parts |= {"fused": cfg.runtime.fused, "pixels": draws(cfg)}
+    return Plan(run=run, identity=settings, device=device, dtype=dtype, **parts)
+
+
+def draws(cfg: DictConfig) -> bool:
+    """Return whether a command turns tokens into images; not with model.pixels=none, which times the AR stage alone."""
+    return cfg.model.get("pixels") != "none"
 
 
 def _words() -> Sequence[str]:
@@ -100,9 +109,19 @@ def model_settings(cfg: DictConfig) -> dict[str, Any]:
     return by_content({key: value for key, value in settings.items() if key not in NO_IDENTITY}, covered=True)
 
 
-def build_metrics(cfg: DictConfig) -> dict[str, Metric]:
-    """Build the metrics of `evaluation=` and let each check its files and libraries."""
+def build_metrics(cfg: DictConfig, *, images: bool = True) -> dict[str, Metric]:
+    """Build the metrics of `evaluation=` and let each check its files and libraries.
+
+    images: False leaves out those that need any.
+    """
     built = {str(name): instantiate(node) for name, node in (cfg.evaluation.get("metrics") or {}).items()}
+    if not images:
+        left_out = [name for name, metric in built.items() if metric.needs_images]
+        built = {name: metric for name, metric in built.items() if name not in left_out}
+        if left_out:
+            say(
+                f"tokens without images (model.pixels=none): {', '.join(left_out)} cannot be measured and are left out."
+            )
     for metric in built.values():
         metric.check()
     return built

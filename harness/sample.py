@@ -64,6 +64,7 @@ class Job:
     grace_s: float = 25.0  # seconds that a signal leaves for the batch in hand
     flops: bool = False  # count what one image computes, before the first is made
     graphs: Graphs | None = None  # replays passes as CUDA graphs
+    pixels: bool = True  # turn tokens into images; False with model.pixels=none
     launch: dict[str, Any] = field(default_factory=dict)  # entries of provenance.jsonl besides the machine
     tracker: Tracker = field(default_factory=NoTracker)
     retiming: Retiming | None = None  # time finished images again instead of making missing ones
@@ -118,7 +119,8 @@ def make_batch(
     watch = _watch(stop, tracer)
     result = generate(model, job.decoder, cond, seeds, sampling=job.sampling, on_step=watch, graphs=job.graphs)
     seconds |= {"prefill": result.seconds["prefill"], "decode": result.seconds["decode"]}
-    images, losses, seconds["image"] = _finish(job, model, cond, result.samples)
+    images, losses, pixel_seconds = _finish(job, model, cond, prompts, seeds, result.samples)
+    seconds |= pixel_seconds
     records = []
     for row, (key, sampled) in enumerate(zip(batch, result.samples, strict=True)):
         if key not in missing:
@@ -126,7 +128,8 @@ def make_batch(
         if tracer is not None:
             job.run.write_trace(key, *tracer.of(row, sampled, guesses=key == job.ids[0]))
         head = {"batch": number, "batch_rows": len(batch), "launch": launch, "seed": seeds[row], "nll": losses[row]}
-        records.append(_record(job, key, sampled, images[row], seconds, head))
+        image = None if images is None else images[row]
+        records.append(_record(job, key, sampled, image, seconds, head))
     return records
 
 
@@ -163,17 +166,18 @@ def refilled(job: Job, model: ImageModel, missing: list[Id], launch: int, stop: 
     ):
         key, ended = missing[index], _Clock(model.device).began
         seconds = {"encode": 0.0, "prefill": 0.0, "decode": ended - taken.pop(index)}  # the row's own, prompt included
-        images, losses, seconds["image"] = _finish(job, model, _encode(model, [job.prompts[key[0]]]), [sampled])
+        prompts, seed = [job.prompts[key[0]]], sample_seed(job.seed, *key)
+        images, losses, pixel_seconds = _finish(job, model, _encode(model, prompts), prompts, [seed], [sampled])
         # a batch of its own each, also among ranks
-        head = {"batch": job.ids.place(key), "batch_rows": rows, "launch": launch, "seed": sample_seed(job.seed, *key)}
-        yield [_record(job, key, sampled, images[0], seconds, head | {"nll": losses[0]})]
+        head = {"batch": job.ids.place(key), "batch_rows": rows, "launch": launch, "seed": seed, "nll": losses[0]}
+        yield [_record(job, key, sampled, None if images is None else images[0], seconds | pixel_seconds, head)]
         waited = time.perf_counter() - ended
         for other in taken:  # pixels and likelihood of this image are no part of the others' decoding
             taken[other] += waited
 
 
 def _record(
-    job: Job, key: Id, sampled: Sample, image: np.ndarray, seconds: dict[str, float], head: dict[str, Any]
+    job: Job, key: Id, sampled: Sample, image: np.ndarray | None, seconds: dict[str, float], head: dict[str, Any]
 ) -> Record:
     """Write image and tokens, and return the line that names them; a retiming writes neither."""
     again = job.retiming is not None
@@ -200,16 +204,18 @@ def _encode(model: ImageModel, prompts: list[str]) -> Condition:
 
 @torch.inference_mode()
 def _finish(
-    job: Job, model: ImageModel, cond: Condition, samples: list[Sample]
-) -> tuple[np.ndarray, list[float], float]:
-    """Turn tokens into pixels; returns images uint8 [B, H, W, 3], -log p [B], and the seconds that the pixels took."""
+    job: Job, model: ImageModel, cond: Condition, prompts: list[str], seeds: list[int], samples: list[Sample]
+) -> tuple[np.ndarray | None, list[float], dict[str, float]]:
+    """Turn tokens into pixels, if the job wants any; returns images uint8 [B, H, W, 3], -log p [B], the pixels' seconds."""
     tokens = torch.from_numpy(np.stack([sampled.tokens for sampled in samples])).to(model.device)
-    clock = _Clock(model.device)
-    images = model.decode(tokens)
-    seconds = clock.lap()
+    images, seconds, clock = None, {}, _Clock(model.device)
+    if job.pixels:
+        images = model.draw(tokens, prompts, seeds)
+        seconds = {model.pixel_part: clock.lap()}
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
     known = job.retiming is not None  # the likelihood was measured when the image was made
     losses = [math.nan] * len(samples) if known else nll(model, cond, tokens, job.sampling).tolist()
-    return images.permute(0, 2, 3, 1).cpu().numpy(), losses, seconds
+    return images, losses, seconds
 
 
 def report(records: list[Record], done: int, tracker: Tracker) -> None:
@@ -302,6 +308,7 @@ def warm_up(job: Job, model: ImageModel) -> None:
     cond = _encode(model, [job.prompts[p] for p, _ in batch])
     with contextlib.suppress(_Warm):
         generate(model, job.decoder, cond, [0] * len(batch), sampling=job.sampling, on_step=few, graphs=job.graphs)
-    with torch.inference_mode():
-        model.decode(model.layout.forced().clamp(min=0).to(model.device).expand(len(batch), -1))
+    if job.pixels:
+        with torch.inference_mode():
+            model.warm_up_pixels(len(batch))
     synchronize(model.device)

@@ -15,7 +15,7 @@ from harness import ranks as parallel
 from harness.console import say
 from harness.finetune import train, usage
 from harness.parts import Parts, keep_parts, parts_of
-from harness.plan import Plan, build_metrics, build_tracker, make_plan, scored_run
+from harness.plan import Plan, build_metrics, build_tracker, draws, make_plan, scored_run
 from harness.recompose import baseline_settings
 from harness.settings import resolve
 from harness.tracking import NoTracker
@@ -24,7 +24,7 @@ from harness.tracking import NoTracker
 def sample(cfg: DictConfig) -> Path:
     """Make a run and its AR baseline, score both and print their table; returns the run folder."""
     ranks = parallel.join()
-    metrics, plan = build_metrics(cfg), make_plan(cfg, ranks)
+    metrics, plan = build_metrics(cfg, images=draws(cfg)), make_plan(cfg, ranks)
     tracker = build_tracker(cfg) if ranks.main else NoTracker()
     base = baseline_settings(cfg) if cfg.baseline and plan.decoder.name != cfg.baseline else None
     base_plan = make_plan(base, ranks) if base is not None else None
@@ -48,7 +48,8 @@ def sample(cfg: DictConfig) -> Path:
         failed = False
     finally:
         tracker.finish(failed=failed)
-    say(f"images: {plan.run.path / 'grid.png'}")
+    if plan.pixels:
+        say(f"images: {plan.run.path / 'grid.png'}")
     say(f"run folder: {plan.run.path}")
     return plan.run.path
 
@@ -72,7 +73,8 @@ def _report_cut(prompts: Prompts, limit: int | None) -> None:
 
 def score(cfg: DictConfig) -> Path:
     """Score an existing run folder; needs no generator model."""
-    run, metrics, tracker = scored_run(cfg), build_metrics(cfg), build_tracker(cfg)
+    run = scored_run(cfg)
+    metrics, tracker = build_metrics(cfg, images=Snapshot(run).drawn), build_tracker(cfg)
     failed = True
     try:
         with run.lock():

@@ -41,11 +41,11 @@ ARGUMENTS = ("decoder", "seed", "on_step", "progress", "threads")
 class Images:
     """What `generate` returns: pixels, tokens, and what each image took.
 
-    images: uint8 [B, 3, H, W]. tokens: [B, N]. accepted: tokens committed by each forward pass, per image. seconds: of the
-    whole batch, {prefill, decode}.
+    images: uint8 [B, 3, H, W], None for a model loaded with pixels="none". tokens: [B, N]. accepted: tokens committed by each
+    forward pass, per image. seconds: of the whole batch, {prefill, decode}.
     """
 
-    images: Tensor
+    images: Tensor | None
     tokens: Tensor
     accepted: list[list[int]]
     seconds: dict[str, float]
@@ -54,13 +54,13 @@ class Images:
     seed: int
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.tokens)
 
     def __repr__(self) -> str:
-        height, width = self.images.shape[-2:]
+        size = "no pixels" if self.images is None else "{1}x{0} pixels".format(*self.images.shape[-2:])
         mean = sum(self.forwards) / len(self)
         return (
-            f"Images({len(self)} of {width}x{height} pixels, {self.tokens.shape[1]} tokens each, {self.decoder}: "
+            f"Images({len(self)} of {size}, {self.tokens.shape[1]} tokens each, {self.decoder}: "
             f"{mean:.1f} forward passes an image, step compression {self.step_compression:.2f})"
         )
 
@@ -76,11 +76,13 @@ class Images:
 
     @property
     def pil(self) -> list[Image.Image]:
-        """Return the images as PIL images."""
+        """Return the images as PIL images; raises `UserError` where there are tokens only."""
+        if self.images is None:
+            raise UserError('there are tokens only: the model was loaded with pixels="none"; load it without.')
         return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in self.images]
 
     def save(self, folder: str | Path) -> Path:
-        """Write 0000.png, 0001.png, ..., tokens.npy [B, N] and images.json into `folder`; returns the folder.
+        """Write 0000.png, 0001.png, ... (if there are pixels), tokens.npy [B, N] and images.json; returns the folder.
 
         Raises `UserError` where a file is in the way.
         """
@@ -89,7 +91,7 @@ class Images:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"save takes a folder, and a file is in the way of '{folder}'.") from error
-        for index, image in enumerate(self.pil):
+        for index, image in enumerate([] if self.images is None else self.pil):
             image.save(folder / f"{index:04}.png")
         np.save(folder / "tokens.npy", self.tokens.cpu().numpy())
         about = {"decoder": self.decoder, "seed": self.seed, "seconds": self.seconds, "prompts": self.prompts}
@@ -183,7 +185,8 @@ def generate(
     seeds = [sample_seed(seed, index, 0) for index in range(len(prompts))]
     with _threads(model, threads), _bar(model, len(prompts), on_step, shown=progress) as watch:
         result = run_decoder(model, decoder, model.encode(prompts), seeds, sampling=sampling, on_step=watch)
-        pixels = model.decode(result.tokens.to(model.device))
+        wanted = getattr(spec, "pixels", "decode") != "none"
+        pixels = model.draw(result.tokens.to(model.device), prompts, seeds) if wanted else None
     return Images(
         images=pixels,
         tokens=result.tokens,

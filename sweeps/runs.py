@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from evaluation.metrics.speed import seconds_per_image
+from evaluation.metrics.speed import seconds_per_image, whole_latency
 from evaluation.run_folder import Id, Record, RunFolder, Snapshot, record_id, run_folders
 from evaluation.timings import newest_timings, retimings
 from sjd2.config import instantiate
@@ -44,6 +44,8 @@ class ImageCost:
     machine: Machine | None
     launch: int  # that made the image; the launch in `batch` is the one that timed it
     turns: str | None = None  # what the launch that timed it shares with the run it took turns with
+    diffusion: float | None = None  # seconds of the diffusion stage of its batch; None where the model has none
+    whole: float | None = None  # seconds from prompt to pixels of its batch, where there is a diffusion stage
 
 
 @dataclass
@@ -107,7 +109,12 @@ class Run:
     @property
     def group(self) -> tuple[Any, ...]:
         """What the runs of one table have in common."""
-        return self.model, self.identity["prompts"]["digest"], self.sampling
+        return self.model, self.identity["prompts"]["digest"], self.sampling, self.drawn
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the run has images, not tokens alone (model.pixels=none)."""
+        return self.identity.get("pixels") != "none"
 
     @property
     def layout(self) -> TokenGrid:
@@ -168,6 +175,8 @@ def _image(record: Record, launch: dict[str, Any], *, counts: bool, made: int, r
         machine=(hardware, launch.get("threads")) if counts and hardware is not None else None,
         launch=made,
         turns=launch.get("turns"),
+        diffusion=seconds.get("diffusion"),
+        whole=whole_latency(record),
     )
 
 
@@ -225,7 +234,7 @@ def _family(path: Path) -> str:
     """Return what a run and its baseline share, as text."""
     identity = _identity(path)
     model = {key: value for key, value in identity.get("model", {}).items() if key != "adapter"}
-    settings = [identity.get(key) for key in ("law", "prompts", "batch_size", "refill", "dtype", "seed")]
+    settings = [identity.get(key) for key in ("law", "prompts", "batch_size", "refill", "dtype", "seed", "pixels")]
     return repr((sorted(model.items(), key=str), settings))
 
 

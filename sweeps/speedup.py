@@ -6,7 +6,8 @@ one launch are compared pair by pair; timings of separate launches are compared 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from evaluation.bootstrap import median_of_ratios, ratio_of_medians
@@ -18,11 +19,22 @@ from sweeps.runs import ImageCost, Machine, Run
 TIMINGS = 6  # below them no interval of a median reaches 95 %: the range of n values covers it with 1 - 2^(1 - n)
 CPU = ("got only ", " of its CPU")  # what two runs can share in one sentence
 Pairs = dict[Id, tuple[ImageCost, ImageCost]]
+Seconds = Callable[[ImageCost], float]  # which seconds of an image are compared
+
+
+def latency(image: ImageCost) -> float:
+    """Return the seconds of an image's tokens: the AR stage where a diffusion stage follows."""
+    return image.latency
+
+
+def whole(image: ImageCost) -> float:
+    """Return the seconds from prompt to pixels of an image that a diffusion stage draws."""
+    return math.nan if image.whole is None else image.whole
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Latency of the other run / latency of this one, with its 95 % interval (None: a single timing).
+    """Seconds of the other run / seconds of this one, with its 95 % interval (None: a single timing).
 
     In turns (`paired`): the median over pairs of timings; else the ratio of the medians. timings: separate ones, of the
     run that has fewer.
@@ -45,21 +57,28 @@ class SpeedUp:
         return f"{self.ratio:.2f}×{mark} {self.interval}".rstrip()
 
 
-def speed_up_over_ar(run: Run, runs: Iterable[Run], machine: Machine | None) -> tuple[SpeedUp | None, Run | None, str]:
+def has_stages(*runs: Run) -> bool:
+    """Return whether all images of these runs were drawn by a diffusion stage, after the AR stage."""
+    return all(image.whole is not None for run in runs for image in run.images.values())
+
+
+def speed_up_over_ar(
+    run: Run, runs: Iterable[Run], machine: Machine | None, seconds: Seconds = latency
+) -> tuple[SpeedUp | None, Run | None, str]:
     """Return the speed-up over the AR run with equal settings, that AR run, and why there is none ('' where there is)."""
     if run.is_ar:
         timed = run.timed(machine)
-        timings = len(_separate(timed.values(), run))
+        timings = len(_separate(timed.values(), run, seconds))
         return (SpeedUp(1.0, None, None, len(timed), timings, False) if timed else None), run, ""
     reference, missing = baseline(run, runs, machine)
     if reference is None:
         named = ", ".join(missing)
         return None, None, named if named == NO_BASELINE else f"the nearest AR run differs in {named}"
-    found = speed_up(run, reference, machine)
+    found = speed_up(run, reference, machine, seconds)
     return (found, reference, "") if isinstance(found, SpeedUp) else (None, reference, found)
 
 
-def speed_up(run: Run, other: Run, machine: Machine | None) -> SpeedUp | str:
+def speed_up(run: Run, other: Run, machine: Machine | None, seconds: Seconds = latency) -> SpeedUp | str:
     """Return how much faster `run` is than `other`, or why no speed-up may be given."""
     if reasons := obstacles(run, other, machine):
         return f"not the same {', '.join(reasons)}"
@@ -67,9 +86,9 @@ def speed_up(run: Run, other: Run, machine: Machine | None) -> SpeedUp | str:
     if reason := disturbances(run, other, pairs):
         return reason
     if paired:
-        both = [(theirs.latency, ours.latency, images) for ours, theirs, images in separate_pairs(pairs)]
+        both = [(seconds(theirs), seconds(ours), images) for ours, theirs, images in separate_pairs(pairs)]
         return SpeedUp(*median_of_ratios(both), images=len(pairs), timings=len(both), paired=True)
-    ours, theirs = (_separate((pair[side] for pair in pairs.values()), (run, other)[side]) for side in (0, 1))
+    ours, theirs = (_separate((pair[side] for pair in pairs.values()), (run, other)[side], seconds) for side in (0, 1))
     timings = min(len(ours), len(theirs))
     return SpeedUp(*ratio_of_medians(theirs, ours), images=len(pairs), timings=timings, paired=False)
 
@@ -110,13 +129,13 @@ def disturbances(run: Run, other: Run, pairs: Pairs) -> str:
     return f"{who}; retime=true in the command that made {made} again, when the machine is quieter"
 
 
-def _separate(images: Iterable[ImageCost], run: Run) -> list[tuple[float, int]]:
-    """Return (median latency, images) of every separate timing: of a batch, with refill of as many images as rows."""
+def _separate(images: Iterable[ImageCost], run: Run, seconds: Seconds) -> list[tuple[float, int]]:
+    """Return (median seconds, images) of every separate timing: of a batch, with refill of as many images as rows."""
     found: dict[tuple[int, int], list[float]] = {}
     rows = int(run.setting("batch_size") or 1) if run.setting("refill") else 1
     for image in images:
         launch, batch = image.batch
-        found.setdefault((launch, batch // rows), []).append(image.latency)
+        found.setdefault((launch, batch // rows), []).append(seconds(image))
     return [(sorted(latencies)[len(latencies) // 2], len(latencies)) for latencies in found.values()]
 
 

@@ -114,6 +114,10 @@ class GenEval(Metric):
         if self.model_config is not None and not find(self.model_config).is_file():
             raise UserError(f"{key}.model_config={self.model_config} does not exist; null takes the one in mmdet.")
 
+    @property
+    def needs_images(self) -> bool:
+        return True
+
     def start(self, run: Snapshot) -> Sequence[Record] | None:
         """Want no image, the tool reads the files; does not apply to other prompts than GenEval's."""
         self._facts = metadata_of(run.folder)

@@ -125,6 +125,10 @@ class ImageReward(Metric):
                 f"{PACKAGES}, and give its interpreter: {key}.python=ENVIRONMENT/bin/python."
             )
 
+    @property
+    def needs_images(self) -> bool:
+        return True
+
     def start(self, run: Snapshot) -> Sequence[Record] | None:
         """Want no image: the other interpreter reads the files itself."""
         return () if run.records else None

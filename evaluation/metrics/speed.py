@@ -22,7 +22,9 @@ from evaluation.timings import newest_timings
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 
-PARTS = ("encode", "prefill", "decode", "image")
+# from prompt to pixels; the last two are both from tokens to pixels, by an image tokeniser or by a diffusion stage, and
+# neither is there with model.pixels=none
+PARTS = ("encode", "prefill", "decode", "image", "diffusion")
 
 
 def step_compression(record: Record) -> float:
@@ -59,7 +61,16 @@ def seconds_per_image(record: Record, *, refill: bool) -> float:
     """
     parts, rows = record["seconds"], record["batch_rows"]
     together = parts["encode"] + parts["prefill"] + parts["decode"]
-    return together / rows + parts["image"] / (1 if refill else rows)
+    pixels = parts.get("image", 0.0) + parts.get("diffusion", 0.0)
+    return together / rows + pixels / (1 if refill else rows)
+
+
+def whole_latency(record: Record) -> float | None:
+    """Return what one waits for an image that a diffusion stage draws: all parts of its batch; None without such a stage.
+
+    Of other models the pixels are a small part, and `latency` is that of the tokens.
+    """
+    return sum(record["seconds"].values()) if "diffusion" in record["seconds"] else None
 
 
 def accepted_histogram(records: Iterable[Record]) -> dict[str, int]:
@@ -92,7 +103,12 @@ class Speed(Metric):
         MetricInfo(name="n_timed", digits=0),
         *(
             MetricInfo(name=name, digits=3, higher_is_better=False, of_machine=True)
-            for name in ("latency_s_median", "latency_s_p95", *(f"seconds_{part}_mean" for part in PARTS))
+            for name in (
+                "latency_s_median",
+                "latency_s_p95",
+                "whole_latency_s_median",
+                *(f"seconds_{part}_mean" for part in PARTS),
+            )
         ),
         MetricInfo(name="images_per_s", digits=3, higher_is_better=True, of_machine=True),
         MetricInfo(name="peak_memory_gb", digits=1, higher_is_better=False, of_machine=True),
@@ -144,7 +160,12 @@ class Speed(Metric):
             "latency_s_p95": float(np.quantile(latency, 0.95)),
             "images_per_s": 1 / fmean(seconds_per_image(record, refill=refill) for record in timed),
         }
-        out |= {f"seconds_{part}_mean": fmean(record["seconds"][part] for record in timed) for part in PARTS}
+        wholes = [whole for record in timed if (whole := whole_latency(record)) is not None]
+        if len(wholes) == len(timed):
+            out["whole_latency_s_median"] = float(np.median(wholes))
+        for part in PARTS:
+            if all(part in record["seconds"] for record in timed):
+                out[f"seconds_{part}_mean"] = fmean(record["seconds"][part] for record in timed)
         if peaks := [launch["peak_memory_gb"] for launch in launches if "peak_memory_gb" in launch]:
             out["peak_memory_gb"] = max(peaks)
         if launches and launches[0].get("hardware"):

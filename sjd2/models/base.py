@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class ImageModel:
     transformer: Any
     full: Any  # the class around it, with head and text embeddings
     codebook: Tensor
+    pixel_part: ClassVar[str] = "image"  # what the seconds from tokens to pixels are called: image, or diffusion
     spec: ModelSpec | None = None  # what it was loaded from; None for a model that was built in place
     vq: Any = None  # its image tokeniser; None where there is none that encodes
 
@@ -87,6 +88,17 @@ class ImageModel:
     def decode(self, tokens: Tensor) -> Tensor:
         """Return pixels of whole images: [B, N] -> uint8 [B, 3, H, W]."""
         raise NotImplementedError
+
+    def draw(self, tokens: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Return pixels of the images of these prompts and sample seeds: [B, N] -> uint8 [B, 3, H, W].
+
+        Tokens alone decide them, except where a diffusion stage draws them: it reads the prompt and starts from noise.
+        """
+        return self.decode(tokens)
+
+    def warm_up_pixels(self, batch: int) -> None:
+        """Run once what `draw` runs for a batch of this size, as first calls are slow; a diffusion stage takes few steps."""
+        self.decode(self.layout.forced().clamp(min=0).to(self.device).expand(batch, -1))
 
     def image_start(self, lengths: Tensor) -> Tensor:
         """Return the position id of the image's first token after prompts of `lengths` tokens: [R] -> [R].

@@ -61,6 +61,7 @@ def lumina(
     revision: str | None = None,
     device_map: str | None = None,
     quantisation: str | None = None,
+    pixels: str = "decode",
 ) -> ChameleonSpec:
     """Describe a Lumina-mGPT checkpoint at one size.
 
@@ -94,5 +95,6 @@ def lumina(
         revision=revision,
         device_map=device_map,
         quantisation=quantisation,
+        pixels=pixels,
         sampling=sampling,
     )

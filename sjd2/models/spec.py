@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sjd2.errors import choose
 from sjd2.files import digest
 from sjd2.models.adapter import Adapter, read_settings
 from sjd2.models.base import ImageModel
 from sjd2.models.hub import WeightSource, check_part, check_source, locate, locate_part
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import LoadOptions
+
+PIXELS = ("decode", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class ModelSpec:
 
     weights: local folder or hub id. vocabulary: V. adapter: folder or hub id of an SJD2 fine-tuning. attention: kernel of
     transformers. revision: of `weights` on the hub. device_map, quantisation: how transformers loads (null: all on one
-    device, in `dtype`). sampling: the model's customary sampling parameters.
+    device, in `dtype`). pixels: decode, or none to sample tokens only. sampling: the model's customary sampling parameters.
     """
 
     name: str
@@ -31,6 +34,7 @@ class ModelSpec:
     revision: str | None = None
     device_map: str | None = None
     quantisation: str | None = None
+    pixels: str = "decode"
     sampling: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -48,6 +52,7 @@ class ModelSpec:
 
     def check(self) -> None:
         """Raise `UserError` if a setting is wrong, or weights are neither here nor on the hub; takes seconds."""
+        choose("model.pixels", self.pixels, PIXELS)
         self.load_options(torch.device("cpu"), torch.float32).check()
         _ = self.layout
         if self.adapter is not None:  # first: it is mostly local, while the next lines may ask the hub

@@ -26,7 +26,7 @@ from sweeps.comparable import common_prompts, groups, quality_reference, same_we
 from sweeps.compare.distances import DistanceGaps, fid_settings
 from sweeps.compare.pair import UNTESTED, compare_pair, enough, gap_numbers
 from sweeps.runs import Run, read_runs
-from sweeps.speedup import SpeedUp, speed_up_over_ar
+from sweeps.speedup import SpeedUp, has_stages, speed_up_over_ar, whole
 from sweeps.tables.formats import Table, markdown
 from sweeps.tables.notes import ADAPTER
 from sweeps.tables.rows import likelihoods
@@ -47,6 +47,7 @@ class AgainstAR:
     kid_missing: str  # why there is no KID
     speedup: SpeedUp | None = None
     speedup_missing: str = ""
+    whole_speedup: SpeedUp | None = None  # of the whole image, where a diffusion stage follows the tokens
 
     @property
     def found(self) -> list[bool]:
@@ -93,9 +94,13 @@ def compare(runs: Sequence[Run], metric: Mapping[str, Any] | None = None) -> Gro
         found.skipped.append(f"{', '.join(unmatched)}: no AR run with the same weights shares two prompts.")
     distances, machine = DistanceGaps(metric), table_machine(runs)
     for run, ar in tested:
-        speedup, _, why = speed_up_over_ar(run, runs, machine)
         line = _against_ar(run, ar, len(tested), distances)
-        found.against_ar.append(replace(line, speedup=None if run.is_ar else speedup, speedup_missing=why))
+        if not run.is_ar:
+            speedup, _, why = speed_up_over_ar(run, runs, machine)
+            line = replace(line, speedup=speedup, speedup_missing=why)
+            if has_stages(run):
+                line = replace(line, whole_speedup=speed_up_over_ar(run, runs, machine, whole)[0])
+        found.against_ar.append(line)
     for first, second in combinations(others, 2):
         if first.adapter == second.adapter and not same_weights(first, second):
             found.skipped.append(f"{second.label} − {first.label}: the model weights differ.")
@@ -155,7 +160,8 @@ def _ar_table(found: GroupComparison) -> Table:
     shown = f" ({level})" if any(row.found for row in rows) else ""
     header = ["minus AR", "lossless", "N", f"Δ NLL/token{shown}", "p", "differs"]
     header += [f"Δ KID{shown}", "p", "differs"] if names else []
-    header += ["speed-up (95 %)"]
+    stages = any(row.whole_speedup for row in rows)
+    header += ["AR stage speed-up (95 %)", "whole speed-up (95 %)"] if stages else ["speed-up (95 %)"]
     cells = []
     for row in rows:
         mark = "" if same_weights(row.run, row.reference) else " †"
@@ -165,7 +171,9 @@ def _ar_table(found: GroupComparison) -> Table:
             own = f" (N={_n(row.kid, 0)})" if row.kid and _n(row.kid, 0) != line[2] else ""
             first, *rest = _tested(row.kid, 5)
             line += [first + own, *rest]
-        cells.append([*line, row.speedup.text(mark.strip()) if row.speedup else "–" * bool(row.speedup_missing)])
+        for speedup in (row.speedup, row.whole_speedup)[: 1 + stages]:
+            line.append(speedup.text(mark.strip()) if speedup else "–" * bool(row.speedup_missing))
+        cells.append(line)
     notes = [_verdict(rows)]
     few = [row.run.label for row in rows if row.nll and not enough(row.nll)]
     if few and shown:
@@ -230,7 +238,7 @@ def group_json(found: GroupComparison) -> dict[str, Any]:
         line |= {"same_weights": same_weights(row.run, row.reference)}
         for name, gap in (("nll_per_token", row.nll), ("kid", row.kid)):
             line |= {name: gap_numbers(gap) | ({"differs": gap.differs} if enough(gap) else {})} if gap else {}
-        line |= speedup_numbers(row.speedup)
+        line |= speedup_numbers(row.speedup) | speedup_numbers(row.whole_speedup, "whole_")
         against.append(line | ({"kid_extractor": row.extractor} if row.kid else {"kid_missing": row.kid_missing}))
     pairs = [
         {"run": pair.second.path.name, "minus": pair.first.path.name, "label": pair.second.label}

@@ -22,7 +22,7 @@ from sjd2.files import write_atomically
 from sweeps.comparable import groups, same_but_adapter, same_weights, table_machine
 from sweeps.compare.distances import DistanceGaps
 from sweeps.runs import Run, flatten_settings, read_run
-from sweeps.speedup import SpeedUp, comparable_timings, speed_up
+from sweeps.speedup import SpeedUp, comparable_timings, has_stages, speed_up, whole
 from sweeps.tables.formats import Table, markdown
 from sweeps.tables.notes import FEW
 from sweeps.tables.rows import likelihoods
@@ -88,6 +88,7 @@ class PairComparison:
     tests: int = 0  # the number that intervals and p-values are corrected for
     tokens: TokenMatch | None = None
     speedup: SpeedUp | None = None  # of the second run over the first
+    whole_speedup: SpeedUp | None = None  # of the whole image, where a diffusion stage follows the tokens
     measures: list[Measure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -195,6 +196,8 @@ def _latencies(found: PairComparison) -> list[dict[Id, float]]:
         found.skipped.append(f"latency: {speedup}")
         return []
     found.speedup = speedup
+    if has_stages(first, second) and isinstance(both := speed_up(second, first, machine, whole), SpeedUp):
+        found.whole_speedup = both
     if any(run.setting("refill") and run.setting("batch_size") != 1 for run in found.runs):
         found.skipped.append("latency: the rows of a refilled batch share their passes, so there is no separate timing")
         return []
@@ -264,7 +267,10 @@ def verdict(found: PairComparison) -> list[str]:
         apart = (
             "" if found.speedup.paired else ", not timed in turns: it includes any change of the machine between them"
         )
-        words.append(f"Speed-up of B over A: {found.speedup.text()} (95 %){apart}.")
+        stages = (
+            "" if found.whole_speedup is None else f" of the AR stage, {found.whole_speedup.text()} of the whole image"
+        )
+        words.append(f"Speed-up of B over A: {found.speedup.text()}{stages} (95 %){apart}.")
     return words
 
 
@@ -313,7 +319,7 @@ def pair_json(found: PairComparison) -> dict[str, Any]:
     about = {"a": str(found.runs[0].path), "b": str(found.runs[1].path), "tests": found.tests}
     about |= {"measures": [_numbers(measure) for measure in found.measures]}
     about |= {"settings": found.settings, "provenance": found.provenance, "skipped": found.skipped}
-    about |= speedup_numbers(found.speedup)
+    about |= speedup_numbers(found.speedup) | speedup_numbers(found.whole_speedup, "whole_")
     return about | ({"tokens": asdict(found.tokens)} if found.tokens else {})
 
 

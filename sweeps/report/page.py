@@ -167,7 +167,10 @@ def tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         found.append((f"{best.compression_all:.2f}{ends}", what, best))
     if faster := [(row.speedup, row) for row in fair if row.speedup is not None]:
         speedup, best = max(faster, key=lambda pair: pair[0].ratio)
-        found.append((speedup.text(), "the speed of AR, by the fastest lossless decoder on this hardware", best))
+        stage = "" if best.whole_speedup is None else f" (AR stage; whole image {best.whole_speedup.text()})"
+        found.append(
+            (speedup.text(), f"the speed of AR, by the fastest lossless decoder on this hardware{stage}", best)
+        )
     images = sum(row.n for row in rows)
     whole = [(f"{images:,}", f"image{'s' * (images != 1)} in {len(rows)} run{'s' * (len(rows) != 1)}", "")]
     return [(value, what, row.run.label) for value, what, row in found] + whole
@@ -228,6 +231,8 @@ def _images(section: Section) -> None:
     place = {id(row.run): index for index, row in enumerate(section.rows)}
     runs, ids = same_seeds([row.run for row in section.rows])
     runs, ids = runs[:COLUMNS_MAX], ids[:GRID_ROWS]
+    if not runs:  # tokens without images
+        return
     columns = [list(run.folder.images(ids)) for run in runs]
     section.grid_runs = [(place[id(run)], run) for run in runs]
     section.prompts = [

@@ -75,7 +75,7 @@ def make_race(runs: Sequence[Run]) -> Race | None:
     Raises UserError if an image cannot be read.
     """
     traced = {run.path: [key for key in run.folder.traces() if key in run.images] for run in runs}
-    chosen = [(index, run) for index, run in enumerate(runs) if traced[run.path]]
+    chosen = [(index, run) for index, run in enumerate(runs) if traced[run.path] and run.drawn]
     if not chosen:
         return None
     ids = _shared(list(traced.values()))

@@ -137,8 +137,11 @@ def _grid(rows: Sequence[Row], path: Path, title: str) -> str:
 def same_seeds(runs: Sequence[Run]) -> tuple[list[Run], list[Id]]:
     """Return the runs that share images made from the same seeds, and the ids of those images, first repeats first.
 
-    Runs with another `seed=`, and runs without an image in common with the others, are left out.
+    Runs with another `seed=`, runs without an image in common with the others, and tokens without images are left out.
     """
+    runs = [run for run in runs if run.drawn]
+    if not runs:
+        return [], []
     seeds = Counter(run.identity.get("seed") for run in runs)
     same = [run for run in runs if run.identity.get("seed") == seeds.most_common(1)[0][0]]
     common: set[Id] = set(same[0].images)

@@ -28,6 +28,14 @@ INTERVALS = (
 )
 KID = "KID is the mean over random subsets (torchmetrics), here and in stage=compare."
 FEW = 16  # images below which a bootstrap over prompts and a standard error are unreliable
+STAGES = (
+    "AR stage: prefill and decoding of an image's tokens. Diffusion: from the tokens of a batch to its pixels, one image "
+    "after the other, the same work for every decoder. Whole image: from prompt to pixels of its batch; its speed-up is "
+    "measured as that of the AR stage is."
+)
+TOKENS_ONLY = (
+    "Tokens only: model.pixels=none turns no tokens into images; images/s counts images whose tokens are complete."
+)
 SHORT = 3  # up to so many rows a note names them one by one even if it means all
 ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same model without one."
 
@@ -35,6 +43,10 @@ ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same mod
 def notes(rows: Sequence[Row], machine: Machine | None) -> list[str]:
     """Return the notes below a table, warnings last."""
     found = [_times(rows, machine), COUNTS + (FREE if has_forced_tokens(rows) else NO_FORCED)]
+    if any(row.whole_s is not None for row in rows):
+        found.append(STAGES)
+    if not all(row.run.drawn for row in rows):
+        found.append(TOKENS_ONLY)
     if any(not row.run.lossless for row in rows):
         found.append(LOSSY)
     if any(row.nll_difference or row.compression_error or "kid_std" in row.metrics for row in rows):

@@ -19,7 +19,7 @@ from evaluation.run_folder import Id
 from evaluation.score import MetricInfo, read_scores
 from sweeps.comparable import quality_reference, same_weights
 from sweeps.runs import ImageCost, Machine, Run
-from sweeps.speedup import SpeedUp, speed_up_over_ar
+from sweeps.speedup import SpeedUp, speed_up_over_ar, whole
 
 if TYPE_CHECKING:
     from evaluation.statistics import Difference
@@ -44,6 +44,9 @@ class Row:
     timings: int  # the number of separate timings: images of one batch are timed together
     speedup: SpeedUp | None
     speedup_missing: str  # why there is no speed-up; empty where there is one, or where the run is AR itself
+    diffusion_s: float | None  # median seconds of the diffusion stage of a batch; None where the model has none
+    whole_s: float | None  # median seconds from prompt to pixels of a batch, where there is a diffusion stage
+    whole_speedup: SpeedUp | None
     other_adapter: bool  # the AR run beside it has no adapter
     nll_per_token: float | None
     nll_difference: Difference | None
@@ -123,6 +126,9 @@ def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
         timings=len({image.batch for image in timed.values()}),
         speedup=None,
         speedup_missing="",
+        diffusion_s=_median([image.diffusion for image in timed.values()]),
+        whole_s=_median([image.whole for image in timed.values()]),
+        whole_speedup=None,
         other_adapter=False,
         nll_per_token=float(np.mean(list(likely.values()))) if likely else None,
         nll_difference=None,
@@ -137,6 +143,12 @@ def likelihoods(run: Run) -> dict[Id, float]:
     if any(image.nll is None for image in run.images.values()):
         return {}
     return {key: image.nll / image.tokens for key, image in run.images.items() if image.nll is not None}
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+    """Return the median; None if there is no value, or one is missing."""
+    known = [value for value in seconds if value is not None]
+    return float(np.median(known)) if known and len(known) == len(seconds) else None
 
 
 def _spread(images: Iterable[ImageCost]) -> float | None:
@@ -156,6 +168,8 @@ def standard_error(values: Mapping[Id, float]) -> float | None:
 
 def _add_speedup(row: Row, runs: Sequence[Run], machine: Machine | None) -> None:
     row.speedup, reference, row.speedup_missing = speed_up_over_ar(row.run, runs, machine)
+    if row.whole_s is not None:
+        row.whole_speedup, _, _ = speed_up_over_ar(row.run, runs, machine, whole)
     row.other_adapter = row.speedup is not None and reference is not None and not same_weights(row.run, reference)
 
 

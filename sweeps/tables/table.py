@@ -31,7 +31,7 @@ from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
 from sweeps.tables.published import Published, select
 from sweeps.tables.rows import FEWEST_PROMPTS, Row, make_rows
-from sweeps.tables.terminal import show
+from sweeps.tables.terminal import AR_STAGE, show
 
 if TYPE_CHECKING:
     from evaluation.statistics import Difference
@@ -79,6 +79,10 @@ def _latency(row: Row) -> str:
     return f"{_significant(row.latency_s)}{error}"
 
 
+def _speedup(row: Row, speedup: SpeedUp | None) -> str:
+    return speedup.text("†" * row.other_adapter) if speedup else "–" * bool(row.speedup_missing)
+
+
 def _nll(row: Row) -> str:
     text, gap = _number(row.nll_per_token, 3) or "–", row.nll_difference
     return f"{text} ({_difference(gap)})" if gap else text
@@ -91,6 +95,7 @@ def _difference(gap: Difference) -> str:
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns of a table: what follows from records, times and AR, then what metrics declare."""
     forced = has_forced_tokens(rows)
+    stages = any(row.whole_s is not None for row in rows)
     found = [
         Column("decoder", lambda row: row.run.label, "label", always=True),
         Column("lossless", lambda row: "yes" if row.run.lossless else "**lossy**", "lossless", always=True),
@@ -98,13 +103,16 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("batch", lambda row: str(row.run.setting("batch_size")), "batch_size", always=True),
         Column("passes", _passes, "forwards_mean", always=True),
         Column("step compression", lambda row: _compression(row, forced), "step_compression", always=True),
-        Column("latency s", _latency, "latency_s_median", always=True),
+        Column(AR_STAGE["latency s"] if stages else "latency s", _latency, "latency_s_median", always=True),
         Column(
-            "speed-up",
-            lambda row: row.speedup.text("†" * row.other_adapter) if row.speedup else "–" * bool(row.speedup_missing),
+            AR_STAGE["speed-up"] if stages else "speed-up",
+            lambda row: _speedup(row, row.speedup),
             "speedup",
             always=True,
         ),
+        Column("diffusion s", lambda row: _significant(row.diffusion_s), "diffusion_s_median"),
+        Column("whole image s", lambda row: _significant(row.whole_s), "whole_latency_s_median"),
+        Column("whole speed-up", lambda row: _speedup(row, row.whole_speedup) * stages, "whole_speedup"),
         Column("images/s", lambda row: _significant(row.images_per_s), "images_per_s"),
         Column("NLL/token (Δ to AR)", _nll, "nll_per_token"),
         *_declared_columns(rows),
@@ -165,6 +173,7 @@ def title(run: Run) -> str:
     model, prompts = run.config["model"], run.config.get("prompts") or {}
     sampling = {key: value for key, value in run.sampling if not (key == "top_k" and value == 0)}
     name = " ".join(str(model[key]) for key in ("name", "size") if model.get(key) is not None)
+    name += "" if run.drawn else ", tokens only,"
     words = ", ".join(f"{key}={value}" for key, value in sampling.items())
     return f"{name} on {prompts.get('name', 'prompts')} ({words})"
 
@@ -254,6 +263,9 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
         "latency_s_p95": row.latency_p95_s,
         "images_per_s": row.images_per_s,
         **speedup_numbers(row.speedup),
+        "diffusion_s_median": row.diffusion_s,
+        "whole_latency_s_median": row.whole_s,
+        **speedup_numbers(row.whole_speedup, "whole_"),
         "nll_per_token": row.nll_per_token,
     }
     differences = [("nll_per_token", gap)] if gap else []
@@ -270,13 +282,17 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and key != "n_images"}
 
 
-def speedup_numbers(speedup: SpeedUp | None) -> dict[str, Any]:
-    """Return a speed-up, its 95 % interval and what it rests on under the names of the CSV; {} where there is none."""
+def speedup_numbers(speedup: SpeedUp | None, prefix: str = "") -> dict[str, Any]:
+    """Return a speed-up, its 95 % interval and what it rests on under the names of the CSV; {} where there is none.
+
+    prefix: before each name, "whole_" for the speed-up of whole images.
+    """
     if speedup is None:
         return {}
     ends = {"speedup_low": speedup.low, "speedup_high": speedup.high}
     counts = {"speedup_images": speedup.images, "speedup_timings": speedup.timings}
-    return {"speedup": speedup.ratio, **ends, **counts, "speedup_in_turns": speedup.paired}
+    found = {"speedup": speedup.ratio, **ends, **counts, "speedup_in_turns": speedup.paired}
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -22,7 +22,11 @@ from rich.cells import cell_len, set_cell_size
 from harness.console import answer
 from sweeps.tables.formats import unescape
 
-COSTS = ("lossless", "passes", "step compression", "latency s", "speed-up")  # of the first block, in this order
+# headings of a table whose model has a diffusion stage, for which "latency" and "speed-up" would be ambiguous
+AR_STAGE = {"latency s": "AR stage s", "speed-up": "AR stage speed-up"}
+WHOLE = ("diffusion s", "whole image s", "whole speed-up")
+# of the first block, in this order
+COSTS = ("lossless", "passes", "step compression", *AR_STAGE, *AR_STAGE.values(), *WHOLE)
 OTHER_COSTS = ("N", "batch", "images/s")  # after them; N and batch only where they differ between the rows
 # what no line break separates: "[low, high]", "± 0.02", "+ 61.0", "score ↑", "latency s"
 ATOM = re.compile(r"\[[^\]]*\]\S*|[±+−/] \S+|\S+(?: (?:[↑↓]|s)(?!\S))?")
@@ -138,7 +142,7 @@ def layout(table: PageTable, width: int) -> Iterator[str]:
 def _order(table: PageTable) -> tuple[list[str], list[int]]:
     """Return what all rows share as words ('N 24'), and the columns to show, costs before quality."""
     places = {title: place for place, title in enumerate(table.header)}
-    if "speed-up" not in places:
+    if not places.keys() & {"speed-up", AR_STAGE["speed-up"]}:
         return [], list(range(len(table.header)))
     shared = {
         title: table.rows[0][places[title]]

@@ -21,7 +21,7 @@ from evaluation.run_folder import RunFolder
 from evaluation.score import Metric
 from harness import job
 from harness.console import say, sentence
-from harness.plan import build_metrics, make_plan
+from harness.plan import build_metrics, draws, make_plan
 from harness.provenance import hardware
 from harness.recompose import OWN, recompose
 from sjd2.config import choices, instantiate
@@ -314,6 +314,6 @@ def stage(cfg: DictConfig) -> Path:
     if cfg.get("tune") is None:
         valid = choices("tune")
         raise UserError(f"stage=tune needs a search: tune={' or tune='.join(valid) or 'NAME'}.")
-    tune, metrics = instantiate(cfg.tune), build_metrics(cfg)
+    tune, metrics = instantiate(cfg.tune), build_metrics(cfg, images=draws(cfg))
     tune.check()
     return Search(cfg, tune, metrics, Path(cfg.runs_dir) / f"tune-{tune.name}").run()

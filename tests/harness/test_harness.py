@@ -214,6 +214,29 @@ def test_the_run_folder(cli: Cli) -> None:
     assert cli.out.splitlines()[-1] == f"run folder: {run.path}"
 
 
+def test_tokens_without_images(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.helpers.toy_spec.SlowToy.decode", None)
+    assert cli("decoder=sjd", "model.pixels=none", "limit=4", "evaluation=tiny") == 0
+    assert (
+        "tokens without images (model.pixels=none): fid, clip, alignment cannot be measured and are left out" in cli.out
+    )
+    assert "grid.png" not in cli.out
+    run, base = cli.run("sjd"), cli.run("ar")
+    for found in (run, base):
+        assert len(found.records()) == len(list((found.path / "tokens").iterdir())) == 4
+        assert not {"images", "grid.png"} & {path.name for path in found.path.iterdir()}
+        assert {tuple(r["seconds"]) for r in found.records()} == {("encode", "prefill", "decode")}
+        assert not [r for r in found.records() if "image" in r]
+        assert {"seconds_decode_mean", "nll_per_token"} <= found.metrics.keys()
+        assert not {"seconds_image_mean", "fid", "kid"} & found.metrics.keys()
+    assert run.identity["pixels"] == "none"
+    assert cli("stage=score", f"run_dir={run.path}", "evaluation=tiny") == 0
+    assert "fid, clip, alignment cannot be measured" in cli.out
+    assert cli("stage=table") == 0
+    assert "## toy, tokens only, on shapes" in cli.out
+    assert "Skipped" not in cli.out
+
+
 def test_the_warm_up_is_short_and_leaves_no_record(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
 

@@ -42,11 +42,13 @@ def make(
     threads: int = 2,
     drafts: int = 0,
     launch: dict[str, Any] | None = None,
+    pixels: dict[str, float] | None = None,
     **changes: Any,
 ) -> Path:
     """Write a run folder of n prompts in batches of 2; batch b takes latency + b seconds, image i has nll + i nats.
 
-    latency: of the first batch, or one per batch. launch: more of what the launch reports of itself.
+    latency: of the first batch, or one per batch. launch: more of what the launch reports of itself. pixels: seconds from
+    tokens to pixels; {} for tokens alone.
     """
     took = latency if isinstance(latency, Sequence) else [latency + b for b in range(n)]
     settings = {"name": decoder, "lossless": lossless, "window": 1 if decoder == "ar" else 9} | changes.pop("parts", {})
@@ -54,7 +56,9 @@ def make(
     law = LAW | changes.pop("law", {})
     digest = "base" if spec["adapter"] is None else "tuned"
     prompts = {"digest": changes.pop("prompts", "p1"), "repeats": 1}
+    pixels = {"image": 0.5} if pixels is None else pixels
     rest = {"seed": 0, "batch_size": 2, "refill": False, "dtype": "float32"} | changes
+    rest |= {} if pixels else {"pixels": "none"}
     known = identity(model=spec, digest=digest, decoder=settings, law=law, prompts=prompts, **rest)
     run = a_run(
         runs_dir / f"toy-{decoder}-{known['id']}",
@@ -69,7 +73,7 @@ def make(
         draft_forwards=drafts,
         accepted=[list(accepted)] * n,
         nll=[nll + i for i in range(n)],
-        seconds=[{"encode": 0.5, "prefill": 0.25, "decode": took[i // 2] - 0.25, "image": 0.5} for i in range(n)],
+        seconds=[{"encode": 0.5, "prefill": 0.25, "decode": took[i // 2] - 0.25, **pixels} for i in range(n)],
     )
     if metrics is not None:
         (run.path / "metrics.json").write_text(json.dumps({"n_images": n, "protocol": {}} | metrics))

@@ -36,6 +36,7 @@ class ToySpec:
     vocabulary: int
     weights: str | None = None
     adapter: str | None = None
+    pixels: str = "decode"
     sampling: Mapping[str, Any] | None = None
 
     @property

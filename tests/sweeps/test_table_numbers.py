@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.metrics.speed import Speed
 from evaluation.run_folder import RunFolder
-from evaluation.score import keep_scores
+from evaluation.score import keep_scores, score
+from sweeps.compare.pair import compare_two, verdict
+from sweeps.runs import read_run
 from sweeps.tables import figures
 from sweeps.tables.rows import standard_error
 from tests.helpers.table_runs import CPU, TOKENS, ar, cells, make, table
@@ -54,6 +57,38 @@ def test_every_number_of_two_runs(tmp_path: Path) -> None:
     assert text.count("Warning: speed-ups of sjd rest on 2 timings each") == 1
     assert text.count("Warning: sjd and AR were not timed in turns") == 1
     assert text.count("Warning") == 3
+
+
+def test_a_diffusion_stage_has_seconds_and_a_speed_up_of_its_own(tmp_path: Path) -> None:
+    stages = {"pixels": {"diffusion": 3.5}}
+    sjd, base = make(tmp_path / "runs", "sjd", **stages), ar(tmp_path / "runs", **stages)
+    text, (_, ours) = table(tmp_path, sjd, base)
+    shown = cells(text, "sjd")
+    assert (shown["AR stage s"], shown["AR stage speed-up"]) == ("1.5 ± 0.71", "3.00× [2.00, 5.00]")
+    assert (shown["diffusion s"], shown["whole image s"]) == ("3.5", "5.5")  # 0.5 s of encoding
+    assert shown["whole speed-up"] == "1.55× [1.33, 1.80]"  # from 8 / 6 to 9 / 5
+    assert (ours["speedup"], float(ours["whole_speedup"]), ours["whole_speedup_timings"]) == ("3.0", 8.5 / 5.5, "2")
+    assert (ours["diffusion_s_median"], ours["whole_latency_s_median"]) == ("3.5", "5.5")
+    assert float(ours["images_per_s"]) == 4 / (5 + 6)
+    assert "one image after the other, the same work for every decoder" in text
+    found = score(RunFolder(sjd), {"speed": Speed()})
+    assert (found["seconds_diffusion_mean"], found["whole_latency_s_median"]) == (3.5, 5.5)
+    assert "seconds_image_mean" not in found
+    pair = compare_two(read_run(base), read_run(sjd))
+    assert (
+        "Speed-up of B over A: 3.00× [2.00, 5.00] of the AR stage, 1.55× [1.33, 1.80] of the whole image"
+        in " ".join(verdict(pair))
+    )
+
+
+def test_tokens_without_images_have_a_table_of_their_own(tmp_path: Path) -> None:
+    both = [{}, {"pixels": {}}]
+    text, rows = table(
+        tmp_path, *(write(tmp_path / "runs", **s) for s in both for write in (ar, lambda to, **s: make(to, "sjd", **s)))
+    )
+    assert text.count("## toy on shapes") == text.count("## toy, tokens only, on shapes") == 1
+    assert [row["speedup"] for row in rows] == ["1.0", "3.0"] * 2
+    assert text.count("Tokens only: model.pixels=none") == 1
 
 
 def test_standard_error_counts_repeats_of_a_prompt_once() -> None:
