@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
@@ -136,13 +137,13 @@ def upsampled(codes: Tensor) -> Tensor:
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     """Load the pipeline without its AR stage. Raises `UserError` where files do not fit, or lack a tensor."""
-    from diffusers import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DModel
     from transformers import T5EncoderModel
 
+    diffusers: Any = importlib.import_module("diffusers")  # its classes are loaded lazily, which no type checker sees
     loaders: dict[str, Any] = {
         "text_encoder": partial(T5EncoderModel.from_pretrained, dtype=dtype),
-        "transformer": partial(GlmImageTransformer2DModel.from_pretrained, torch_dtype=dtype),
-        "vae": partial(AutoencoderKL.from_pretrained, torch_dtype=dtype),
+        "transformer": partial(diffusers.GlmImageTransformer2DModel.from_pretrained, torch_dtype=dtype),
+        "vae": partial(diffusers.AutoencoderKL.from_pretrained, torch_dtype=dtype),
     }
     parts: dict[str, Any] = {"vision_language_encoder": None, "processor": None}
     try:
@@ -151,7 +152,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             parts[name], found = load(folder / name, local_files_only=True, output_loading_info=True)
             if missing := sorted(found["missing_keys"]):
                 raise UserError(f"{KEY}={folder} lacks {len(missing)} of the {name}'s tensors, e.g. {missing[0]}.")
-        return GlmImagePipeline.from_pretrained(folder, local_files_only=True, **parts)
+        return diffusers.GlmImagePipeline.from_pretrained(folder, local_files_only=True, **parts)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:

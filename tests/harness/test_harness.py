@@ -214,6 +214,7 @@ def test_the_run_folder(cli: Cli) -> None:
     assert cli.out.splitlines()[-1] == f"run folder: {run.path}"
 
 
+@pytest.mark.full
 def test_tokens_without_images(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.helpers.toy_spec.SlowToy.decode", None)
     assert cli("decoder=sjd", "model.pixels=none", "limit=4", "evaluation=tiny") == 0
