@@ -45,7 +45,7 @@ class Lookup(Drafter):
     def _match(self, state: State, last: Tensor) -> Tensor:
         """Return how many positions before the last token [B, 1] the best match ends: [B, 1], at least 1."""
         layout = state.model.layout
-        total, stride = layout.length, layout.stride
+        total, stride = layout.length, layout.strides(last)
         place = torch.arange(total, device=last.device)
         back = last - place  # [B, N]
         run = torch.ones_like(back, dtype=torch.bool)

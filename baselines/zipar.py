@@ -24,6 +24,7 @@ from sjd2.decoding.verify import EXACT
 from sjd2.errors import UserError
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import RowCache, additive
+from sjd2.models.spec import ModelSpec
 
 
 class RasterCache(RowCache):
@@ -248,6 +249,13 @@ class ZipAR(BaseDecoder):
             raise UserError(f"decoder.window_size must be 1 or more, got {self.window_size}.")
         if self.lossless:
             raise UserError("ZipAR draws tokens before their context is complete; set decoder.lossless=false.")
+
+    def check(self, spec: ModelSpec) -> None:
+        if spec.layout.preview is not None:
+            raise UserError(
+                f"decoder '{self.name}' lets the rows of one grid overlap, and {spec.name} draws a preview before its grid; "
+                "use another decoder."
+            )
 
     @property
     def window(self) -> int:

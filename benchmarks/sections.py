@@ -238,7 +238,7 @@ class Bench:
     def pixels(self, batch: int) -> Iterator[Row]:
         """Yield one row: milliseconds of the image decoder."""
         layout = self.plan.layout
-        codes = torch.randint(layout.vocabulary, (batch, layout.rows * layout.columns), device=self.device)
+        codes = torch.randint(layout.vocabulary, (batch, layout.num_codes), device=self.device)
         tokens = layout.tokens(codes)
         found = time_call(self.device, lambda: self.model.decode(tokens), warm=1, least=2, most=5)
         yield {"batch": batch, "ms": found.ms, "n": found.n}

@@ -74,12 +74,12 @@ def acceptance_map(run: Snapshot, layout: TokenGrid, window: int) -> None:
 
     pyplot.rcParams["text.usetex"] = False  # whatever the user's matplotlibrc says
     mean = np.mean([waiting(record["accepted"], window) for record in records], axis=0)
-    free = np.asarray(layout.free)
+    shown = np.asarray(layout.shown)
     plot, axes = pyplot.subplots(figsize=(4.8, 4), layout="constrained")
-    shown = axes.imshow(mean[free].reshape(layout.rows, layout.columns), cmap="viridis")
+    drawn = axes.imshow(mean[shown].reshape(layout.rows, layout.columns), cmap="viridis")
     axes.set_title(f"passes a position waits in the window\nmean of {len(records)} images")
     axes.set(xlabel="column", ylabel="row")
-    plot.colorbar(shown, ax=axes)
+    plot.colorbar(drawn, ax=axes)
     buffer = io.BytesIO()
     plot.savefig(buffer, format="png", dpi=120)
     pyplot.close(plot)

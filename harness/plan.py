@@ -37,7 +37,7 @@ class Plan:
 
     run: RunFolder
     identity: dict[str, Any]
-    spec: Any  # the model without its weights: name, layout, check(), digest(), load(device, dtype)
+    spec: Any  # the model without its weights: a `ModelSpec`, or what has its methods
     decoder: BaseDecoder
     sampling: SamplingParams
     prompts: Prompts
@@ -64,6 +64,7 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     decoder = instantiate(cfg.decoder)
     spec = instantiate(cfg.model)
     sampling.check(spec.vocabulary)
+    spec.check_guidance(sampling.guidance_scale)
     _ = prompts.texts
     # before spec.check(), which may ask the hub: a decoder that lacks its fine-tuning is reported at once
     decoder.check(spec)

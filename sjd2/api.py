@@ -180,6 +180,8 @@ def generate(
         decoder.check(spec)
         chosen = dict(spec.sampling) | chosen
     sampling = SamplingParams(**chosen)
+    if spec is not None:
+        spec.check_guidance(sampling.guidance_scale)
     decoder.check_sampling(sampling)
     sampling.check(model.layout.vocabulary)
     seeds = [sample_seed(seed, index, 0) for index in range(len(prompts))]

@@ -106,12 +106,12 @@ class EagleHead(nn.Module):
 
         attention: an `attention_mask`, or what the cache's `window` returned.
         """
-        x = self.fc(torch.cat([embeds, states], -1))
+        x, model = self.fc(torch.cat([embeds, states], -1)), self._model[0]
         out = self.layer(
             x,
             position_ids=positions,
             use_cache=cache is not None,
-            position_embeddings=self._model[0].transformer.rotary_emb(x, position_ids=positions),
+            position_embeddings=model.transformer.rotary_emb(x, position_ids=model.rotary_ids(positions)),
             **{self._cache_argument: cache},
             **attention,
         )

@@ -1,6 +1,6 @@
 """EAGLE's training: the head learns the model's states one token ahead, from its own predictions too if it is unrolled.
 
-# B samples, R rows, P prompt tokens, N image-phase tokens, V image vocabulary, D width
+# B samples, R rows, P prompt tokens, N image-phase tokens, L codes of an image, V image vocabulary, D width
 Pair j of an image joins token x_j with the state that predicted it, H_j, to predict H_{j+1}: the distribution of x_{j+1}.
 """
 
@@ -187,7 +187,7 @@ class FinetuneEagle(ParallelRecipe):
         scales: Tensor,
         seeds: Sequence[int],
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Return the loss and its parts at depth 1: codes [B, rows * columns], scales [B]; seeds: one, or one per sample."""
+        """Return the loss and its parts at depth 1: codes [B, L], scales [B]; seeds: one, or one per sample."""
         draws = Draws(seeds, len(codes))
         tokens = model.layout.tokens(codes.to(model.device))
         pairs = make_pairs(model, *self._rows(model, prompts, tokens, draws))

@@ -47,9 +47,11 @@ class Jacobi(Drafter):
         size = tokens.shape[1]
         board = state.tokens.scatter(1, positions.clamp(max=state.tokens.shape[1] - 1), tokens)
         known = positions[:, :1] + (~fresh).sum(1, keepdim=True)  # [B, 1] first position without a token
-        step = 1 if self.init == "left" else state.model.layout.stride
+        layout = state.model.layout
+        step = 1 if self.init == "left" else layout.strides(positions)
+        first = 0 if self.init == "left" else layout.tops(positions)
         # a source may itself be fresh: walk on by whole steps until it is a known token
         hops = torch.div(positions - known, step, rounding_mode="floor").clamp(min=0) + 1
         source = positions - hops * step
-        copied = fresh & (source >= 0) & (torch.arange(size, device=tokens.device) > 0)
+        copied = fresh & (source >= first) & (torch.arange(size, device=tokens.device) > 0)
         return torch.where(copied, board.gather(1, source.clamp(min=0)), tokens), copied

@@ -1,6 +1,6 @@
 """SJD2's fine-tuning: predict the next clean token from inputs that carry noise (arXiv 2510.08994, section 4.1).
 
-# B samples, P prompt tokens, N image-phase tokens, K levels, T timestep tokens, V image vocabulary, D width
+# B samples, P prompt tokens, N image-phase tokens, L codes, K levels, T timestep tokens, V image vocabulary, D width
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class FinetuneSJD2(ParallelRecipe):
         gate: bool = True,
         count: int | None = None,
     ) -> Tensor:
-        """Return the mean cross-entropy of the clean next token given noisy inputs: codes [B, rows * columns] -> scalar.
+        """Return the mean cross-entropy of the clean next token given noisy inputs: codes [B, L] -> scalar.
 
         seeds: one, or one per sample. steps: K (None: drawn from `levels`). gate=False leaves the adapter out. count: divide
         the sum by this number of tokens instead of this batch's own.

@@ -52,6 +52,7 @@ class ImageModel:
     pixel_part: ClassVar[str] = "image"  # what the seconds from tokens to pixels are called: image, or diffusion
     spec: ModelSpec | None = None  # what it was loaded from; None for a model that was built in place
     vq: Any = None  # its image tokeniser; None where there is none that encodes
+    encoded_size: tuple[int, int] | None = None  # pixels (H, W) that `vq` encodes; None: those that `decode` returns
 
     def __init__(self, transformer: nn.Module, layout: TokenGrid) -> None:
         self.transformer = transformer
@@ -107,6 +108,13 @@ class ImageModel:
         """
         return lengths
 
+    def rotary_ids(self, positions: Tensor) -> Tensor:
+        """Return the position ids that the transformer takes for ours: [R, S] -> [R, S], or [axes, R, S].
+
+        Ours count from 0 in the prompt and from `image_start` in the image, one by one.
+        """
+        return positions
+
     def cache(self, rows: int, capacity: int) -> RowCache:
         """Return an empty cache for `rows` model rows of up to `capacity` tokens."""
         layers = self.transformer.config.get_text_config().num_hidden_layers
@@ -142,7 +150,7 @@ class ImageModel:
             self.adapter.set_gate(gate)
         hidden = self.transformer(
             inputs_embeds=x,
-            position_ids=positions,
+            position_ids=self.rotary_ids(positions),
             use_cache=cache is not None,
             **{self._cache_argument: cache},
             **attention,

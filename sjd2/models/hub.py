@@ -17,6 +17,7 @@ from sjd2.models.tensors import header_size, read_header, shard_index, shard_nam
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(\S+\.(?:safetensors|ckpt|pth|pt|bin|json))")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt")
 TIMEOUT = 10.0  # seconds to wait for the hub's answer
 CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")  # http libraries that versions of the hub's client use
 
@@ -28,6 +29,7 @@ class WeightSource:
     where: a local path, a hub id (owner/name), or one file of a hub repository (owner/name/path/file.ckpt). key: the setting
     that names it, e.g. "model.vq_weights". required: files that a folder must hold. patterns: what is fetched from the hub.
     may_be_file: `where` may be one file. file_inside: the one file to take from a hub repository or folder with several.
+    subfolder: where in the repository or folder this part lies; `required` and `patterns` are relative to it.
     """
 
     where: str
@@ -37,6 +39,7 @@ class WeightSource:
     revision: str | None = None
     may_be_file: bool = False
     file_inside: str | None = None
+    subfolder: str | None = None
 
     def __str__(self) -> str:
         return f"{self.key}={self.where}"
@@ -56,7 +59,15 @@ class WeightSource:
     @property
     def wanted(self) -> tuple[str, ...]:
         """Return the patterns of the files to fetch."""
-        return (self.file,) if self.file else self.patterns
+        return (self.file,) if self.file else tuple(map(self.below, self.patterns))
+
+    def below(self, name: str) -> str:
+        """Return a name of this part as the repository has it."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def inside(self, root: Path) -> Path:
+        """Return the folder of this part in a local copy of the repository."""
+        return root / self.subfolder if self.subfolder else root
 
 
 def locate(source: WeightSource) -> Path:
@@ -115,7 +126,7 @@ def _local(source: WeightSource) -> Path | None:
     """Return where the source is on this machine, None if it has to be fetched first."""
     path = find(source.where)
     if path.exists():
-        return _checked(path, source)
+        return _checked(source.inside(path), source)
     if source.repository is None:
         raise UserError(f"{source} does not exist; give a local folder or a hub id (owner/name).")
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -133,18 +144,23 @@ def _local(source: WeightSource) -> Path | None:
 
 def _chosen(snapshot: Path, source: WeightSource) -> Path:
     """Return the file or folder of a hub snapshot that the source names."""
-    return snapshot / source.file if source.file else _checked(snapshot, source)
+    return snapshot / source.file if source.file else _checked(source.inside(snapshot), source)
 
 
 def _is_complete(snapshot: Path, source: WeightSource) -> bool:
     """Return whether a cached snapshot holds every file that is asked for, all shards of an index included."""
     if source.file:
         return (snapshot / source.file).is_file()
-    index = shard_index(snapshot)
-    shards = shard_names(index) if index else []
-    if not all((snapshot / name).is_file() for name in (*source.required, *shards)):
+    folder = source.inside(snapshot)
+    if not folder.is_dir():
         return False
-    return bool(shards) or any(f.suffix in (".safetensors", ".bin", ".pt", ".ckpt") for f in snapshot.iterdir())
+    index = shard_index(folder)
+    shards = shard_names(index) if index else []
+    if not all((folder / name).is_file() for name in (*source.required, *shards)):
+        return False
+    if not any(pattern.endswith(WEIGHTS) for pattern in source.patterns):
+        return True
+    return bool(shards) or any(f.suffix in WEIGHTS for f in folder.iterdir())
 
 
 def _checked(path: Path, source: WeightSource) -> Path:
@@ -159,7 +175,7 @@ def _checked(path: Path, source: WeightSource) -> Path:
         return path
     for name in source.required:
         if not (path / name).is_file():
-            raise UserError(f"{source} has no {name}, so it is not a folder of these weights.")
+            raise UserError(f"{source} has no {source.below(name)}, so it is not a folder of these weights.")
     _check_shards(path, source)
     return path
 
@@ -188,7 +204,8 @@ def _ask_hub(source: WeightSource) -> None:
     with _hub_errors(source):
         info = HfApi().model_info(source.repository, revision=source.revision, files_metadata=True, timeout=TIMEOUT)
     sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
-    lacking = [name for name in ((source.file,) if source.file else source.required) if name not in sizes]
+    needed = (source.file,) if source.file else map(source.below, source.required)
+    lacking = [name for name in needed if name not in sizes]
     if lacking:
         raise UserError(f"{source} has no {lacking[0]} on the hub, so it is not a source of these weights.")
     size = sum(size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in source.wanted))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from sjd2.errors import choose
+from sjd2.errors import UserError, choose
 from sjd2.files import digest
 from sjd2.models.adapter import Adapter, read_settings
 from sjd2.models.base import ImageModel
@@ -37,6 +38,8 @@ class ModelSpec:
     pixels: str = "decode"
     sampling: dict[str, float] = field(default_factory=dict)
 
+    can_guide: ClassVar[bool] = True  # whether it has an unconditional prompt
+
     @property
     def layout(self) -> TokenGrid:
         """Return which token stands where."""
@@ -59,6 +62,13 @@ class ModelSpec:
             check_part(self._adapter_source(), read_settings)
         for source in self.sources():
             check_source(source)
+
+    def check_guidance(self, scale: float) -> None:
+        """Raise `UserError` if the model cannot be sampled under this guidance scale."""
+        if scale != 1 and not self.can_guide:
+            raise UserError(
+                f"guidance_scale={scale:g}, but {self.name} draws its tokens without guidance; set guidance_scale=1."
+            )
 
     def digest(self) -> str:
         """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""

@@ -245,10 +245,10 @@ def _maps(section: Section) -> None:
         return
     maps, layout = found
     place = {row.run.label: index for index, row in enumerate(section.rows)}
-    free = np.asarray(layout.free)
-    section.maps_top = max(0.01, *(float(values[free].max()) for values in maps.values()))
+    shown = np.asarray(layout.shown)
+    section.maps_top = max(0.01, *(float(values[shown].max()) for values in maps.values()))
     for label, values in maps.items():
-        shape = values[free].reshape(layout.rows, layout.columns)
+        shape = values[shown].reshape(layout.rows, layout.columns)
         colours = matplotlib.colormaps["viridis"](shape / section.maps_top, bytes=True)
         section.maps.append((place[label], label, chart_uri(colours), float(shape.mean())))
 

@@ -1,7 +1,7 @@
 """The decoding race: the traces (`trace=N`) of several decoders on the same prompts, to be replayed side by side.
 
 # N image-phase tokens, G x M grid rows and columns of the image
-A cell is one patch of the image, that of one free token; forced tokens (row ends, headers) have none.
+A cell is one patch of the image, that of one code of its grid; forced tokens (row ends, headers) and previews have none.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _shared(traced: Sequence[Sequence[Id]]) -> list[Id]:
 
 
 def _lane(index: int, run: Run, ids: Sequence[Id], layout: TokenGrid) -> Lane:
-    before = np.concatenate([[0], np.cumsum(np.asarray(layout.free))])  # cells among the first n tokens
+    before = np.concatenate([[0], np.cumsum(np.asarray(layout.shown))])  # cells among the first n tokens
     heats, known = {}, True
     for key, image in zip(ids, run.folder.images(ids), strict=True):
         trace, details = run.folder.trace(key)

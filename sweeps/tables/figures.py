@@ -171,7 +171,7 @@ def _maps(rows: Sequence[Row], path: Path, title: str) -> str:
     if (found := waiting_maps(rows)) is None:
         return ""
     maps, layout = found
-    acceptance_maps(maps, layout.rows, layout.columns, path, free=np.asarray(layout.free))
+    acceptance_maps(maps, layout.rows, layout.columns, path, shown=np.asarray(layout.shown))
     return "Passes that each image position was a draft token before it was committed, mean over images; none with AR"
 
 

@@ -150,11 +150,11 @@ def pareto(panels: Mapping[str, tuple[Sequence[Point], bool | None]], path: Path
 
 
 def acceptance_maps(
-    maps: Mapping[str, np.ndarray], rows: int, columns: int, path: Path, *, free: np.ndarray | None = None
+    maps: Mapping[str, np.ndarray], rows: int, columns: int, path: Path, *, shown: np.ndarray | None = None
 ) -> Path:
     """Draw one map per decoder, {label: [N]}, of the mean passes that a position was a draft token; one colour scale.
 
-    free: [N] bool, the rows x columns image positions, without forced tokens; None: all positions.
+    shown: [N] bool, the rows x columns image positions, without forced tokens and previews; None: all positions.
     """
     names = list(maps)[:COLUMNS_MAX]
     across = min(4, len(names))
@@ -165,7 +165,7 @@ def acceptance_maps(
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
         values = np.asarray(maps[name], dtype=float)
-        values = values if free is None else values[free]
+        values = values if shown is None else values[shown]
         axis.imshow(values.reshape(rows, columns), vmin=0, vmax=max(top, 0.01), cmap="viridis")
         axis.set_title(f"{name}\nmean {values.mean():.2f}", fontsize="small")
     figure.colorbar(axes[0, 0].images[0], ax=axes, label="passes waited in the window", shrink=0.8)

@@ -48,9 +48,7 @@ def images(model: ImageModel, count: int, seed: int = 0) -> Tensor:
     """Draw complete random token sequences, forced tokens in their places: [B, N]."""
     generator = torch.Generator().manual_seed(seed)
     layout = model.layout
-    return layout.tokens(
-        torch.randint(0, layout.vocabulary, (count, layout.rows * layout.columns), generator=generator)
-    )
+    return layout.tokens(torch.randint(0, layout.vocabulary, (count, layout.num_codes), generator=generator))
 
 
 @torch.no_grad()
@@ -62,8 +60,10 @@ def window_passes_equal_one_pass(model: ImageModel, prompts: list[str]) -> None:
     whole = []
     for prompt, row in zip(prompts_alone, x, strict=True):
         joined = torch.cat([prompt, row[None]], 1)
-        positions = torch.arange(joined.shape[1])[None]
-        hidden = model.transformer(inputs_embeds=joined, position_ids=positions, use_cache=False).last_hidden_state
+        start = model.image_start(torch.tensor([prompt.shape[1]]))
+        positions = torch.cat([torch.arange(prompt.shape[1]), start + torch.arange(row.shape[0])])[None]
+        ids = model.rotary_ids(positions)
+        hidden = model.transformer(inputs_embeds=joined, position_ids=ids, use_cache=False).last_hidden_state
         whole.append(hidden[:, prompt.shape[1] :])
     lengths = torch.tensor([prompt.shape[1] for prompt in prompts_alone])
     longest = int(lengths.max())
@@ -74,7 +74,7 @@ def window_passes_equal_one_pass(model: ImageModel, prompts: list[str]) -> None:
     done = 0
     for width in (4, 1, 5, 2, 16):
         fed = x[:, done : done + width]
-        positions = cache.lengths[:, None] + torch.arange(fed.shape[1])
+        positions = model.image_start(lengths)[:, None] + done + torch.arange(fed.shape[1])
         model.forward(torch.randn_like(fed) * 20, positions, cache)  # rejected: beyond the lengths, overwritten below
         out = model.forward(fed, positions, cache)
         assert torch.allclose(out, torch.cat(whole)[:, done : done + width], atol=1e-5)

@@ -47,6 +47,9 @@ class ToySpec:
         if self.weights is not None and not os.path.exists(self.weights):
             raise UserError(f"model.weights={self.weights} does not exist.")
 
+    def check_guidance(self, scale: float) -> None:
+        pass
+
     def digest(self) -> str:
         return "toy"
 

@@ -1,6 +1,6 @@
 """Training images that the model draws itself: a draft model learns exactly the distribution that decoding samples from.
 
-# B samples of a batch, M images, N image-phase tokens
+# B samples of a batch, M images, N image-phase tokens, L codes of an image
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ class Generated(ScaledData):
         self.layout = model.layout
 
     def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor]:
-        """Return n captions and codes [n, rows * columns]."""
+        """Return n captions and codes [n, L]."""
         return self.scaled(n, seed, held_out)[:2]
 
     def scaled(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor, Tensor]:
-        """Return n captions, codes [n, rows * columns] and the guidance scales [n] under which they were drawn.
+        """Return n captions, codes [n, L] and the guidance scales [n] under which they were drawn.
 
         Held-out images come in their stored order, the same for every seed, so that validations can be compared.
         """
@@ -130,7 +130,7 @@ class Generated(ScaledData):
         picked = np.arange(n) % size if held_out else np.random.default_rng(seed).integers(size, size=n)
         tokens = torch.from_numpy(stored["tokens"][picked].astype(np.int64))
         scales = torch.from_numpy(stored["scales"][picked].astype(np.float32))
-        return [str(stored["captions"][i]) for i in picked], self.layout.codes(tokens).flatten(1), scales
+        return [str(stored["captions"][i]) for i in picked], self.layout.all_codes(tokens), scales
 
     def _complete(
         self, model: ImageModel, file: Path, stored: dict[str, np.ndarray], name: str, total: int

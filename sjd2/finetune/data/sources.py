@@ -1,6 +1,6 @@
 """What a training takes its samples from: captioned images as tokens, and captions; each may be made or checked first.
 
-# n samples, N image-phase tokens
+# n samples, N image-phase tokens, L codes of an image
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TokenData(Source):
     """Captioned images as tokens."""
 
     def batch(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor]:
-        """Return n captions and codes [n, rows * columns]; held-out ones are never trained on."""
+        """Return n captions and codes [n, L]; held-out ones are never trained on."""
         raise NotImplementedError
 
 
@@ -48,7 +48,7 @@ class ScaledData(TokenData):
     validation_images: int
 
     def scaled(self, n: int, seed: int, held_out: bool = False) -> tuple[list[str], Tensor, Tensor]:
-        """Return n captions, codes [n, rows * columns] and scales [n]."""
+        """Return n captions, codes [n, L] and scales [n]."""
         raise NotImplementedError
 
 

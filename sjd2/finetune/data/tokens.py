@@ -1,6 +1,6 @@
 """Captioned images as tokens: encoded once by the model's own image tokeniser and kept, then read by every training.
 
-# n images, H x W pixels, L = rows * columns codes of an image
+# n images, H x W pixels, L codes of an image
 In the folder tokens-<key>/, per part of the images: 00000.npy, codes [n, L], and 00000.jsonl, a line per image: its
 name, caption and a number made from its content, or why it was skipped. The key is a hash of the tokeniser's weights, the
 size in pixels and the list of images and captions. A part is written when complete, so a kill loses the unfinished parts.
@@ -120,7 +120,7 @@ class ImageTokens(Collection, ScaledData):
             arrays = [array for _, array in loaded if array is not None]
             if arrays:
                 codes.append(_encode(model, np.stack(arrays)))
-        length = model.layout.rows * model.layout.columns
+        length = model.layout.num_codes
         kept = np.concatenate([np.zeros((0, length), _kind(model)), *codes])
         text = "".join(json.dumps(line) + "\n" for line in lines)  # ASCII: a file name need not be UTF-8
         write_atomically(file.with_suffix(".jsonl"), text.encode())
@@ -235,10 +235,12 @@ def _encode(model: ImageModel, arrays: np.ndarray) -> np.ndarray:
 
 
 def _size(model: ImageModel) -> tuple[int, int]:
-    """Return the size (H, W) of the model's images in pixels."""
+    """Return the size (H, W) in pixels of the images that the model's tokeniser encodes."""
     if model.vq is None:
         raise UserError("this model has no image tokeniser that encodes, so it cannot be trained on images.")
-    codes = torch.zeros(1, model.layout.rows * model.layout.columns, dtype=torch.long, device=model.device)
+    if model.encoded_size is not None:
+        return model.encoded_size
+    codes = torch.zeros(1, model.layout.num_codes, dtype=torch.long, device=model.device)
     height, width = model.decode(model.layout.tokens(codes)).shape[2:]
     return height, width
 
@@ -246,7 +248,7 @@ def _size(model: ImageModel) -> tuple[int, int]:
 def _key(model: ImageModel, parts: list[Part], *more: int) -> str:
     """Return 12 hex digits over what the tokens depend on."""
     assert model.spec is not None
-    sources = {source.key: source for source in model.spec.sources()}
+    sources = {source.key: source for source in reversed(model.spec.sources())}  # the first of each key
     tokeniser = sources.get("model.vq_weights", sources["model.weights"])  # some models hold theirs in their own files
     facts = [digest(locate(tokeniser)), model.layout.rows, model.layout.columns, more, [part.facts() for part in parts]]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=6).hexdigest()
