@@ -69,6 +69,7 @@ class ZipEngine(Engine):
     """Every pass draws the next code of each grid row that has begun, and begins the next row where it may."""
 
     replayable: ClassVar[bool] = False
+    raster: ClassVar[bool] = False
     decoder: ZipAR
     cache: RasterCache
     state: Board

@@ -155,7 +155,7 @@ def metadata_of(run: RunFolder) -> dict[int, Facts]:
         lines, _ = read_lines(run.path / KEPT)
         return {index: line["metadata"] for index, line in enumerate(lines)}
     settings, identity = run.config.get("prompts"), run.config.get("identity")
-    if settings is None or identity is None:
+    if settings is None or identity is None or "_target_" not in settings:
         return {}
     try:
         prompts = instantiate(settings)

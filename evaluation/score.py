@@ -64,6 +64,7 @@ class MetricInfo:
     fewest: int = 0  # images below which it is not shown: tables, plots, W&B print a dash and `fewest_why` instead
     fewest_per: str = ""  # what `fewest` is for one of; the metric's protocol counts it, e.g. "on 64 features"
     fewest_why: str = ""  # follows "fewer than N images, "
+    detail: bool = False  # its column is in the report, and in tables with columns=all only
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from evaluation.run_folder import RunFolder
+from harness.settings import resolve
 from sjd2.config import instantiate
 from sjd2.errors import UserError
 
@@ -23,7 +24,9 @@ def check_command(cfg: DictConfig) -> None:
     if cfg.stage in ("sample", "tune"):
         _ = instantiate(cfg.prompts).texts
     for key in ("run_dir", "against"):
-        if cfg[key] is not None and cfg.stage in ("score", "compare"):
+        if key == "against" and cfg.against is not None and not Path(cfg.against).is_dir():
+            resolve("sweeps.compare.saved.read_baseline")(Path(cfg.against))
+        elif cfg[key] is not None and cfg.stage in ("score", "compare"):
             RunFolder.open(cfg[key])
         elif cfg[key] is not None and cfg.stage in ("table", "report") and not Path(cfg[key]).is_dir():
             raise UserError(f"{key}={cfg[key]} does not exist; give the folder that a run or a sweep printed.")

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from sjd2.config import choices, compose, conf_folders
 from sjd2.errors import UserError, unknown
 
-GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "tune", "logger", "runtime")
+GROUPS = ("model", "decoder", "prompts", "evaluation", "finetune", "tune", "logger", "runtime", "bounds")
 SEVERAL = "several choices need -m: python run.py -m {key}=a,b"
 LAUNCHERS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "joblib", "ray": "ray"}  # and their extras
 CHECKOUT = "python run.py"  # how messages name the command; shown as the user typed it

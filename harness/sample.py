@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -192,6 +192,7 @@ def _record(
         "forwards": sampled.forwards,
         "draft_forwards": sampled.draft_forwards,
         "accepted": [int(n) for n in sampled.accepted],
+        **({} if sampled.drafts is None else {"drafts": asdict(sampled.drafts)}),
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
         **files,
     }

@@ -65,16 +65,21 @@ TYPES: dict[str, Any] = {
     "runs_dir": str,
     "run_dir": str | None,
     "against": str | None,
+    "save_baseline": str | None,
     "paper": str | None,
     "device": str,
     "dtype": str,
     "output": str,
+    "columns": str,
 }
 RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool}
 RUNTIME |= {"graph": bool | None, "fused": bool}
+BOUNDS = dict.fromkeys(("tokens", "passes", "nll", "scores", "distances", "speedup", "latency"), float | None)
 SAMPLERS = ("cdf", "gumbel")  # sjd2.decoding imports torch; a test compares
 OUTPUTS = ("auto", "text", "markdown", "json")
+COLUMNS = ("usual", "all")
 AT_LEAST = {"limit": 1, "seed": 0, "batch_size": 1, "trace": 0, "runtime.threads": 1, "runtime.grace_s": 0}
+AT_LEAST |= {f"bounds.{key}": 0 for key in BOUNDS}
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -83,16 +88,20 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError(f"a GPU is named with its kind: device=cuda:{cfg.device}.")
     _check_values(cfg, TYPES, groups=GROUPS)
     _check_values(cfg.runtime, RUNTIME, prefix="runtime.")
+    _check_values(cfg.bounds, BOUNDS, prefix="bounds.")
     choose("stage", cfg.stage, STAGES)
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
     choose("device", cfg.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))  # likewise
     choose("sampler", cfg.sampler, SAMPLERS)
     check_sampling_ranges(**{key: cfg[key] for key in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")})
     choose("output", cfg.output, OUTPUTS)
+    choose("columns", cfg.columns, COLUMNS)
     if cfg.baseline not in ("ar", None):
         raise unknown("baseline", cfg.baseline, ("ar", "null"))
     if cfg.against is not None and cfg.stage != "compare":
-        raise UserError("against=FOLDER is the second run of stage=compare; it needs stage=compare run_dir=FOLDER.")
+        raise UserError("against= is the other side of stage=compare; it needs stage=compare run_dir=FOLDER.")
+    if cfg.save_baseline is not None and (cfg.stage != "compare" or cfg.against is not None):
+        raise UserError("save_baseline=FILE saves one run: stage=compare run_dir=FOLDER save_baseline=FILE.")
     if cfg.retime and (cfg.stage != "sample" or cfg.trace):
         wrong = (
             "leave trace= out, which slows what it follows"

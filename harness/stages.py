@@ -60,7 +60,9 @@ def _print_table(cfg: DictConfig, plans: list[Plan], parts: Parts) -> None:
     for path in parts:
         say(f"{path.name} has more images than limit={cfg.limit}; the table leaves them out.")
     out = Path(cfg.runs_dir) / "tables" / plans[-1].run.path.name
-    text = make_tables([plan.run.path for plan in plans], out, paper=cfg.paper, parts=parts)
+    text = make_tables(
+        [plan.run.path for plan in plans], out, paper=cfg.paper, parts=parts, detail=cfg.columns == "all"
+    )
     show(text, out / "table.md", cfg.output)
 
 

@@ -46,6 +46,9 @@ class ImageCost:
     turns: str | None = None  # what the launch that timed it shares with the run it took turns with
     diffusion: float | None = None  # seconds of the diffusion stage of its batch; None where the model has none
     whole: float | None = None  # seconds from prompt to pixels of its batch, where there is a diffusion stage
+    prefill: float = 0.0  # seconds of `latency` before the first pass that drafts; with refill they count as decoding
+    drafts: dict[str, Any] | None = None  # what became of its draft tokens (evaluation/acceptance.py)
+    energy_j: float | None = None  # joules that the GPU drew for it
 
 
 @dataclass
@@ -177,6 +180,9 @@ def _image(record: Record, launch: dict[str, Any], *, counts: bool, made: int, r
         turns=launch.get("turns"),
         diffusion=seconds.get("diffusion"),
         whole=whole_latency(record),
+        prefill=seconds["prefill"],
+        drafts=record.get("drafts"),
+        energy_j=record.get("energy_j"),
     )
 
 
@@ -248,6 +254,11 @@ def chosen_folders(runs_dir: str | Path, run_dir: str | Path | None) -> list[Pat
     if not (found := run_folders(runs_dir)):
         raise UserError(f"no run folder in runs_dir={runs_dir}; make one with: python run.py")
     return found
+
+
+def torch_versions(launches: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the versions of torch that launches ran with, sorted."""
+    return sorted({str(launch["packages"]["torch"]) for launch in launches if "torch" in launch.get("packages", {})})
 
 
 def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:

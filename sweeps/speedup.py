@@ -68,7 +68,7 @@ def speed_up_over_ar(
     """Return the speed-up over the AR run with equal settings, that AR run, and why there is none ('' where there is)."""
     if run.is_ar:
         timed = run.timed(machine)
-        timings = len(_separate(timed.values(), run, seconds))
+        timings = len(separate_timings(timed.values(), run, seconds))
         return (SpeedUp(1.0, None, None, len(timed), timings, False) if timed else None), run, ""
     reference, missing = baseline(run, runs, machine)
     if reference is None:
@@ -88,7 +88,9 @@ def speed_up(run: Run, other: Run, machine: Machine | None, seconds: Seconds = l
     if paired:
         both = [(seconds(theirs), seconds(ours), images) for ours, theirs, images in separate_pairs(pairs)]
         return SpeedUp(*median_of_ratios(both), images=len(pairs), timings=len(both), paired=True)
-    ours, theirs = (_separate((pair[side] for pair in pairs.values()), (run, other)[side], seconds) for side in (0, 1))
+    ours, theirs = (
+        separate_timings((pair[side] for pair in pairs.values()), (run, other)[side], seconds) for side in (0, 1)
+    )
     timings = min(len(ours), len(theirs))
     return SpeedUp(*ratio_of_medians(theirs, ours), images=len(pairs), timings=timings, paired=False)
 
@@ -129,7 +131,7 @@ def disturbances(run: Run, other: Run, pairs: Pairs) -> str:
     return f"{who}; retime=true in the command that made {made} again, when the machine is quieter"
 
 
-def _separate(images: Iterable[ImageCost], run: Run, seconds: Seconds) -> list[tuple[float, int]]:
+def separate_timings(images: Iterable[ImageCost], run: Run, seconds: Seconds = latency) -> list[tuple[float, int]]:
     """Return (median seconds, images) of every separate timing: of a batch, with refill of as many images as rows."""
     found: dict[tuple[int, int], list[float]] = {}
     rows = int(run.setting("batch_size") or 1) if run.setting("refill") else 1

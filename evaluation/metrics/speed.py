@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.acceptance import accept_length, accept_rate, depth_counts
 from evaluation.run_folder import Record, RunFolder, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
 from evaluation.timings import newest_timings
@@ -79,6 +80,18 @@ def accepted_histogram(records: Iterable[Record]) -> dict[str, int]:
     return {str(tokens): counts[tokens] for tokens in sorted(counts)}
 
 
+def _acceptance(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the numbers of draft tokens; by depth: the acceptance probability given that the depth was reached."""
+    drafts = [record["drafts"] for record in records]
+    tests, accepts = depth_counts(drafts)
+    values = {
+        "accept_rate": accept_rate(drafts),
+        "accept_length": accept_length(drafts, [record["forwards"] for record in records]),
+        "accept_rate_by_depth": [int(a) / int(t) if t else None for a, t in zip(accepts, tests, strict=True)],
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def one_machine(records: Sequence[Record], launches: Sequence[dict[str, Any]]) -> tuple[list[Record], list[dict]]:
     """Return the records and launches of the hardware and threads that made most images; the first of equals."""
     kinds = {launch["launch"]: (launch.get("hardware"), launch.get("threads")) for launch in launches}
@@ -99,6 +112,8 @@ class Speed(Metric):
         MetricInfo(name="draft_forwards_mean", digits=1, higher_is_better=False),
         MetricInfo(name="step_compression", higher_is_better=True),
         MetricInfo(name="step_compression_free", higher_is_better=True),
+        MetricInfo(name="accept_rate", digits=3, higher_is_better=True),
+        MetricInfo(name="accept_length", higher_is_better=True),
         MetricInfo(name="nll_per_token", digits=3, higher_is_better=False),
         MetricInfo(name="n_timed", digits=0),
         *(
@@ -114,7 +129,7 @@ class Speed(Metric):
         MetricInfo(name="peak_memory_gb", digits=1, higher_is_better=False, of_machine=True),
         MetricInfo(name="gflops_per_token", higher_is_better=False),
     )
-    details = ("accepted_per_forward_hist", "nll_missing", "hardware")
+    details = ("accepted_per_forward_hist", "accept_rate_by_depth", "nll_missing", "hardware")
     # as it stands in run folders, word for word
     protocol = (
         "step_compression: mean over images of tokens / target-model passes, the prefill counted as the pass of the "
@@ -144,6 +159,8 @@ class Speed(Metric):
         free = free_positions(run.folder)
         if free is not None and all(record["tokens"] == len(free) for record in records):
             out["step_compression_free"] = fmean(step_compression_free(record, free) for record in records)
+        if all("drafts" in record for record in records):  # absent where nothing is drafted, and in older records
+            out |= _acceptance(records)
         if counts := [launch["gflops_per_token"] for launch in run.launches if "gflops_per_token" in launch]:
             out["gflops_per_token"] = counts[-1]
         return out

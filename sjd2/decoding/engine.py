@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.decoder import BaseDecoder
+from sjd2.decoding.draft_counter import AcceptanceCounter, DraftCounts
 from sjd2.decoding.finite import FaultSource, finite_rows, not_finite
 from sjd2.decoding.interfaces import Rows
 from sjd2.decoding.noise import Noise, Purpose
@@ -24,12 +25,16 @@ from sjd2.models.kv_cache import RowCache
 
 @dataclass
 class Sample:
-    """One decoded image: tokens [N] local ids, target-model passes, draft passes, tokens committed at each pass."""
+    """One decoded image: tokens [N] local ids, target-model passes, draft passes, tokens committed at each pass.
+
+    drafts: what became of its draft tokens; None where nothing is drafted.
+    """
 
     tokens: np.ndarray
     forwards: int
     draft_forwards: int
     accepted: list[int]
+    drafts: DraftCounts | None = None
 
 
 @dataclass
@@ -47,14 +52,17 @@ class Prompt:
 class Engine:
     """B rows in flight: `admit` starts rows, `step` is one pass, `collect` hands out a finished row.
 
-    replayable: whether passes read nothing on the host, so that they can be recorded. persistent: attributes whose tensors
+    replayable: whether passes read nothing on the host, so that they can be recorded. raster: whether tokens are committed
+    in raster order. persistent: attributes whose tensors
     outlive a pass. first: the image position of the token that the prefill draws.
     """
 
     replayable: ClassVar[bool] = True
+    raster: ClassVar[bool] = True
     persistent: ClassVar[tuple[str, ...]] = ("state", "cache")
     state: Rows
     cache: RowCache
+    counter: AcceptanceCounter | None = None  # of engines that draft
 
     def __init__(
         self, model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams
@@ -198,7 +206,8 @@ class Engine:
         counts = torch.stack(passes)[:, row].cpu().tolist() if passes else []
         accepted = [self.total - sum(counts), *(count for count in counts if count > 0)]
         tokens = self.state.tokens[row, : self.total].cpu().numpy().copy()
-        return Sample(tokens, len(accepted), (len(accepted) - 1) * self.decoder.num_forwards, accepted)
+        drafts = None if self.counter is None else self.counter.collect(row)
+        return Sample(tokens, len(accepted), (len(accepted) - 1) * self.decoder.num_forwards, accepted, drafts)
 
     def now(self) -> float:
         """Return the time in seconds, after the device has finished what was asked of it."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.decoder import Decoder
+from sjd2.decoding.draft_counter import AcceptanceCounter
 from sjd2.decoding.engine import Engine, Prompt
 from sjd2.decoding.finite import FaultSource
 from sjd2.decoding.interfaces import Draft, PassResult, State
@@ -26,9 +27,10 @@ from sjd2.models.timesteps import Timesteps
 class WindowEngine(Engine):
     """Speculative decoding with draft tokens that live on from pass to pass (SJD, SCD, SJD2), or are drawn anew (EAGLE)."""
 
-    persistent: ClassVar[tuple[str, ...]] = ("state", "cache", "carried", "fresh")
+    persistent: ClassVar[tuple[str, ...]] = ("state", "cache", "carried", "fresh", "counter")
     decoder: Decoder
     state: State
+    counter: AcceptanceCounter
 
     @torch.inference_mode()
     def __init__(self, model: ImageModel, decoder: Decoder, rows: int, prompt: int, sampling: SamplingParams) -> None:
@@ -53,6 +55,7 @@ class WindowEngine(Engine):
         tokens = torch.zeros(rows, self.num_carried, dtype=torch.long, device=device)
         self.carried = Draft(tokens, probs if self.refiner.records else None)
         self.fresh = torch.zeros_like(tokens, dtype=torch.bool)  # [B, C] slots that hold no draft token yet
+        self.counter = AcceptanceCounter.of(rows, decoder.lookahead, device)
 
     def grow(self) -> None:
         super().grow()
@@ -72,6 +75,7 @@ class WindowEngine(Engine):
             if field is not None:
                 field[index] = 0
         self.fresh[index], self.fresh[index, 0] = True, False
+        self.counter.clear(index)
         for branch, prompt in enumerate(prompts):
             self.drafter.admit(state.memory, index, branch, prompt.embeds, prompt.hidden, prompt.lengths, token)
 
@@ -85,8 +89,8 @@ class WindowEngine(Engine):
         hidden, p = self.forward(draft)  # [R, S, D]; [B, S, V]: the next-token distribution at every slot
         test = verify(self.verifier, draft, p, state)
         path = draft.shape.accepted_path(test.accepted, self.rule.clean(draft))
-        token = self.next_token(test, path)  # a recovered token, or the bonus token
-        num_new = self.commit(draft, path, token)
+        token, bonus = self.next_token(test, path)  # a recovered token, or the bonus token
+        num_new = self.commit(draft, path, token, bonus)
         refined = self.refiner(draft, test, state)
         self.shift(refined, draft, hidden, path, num_new)
 
@@ -110,15 +114,15 @@ class WindowEngine(Engine):
         hidden = self.model.forward(self.per_branch(x), positions, self.cache, attn_mask, gate, timesteps)
         return hidden, self.probs(self.model.logits(hidden))
 
-    def next_token(self, test: Verification, path: AcceptedPath) -> Tensor:
-        """Draw the token after the accepted path: [B]."""
+    def next_token(self, test: Verification, path: AcceptedPath) -> tuple[Tensor, Tensor]:
+        """Draw the token after the accepted path; whether it is a bonus, with no draft token rejected: [B], [B]."""
         state = self.state
         position = (state.cached + 1 + path.length)[:, None]
         probs, bonus = test.next_probs(path.end)
         token = state.sampler.draw_next(probs[:, None], bonus[:, None], position, state.iteration)
-        return state.impose(token, position)[:, 0]
+        return state.impose(token, position)[:, 0], bonus
 
-    def commit(self, draft: Draft, path: AcceptedPath, token: Tensor) -> Tensor:
+    def commit(self, draft: Draft, path: AcceptedPath, token: Tensor, bonus: Tensor) -> Tensor:
         """Write the accepted draft tokens and the drawn one after slot 0; return how many tokens follow it now: [B].
 
         Under rule=paper these include some that were committed before. Finished rows stay as they are.
@@ -134,7 +138,17 @@ class WindowEngine(Engine):
         state.tokens.scatter_(1, positions, torch.where(depth < num_new[:, None], tokens, old))
         before, state.committed = state.committed, first + num_new
         self.history.append(state.committed - before)
+        self.count(path, before, num_new, bonus)
         return num_new
+
+    def count(self, path: AcceptedPath, before: Tensor, num_new: Tensor, bonus: Tensor) -> None:
+        """Count the draft tokens of a pass that were accepted, and the one that was rejected."""
+        state, depths = self.state, self.counter.tests.shape[1]
+        known = before - state.cached - 1  # slots that were committed before
+        accepted = (torch.minimum(path.length, num_new) - known).clamp(min=0)
+        rejected = ~bonus & (path.length < num_new) & (state.committed > before)
+        free = state.forced_at(before[:, None] + torch.arange(depths, device=before.device)) < 0
+        self.counter.add(accepted, rejected, free)
 
     def shift(self, refined: Draft, draft: Draft, hidden: Tensor, path: AcceptedPath, num_new: Tensor) -> None:
         """Move every row's window by its own count; slots that enter are `fresh` and get filled in the next pass."""

@@ -24,6 +24,7 @@ from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sweeps.comparable import common_prompts, groups, quality_reference, same_weights, table_machine
 from sweeps.compare.distances import DistanceGaps, fid_settings
+from sweeps.compare.gate import gate, save
 from sweeps.compare.pair import UNTESTED, compare_pair, enough, gap_numbers
 from sweeps.runs import Run, read_runs
 from sweeps.speedup import SpeedUp, has_stages, speed_up_over_ar, whole
@@ -272,7 +273,14 @@ def compare_folders(paths: Sequence[Path], out: Path, metric: Mapping[str, Any] 
 
 
 def stage(cfg: DictConfig) -> Path:
-    """Compare run_dir with against, or all run folders of runs_dir pairwise; return the folder written to."""
+    """Compare run_dir with against, or all run folders of runs_dir pairwise; return the folder written to.
+
+    Where `against` is a file, hold the run to it; raises UserError if it breaks a bound.
+    """
+    if cfg.get("save_baseline") is not None:
+        return save(cfg)
+    if cfg.against is not None and not Path(cfg.against).is_dir():
+        return gate(cfg)
     if (cfg.run_dir is None) != (cfg.against is None):
         raise UserError(
             "stage=compare takes either two runs, run_dir=FOLDER against=FOLDER, or all runs of runs_dir=FOLDER."

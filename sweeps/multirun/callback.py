@@ -37,14 +37,16 @@ PATIENCE_S = 60.0  # the longest that Ray may take from one job to the next
 QUIET_S = 20.0  # a result missing after the queue was empty for so long will not come; file systems take less
 
 
-def tabulate(sweep: Path, *, published: bool = False, paper: str | None = None, output: str = "auto") -> int:
+def tabulate(
+    sweep: Path, *, published: bool = False, paper: str | None = None, output: str = "auto", columns: str = "usual"
+) -> int:
     """Write the table of one multirun into its folder, print it, and return the number of failed jobs."""
     jobs = statuses(sweep)
     failed = [job for job in jobs if job["status"] != "ok"]
     runs = with_baselines([Path(job["run_dir"]) for job in jobs if job["status"] == "ok" and job.get("run_dir")])
     if runs or failed:  # neither, e.g. after stage=bench
         settings = {"published": published, "paper": paper or _paper(sweep), "parts": read_parts(sweep)}
-        text = make_tables(runs, sweep, failed, **settings)
+        text = make_tables(runs, sweep, failed, **settings, detail=columns == "all")
         show(text, sweep / "table.md", output)
     return len(failed)
 
@@ -90,6 +92,7 @@ class Tables(Callback):
         sweep, Tables.sweep = Path(config.hydra.sweep.dir), None
         try:
             wanted = {"paper": config.get("paper"), "output": config.get("output", "auto")}
+            wanted |= {"columns": config.get("columns", "usual")}
             Tables.failed = tabulate(sweep, published=self.published, **wanted)
         except (UserError, OSError) as error:
             Tables.failed += 1
@@ -156,7 +159,7 @@ def stage(cfg: DictConfig) -> Path:
     sweep = None if cfg.run_dir is None else Path(cfg.run_dir)
     if sweep is None or not is_sweep(sweep):
         return table.stage(cfg)
-    tabulate(sweep, published=True, paper=cfg.paper, output=cfg.output)
+    tabulate(sweep, published=True, paper=cfg.paper, output=cfg.output, columns=cfg.columns)
     return sweep
 
 

@@ -44,7 +44,7 @@ class Grid:
 
 def main_grid(rows: Sequence[Row], machine: Machine | None, failed: Sequence[tuple[str, str]] = ()) -> Grid:
     """Return the table of one group, with the numbers of table.csv and the published ones below ours."""
-    shown = [column for column in columns(rows) if any(column.text(row) for row in rows)]
+    shown = [column for column in columns(rows, detail=True) if any(column.text(row) for row in rows)]
     values = [csv_row(row, machine) for row in rows]
     most = {key: max([float(v[key]) for v in values if key in v], default=0.0) for key in BARS}
     model = str(rows[0].run.config["model"]["name"])

@@ -33,6 +33,8 @@ from sweeps.report.gif import pace, write_gif
 from sweeps.report.race import LANES, Race, in_a_row, make_race, race_json
 from sweeps.report.trajectories import Trajectory, make_trajectories
 from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
+from sweeps.tables.breakdown import breakdown_lines, breakdown_tables
+from sweeps.tables.depths import depth_lines, depth_series
 from sweeps.tables.figures import (
     GRID_ROWS,
     LIKELIHOOD,
@@ -69,11 +71,13 @@ class Section:
     tiles: list[tuple[str, str, str]] = field(default_factory=list)  # (number, meaning, run)
     differences: Grid | None = None
     published: Grid | None = None
+    breakdowns: list[Grid] = field(default_factory=list)
     race: Race | None = None
     race_command: str = ""
     quality: list[Markup] = field(default_factory=list)
     quality_note: str = ""
     accepted: Markup | None = None
+    depths: Markup | None = None
     ablations: list[Ablation] = field(default_factory=list)
     prompts: list[tuple[str, list[np.ndarray]]] = field(default_factory=list)  # (prompt, an image per decoder)
     grid_runs: list[tuple[int, Run]] = field(default_factory=list)
@@ -122,6 +126,9 @@ def make_report(
     numbers = [csv_row(row, section.machine) for section in sections for row in section.rows]
     numbers += [{"label": label, "status": "failed", "reason": reason} for label, reason in jobs]
     write_atomically(out / "table.csv", to_csv(numbers).encode())
+    for name, make in (("depths", depth_lines), ("breakdown", breakdown_lines)):
+        found = [line for section in sections for line in make(section.rows, section.title)]
+        write_atomically(out / f"{name}.csv", to_csv(found).encode())
     (out / "race.gif").unlink(missing_ok=True)  # left by earlier runs
     if race := next((section.race for section in sections if section.race is not None), None):
         try:
@@ -146,6 +153,7 @@ def make_section(group: Sequence[Run], failed: Sequence[tuple[str, str]] = ()) -
     if (published := published_table(group)) is not None:
         section.published = plain_grid(published)
     section.ablations = make_ablations(rows)
+    section.breakdowns = [plain_grid(table) for table in breakdown_tables(rows)]
     for name, part in PARTS.items():
         try:
             part(section)
@@ -227,6 +235,13 @@ def _accepted(section: Section) -> None:
         section.accepted = lines(series, "tokens committed by a pass, at least", "share of passes", log=True)
 
 
+def _depths(section: Section) -> None:
+    place = {row.run.label: index for index, row in enumerate(section.rows)}
+    series = {label: (place[label], rates) for label, rates in depth_series(section.rows).items()}
+    if series:
+        section.depths = lines(series, "depth of the draft token in its pass", "acceptance probability")
+
+
 def _images(section: Section) -> None:
     place = {id(row.run): index for index, row in enumerate(section.rows)}
     runs, ids = same_seeds([row.run for row in section.rows])
@@ -264,6 +279,7 @@ PARTS: dict[str, Callable[[Section], None]] = {
     "the race": _race,
     "quality": _quality,
     "committed tokens": _accepted,
+    "acceptance by depth": _depths,
     "images": _images,
     "acceptance maps": _maps,
     "token trajectories": _trajectories,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,16 @@ from evaluation.score import FEWEST, MetricInfo
 from sjd2.config import instantiate
 from sjd2.errors import first_line
 from sweeps.runs import Run
-from sweeps.tables.plots import COLUMNS_MAX, Point, acceptance_histogram, acceptance_maps, comparison_grid, pareto
+from sweeps.tables.depths import depth_series
+from sweeps.tables.plots import (
+    COLUMNS_MAX,
+    Point,
+    acceptance_histogram,
+    acceptance_maps,
+    comparison_grid,
+    line_plots,
+    pareto,
+)
 from sweeps.tables.rows import FEWEST_PROMPTS, Row
 
 if TYPE_CHECKING:
@@ -28,7 +37,6 @@ log = logging.getLogger(__name__)
 
 GRID_ROWS = 6  # prompts in the image grid
 MAP_IMAGES = 256  # images averaged in an acceptance map
-NAMES = ("pareto", "grid", "acceptance", "accepted")
 LIKELIHOOD = "NLL/token, difference to AR"
 PANELS = 3  # qualities in one Pareto plot
 
@@ -44,13 +52,11 @@ class Plots:
 def draw_plots(rows: Sequence[Row], out: Path, *, suffix: str, title: str) -> Plots:
     """Draw every plot that the runs of one table allow into `out`, as pareto.png ...; `suffix` tells tables apart."""
     plots = Plots()
-    for name in NAMES:
+    for name, draw in PLOTS.items():
         path = out / f"{name}{suffix}.png"
         path.unlink(missing_ok=True)  # a plot of earlier runs must not stay beside this table
         try:
-            caption = {"pareto": _pareto, "grid": _grid, "acceptance": _maps, "accepted": _histogram}[name](
-                rows, path, title
-            )
+            caption = draw(rows, path, title)
         except Exception as error:  # the numbers do not wait for a plot that cannot be drawn
             log.debug("%s", path, exc_info=True)
             plots.notes.append(f"Skipped {path.name}: {first_line(error)}")
@@ -200,9 +206,25 @@ def _histogram(rows: Sequence[Row], path: Path, title: str) -> str:
     return "Share of passes by the number of tokens they committed (without the prefill)"
 
 
+def _depths(rows: Sequence[Row], path: Path, title: str) -> str:
+    if not (series := depth_series(rows)):
+        return ""
+    line_plots([(series, "depth of the draft token in its pass", "acceptance probability, once reached")], path)
+    return "How likely a draft token is accepted once all before it in its pass were, by its depth"
+
+
 def accepted_counts(run: Run) -> Counter[int]:
     """Count the passes after the prefill by the number of tokens they committed."""
     lengths = np.concatenate([image.accepted[1:] for image in run.images.values()])
     return Counter(
         {int(value): int(count) for value, count in zip(*np.unique(lengths, return_counts=True), strict=True)}
     )
+
+
+PLOTS: dict[str, Callable[[Sequence[Row], Path, str], str]] = {
+    "pareto": _pareto,
+    "grid": _grid,
+    "acceptance": _maps,
+    "accepted": _histogram,
+    "depths": _depths,
+}  # each draws its file and returns its caption, '' where the runs allow none

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from evaluation.declared import declared
 from evaluation.timings import disturbance
-from sweeps.runs import Machine
+from sweeps.runs import Machine, torch_versions
 from sweeps.speedup import TIMINGS
 from sweeps.tables.rows import FEWEST_PROMPTS, Row
 
@@ -94,8 +94,7 @@ def _in_turns(rows: Sequence[Row]) -> str:
 
 
 def _torch(rows: Sequence[Row]) -> list[str]:
-    launches = [launch for row in rows for launch in row.run.launches.values()]
-    return sorted({str(launch["packages"]["torch"]) for launch in launches if "torch" in launch.get("packages", {})})
+    return torch_versions([launch for row in rows for launch in row.run.launches.values()])
 
 
 def _scores(rows: Sequence[Row]) -> list[str]:

@@ -172,24 +172,36 @@ def acceptance_maps(
     return _save(figure, path)
 
 
+Series = Mapping[str, Sequence[tuple[float, float]]]  # {label: points}
+
+
 def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) -> Path:
     """Draw for each decoder the share of passes that committed k tokens: {label: {k: passes}}."""
+    shares = {}
+    for name, histogram in counts.items():
+        if total := sum(histogram.values()):
+            shares[name] = [(length, passes / total) for length, passes in sorted(histogram.items()) if passes]
+    return line_plots([(shares, "tokens committed by a pass", "share of passes")], path, yscale="log")
+
+
+def line_plots(panels: Sequence[tuple[Series, str, str]], path: Path, **scales: str) -> Path:
+    """Draw panels of lines side by side, (series, title of x, title of y) each; x is whole numbers.
+
+    scales: settings of all axes, e.g. yscale="log".
+    """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(6.5, 4)
-    axis = axes[0, 0]
-    entries: dict[str, Any] = {}
-    for index, (name, histogram) in enumerate(counts.items()):
-        total = sum(histogram.values())
-        if total:
-            lengths = sorted(length for length, passes in histogram.items() if passes)
-            shares = [histogram[length] / total for length in lengths]
+    figure, axes = _figure(6.5 * len(panels), 4, 1, len(panels))
+    for axis, (series, x, y) in zip(axes[0], panels, strict=True):
+        entries: dict[str, Any] = {}
+        for index, (name, points) in enumerate(series.items()):
             style = ("-", "--", ":")[index // 10 % 3]
-            (entries[name],) = axis.plot(lengths, shares, marker=".", color=f"C{index % 10}", linestyle=style)
-    axis.set(xlabel="tokens committed by a pass", ylabel="share of passes", yscale="log")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.grid(alpha=0.3)
-    _legend(axis, entries, fontsize="small")
+            places, values = zip(*points, strict=True)
+            (entries[name],) = axis.plot(places, values, marker=".", color=f"C{index % 10}", linestyle=style)
+        axis.set(xlabel=x, ylabel=y, **scales)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.grid(alpha=0.3)
+        _legend(axis, entries, fontsize="small")
     return _save(figure, path)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation.acceptance import accept_length, accept_rate
 from evaluation.bootstrap import t_quantile
 from evaluation.declared import declared, shown, withheld
 from evaluation.run_folder import Id
@@ -20,6 +21,7 @@ from evaluation.score import MetricInfo, read_scores
 from sweeps.comparable import quality_reference, same_weights
 from sweeps.runs import ImageCost, Machine, Run
 from sweeps.speedup import SpeedUp, speed_up_over_ar, whole
+from sweeps.tables.latency import first_row, percentiles
 
 if TYPE_CHECKING:
     from evaluation.statistics import Difference
@@ -38,7 +40,9 @@ class Row:
     compression_error: float | None  # standard error over prompts
     latency_s: float | None  # median over the images timed on the table's machine
     latency_error_s: float | None  # standard deviation over separate timings
-    latency_p95_s: float | None
+    latency_percentiles: Mapping[int, float]  # {95: seconds, 99: ...}; {} where none was timed
+    first_row_s: float | None  # median time to the first row of an image
+    energy_j: float | None  # mean joules of the GPU per image
     images_per_s: float | None
     timed: int
     timings: int  # the number of separate timings: images of one batch are timed together
@@ -83,6 +87,24 @@ class Row:
         return {key: image.tokens / (image.forwards + image.draft_forwards) for key, image in self.run.images.items()}
 
     @property
+    def drafts(self) -> Sequence[Mapping[str, Any]]:
+        """What became of the draft tokens of each image; () where nothing is drafted, or older records do not say."""
+        found = [image.drafts for image in self.run.images.values()]
+        return [image for image in found if image is not None] if None not in found else ()
+
+    @property
+    def accept_rate(self) -> float | None:
+        """Share of the tested draft tokens that were accepted."""
+        return accept_rate(self.drafts)
+
+    @property
+    def accept_length(self) -> float | None:
+        """1 + accepted draft tokens / passes that draft (EAGLE, vLLM, NeMo)."""
+        return (
+            accept_length(self.drafts, [image.forwards for image in self.run.images.values()]) if self.drafts else None
+        )
+
+    @property
     def scored(self) -> int:
         """Number of images in metrics.json, 0 before the run was scored."""
         return int(self.run.metrics.get("n_images", 0))
@@ -120,7 +142,9 @@ def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
         compression_error=standard_error({key: image.tokens / image.forwards for key, image in run.images.items()}),
         latency_s=float(np.median(latencies)) if latencies else None,
         latency_error_s=_spread(timed.values()),
-        latency_p95_s=float(np.percentile(latencies, 95)) if latencies else None,
+        latency_percentiles=percentiles(timed),
+        first_row_s=first_row(run, timed),
+        energy_j=_energy(timed.values()),
         images_per_s=1 / float(np.mean([image.cost for image in timed.values()])) if timed else None,
         timed=len(timed),
         timings=len({image.batch for image in timed.values()}),
@@ -136,6 +160,12 @@ def _row(run: Run, runs: Sequence[Run], machine: Machine | None) -> Row:
     _add_speedup(row, runs, machine)
     _add_differences(row, runs, likely)
     return row
+
+
+def _energy(images: Iterable[ImageCost]) -> float | None:
+    """Return the mean joules per image; None unless all of them were measured."""
+    found = [image.energy_j for image in images]
+    return float(np.mean([joules for joules in found if joules is not None])) if found and None not in found else None
 
 
 def likelihoods(run: Run) -> dict[Id, float]:

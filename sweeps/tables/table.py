@@ -1,4 +1,6 @@
-"""Make tables of run folders: table.md, table.tex, table.csv and plots; one per model, prompts and sampling parameters.
+"""Make tables of run folders, one per model, prompts and sampling parameters: table.md, .tex, .csv, .json, and plots.
+
+Beside them: depths.csv, the acceptance by depth; breakdown.csv, the step compression by groups of prompts.
 
 What a metric measured stands under the heading that the metric declares (`MetricInfo`, evaluation/score.py), so a new
 metric needs no line here. What follows from records, times and AR is one line in `columns` (for readers) and one in
@@ -26,6 +28,8 @@ from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
 from sweeps.runs import Machine, Part, Run, chosen_folders, only, read_runs, with_baselines
 from sweeps.speedup import SpeedUp
+from sweeps.tables.breakdown import breakdown_lines, breakdown_tables
+from sweeps.tables.depths import depth_lines
 from sweeps.tables.formats import Table, latex, markdown
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
@@ -43,13 +47,15 @@ __all__ = ["make_tables", "show", "with_baselines"]
 class Column:
     """One column for readers: `text` returns the cell, '' without a value; a column without any value is left out.
 
-    key: the column of the CSV that holds its number, by which a report sorts and which it can show unrounded.
+    key: the column of the CSV that holds its number, by which a report sorts and which it can show unrounded. detail: it
+    is in the report and with columns=all only.
     """
 
     title: str
     text: Callable[[Row], str]
     key: str = ""
     always: bool = False
+    detail: bool = False
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -92,9 +98,18 @@ def _difference(gap: Difference) -> str:
     return gap.with_interval(3) if gap.prompts >= FEWEST_PROMPTS else f"{gap.mean:+.3f} [–]"
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns of a table: what follows from records, times and AR, then what metrics declare."""
-    forced = has_forced_tokens(rows)
+def _percentile(share: int) -> Column:
+    return Column(
+        f"p{share} s", lambda row: _significant(row.latency_percentiles.get(share)), f"latency_s_p{share}", detail=True
+    )
+
+
+def columns(rows: Sequence[Row], *, detail: bool = False) -> list[Column]:
+    """Return the columns of a table: what follows from records, times and AR, then what metrics declare.
+
+    detail: also those that a report shows beside the usual ones.
+    """
+    forced, metered = has_forced_tokens(rows), any(row.energy_j is not None for row in rows)
     stages = any(row.whole_s is not None for row in rows)
     found = [
         Column("decoder", lambda row: row.run.label, "label", always=True),
@@ -116,7 +131,13 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("images/s", lambda row: _significant(row.images_per_s), "images_per_s"),
         Column("NLL/token (Δ to AR)", _nll, "nll_per_token"),
         *_declared_columns(rows),
+        Column("accept rate", lambda row: _number(row.accept_rate, 3), "accept_rate", detail=True),
+        Column("accept length", lambda row: _number(row.accept_length, 2), "accept_length", detail=True),
+        *(_percentile(share) for share in (95, 99)),
+        Column("first row s", lambda row: _significant(row.first_row_s), "first_row_s_median", detail=True),
+        Column("J/image", lambda row: _significant(row.energy_j) or "–" * metered, "energy_j_mean", detail=True),
     ]
+    found = [column for column in found if detail or not column.detail]
     return [column for column in found if column.always or any(column.text(row) for row in rows)]
 
 
@@ -147,7 +168,8 @@ def _number_column(info: MetricInfo, rows: Sequence[Row]) -> Column:
         words += [f"({row.metrics[named]})"] if named in row.metrics else []
         return " ".join(words)
 
-    return Column(" ".join(filter(None, (info.title, shared and f"({shared})", _arrow(info)))), text, info.name)
+    heading = " ".join(filter(None, (info.title, shared and f"({shared})", _arrow(info))))
+    return Column(heading, text, info.name, detail=info.detail)
 
 
 def _group_column(infos: Sequence[MetricInfo]) -> Column:
@@ -178,9 +200,9 @@ def title(run: Run) -> str:
     return f"{name} on {prompts.get('name', 'prompts')} ({words})"
 
 
-def main_table(rows: Sequence[Row], machine: Machine | None) -> Table:
-    """Return the table of one group."""
-    shown = columns(rows)
+def main_table(rows: Sequence[Row], machine: Machine | None, *, detail: bool = False) -> Table:
+    """Return the table of one group; detail: with the columns of `columns=all`."""
+    shown = columns(rows, detail=detail)
     cells = [[column.text(row) for column in shown] for row in rows]
     return Table(title(rows[0].run), [column.title for column in shown], cells, notes(rows, machine))
 
@@ -260,8 +282,13 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
         "n_timings": row.timings,
         "latency_s_median": row.latency_s,
         "latency_s_std": row.latency_error_s,
-        "latency_s_p95": row.latency_p95_s,
+        "latency_s_p95": row.latency_percentiles.get(95),
+        "latency_s_p99": row.latency_percentiles.get(99),
+        "first_row_s_median": row.first_row_s,
         "images_per_s": row.images_per_s,
+        "energy_j_mean": row.energy_j,
+        "accept_rate": row.accept_rate,
+        "accept_length": row.accept_length,
         **speedup_numbers(row.speedup),
         "diffusion_s_median": row.diffusion_s,
         "whole_latency_s_median": row.whole_s,
@@ -324,13 +351,14 @@ def make_tables(
     published: bool = False,
     paper: str | None = None,
     parts: Mapping[Path, Part] | None = None,
+    detail: bool = False,
 ) -> str:
     """Write table.md, .tex, .csv, .json and the plots of these runs into `out`; return the Markdown.
 
     failed: status.json of jobs without a run; they, and unreadable folders, become rows with their reason.
     published: add the published numbers of the same model. paper: also write this table of the SJD2 paper beside ours.
-    parts: of run folders of which the table shows some images only. Raises UserError if there is neither a run nor a
-    failed job.
+    parts: of run folders of which the table shows some images only. detail: all columns, and all tables of the report.
+    Raises UserError if there is neither a run nor a failed job.
     """
     from sweeps.tables.figures import draw_plots
 
@@ -341,19 +369,22 @@ def make_tables(
     if not runs and not jobs:
         raise UserError("no run folder here has an image; make a run with: python run.py")
     out.mkdir(parents=True, exist_ok=True)
-    tables, lines = [], []
+    tables, lines, depths, groupings = [], [], [], []
     members = groups(runs, swept(failed))
     for index, group in enumerate(members):
         machine = table_machine(group)
         rows = make_rows(group, machine)
-        table = main_table(rows, machine)
+        table = main_table(rows, machine, detail=detail)
         plots = draw_plots(rows, out, suffix="" if index == 0 else f"-{index + 1}", title=table.title)
         table.plots, table.notes = plots.files, table.notes + plots.notes
         beside = published_table(group) if published else None
         if published and beside is None and paper is None:
             table.notes.append("sweeps/tables/published.csv has no numbers for this model with these decoders.")
         tables += [part for part in (table, difference_table(rows), beside) if part is not None]
+        tables += breakdown_tables(rows) if detail else []
         lines += [csv_row(row, machine) for row in rows]
+        depths += depth_lines(rows, table.title)
+        groupings += breakdown_lines(rows, table.title)
     if jobs and len(members) == 1:
         tables[0].failed = jobs
     elif jobs:
@@ -364,12 +395,15 @@ def make_tables(
     written = {"md": text, "tex": "\n".join(map(latex, tables)), "csv": to_csv(lines), "json": numbers}
     for name, content in written.items():
         write_atomically(out / f"table.{name}", content.encode())
+    for name, found in (("depths", depths), ("breakdown", groupings)):
+        write_atomically(out / f"{name}.csv", to_csv(found).encode())
     return text if paper is None else f"{text}\n{make_paper_table(paper, runs, out)}"
 
 
 def stage(cfg: DictConfig) -> Path:
     """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; return the folder written to."""
     out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
-    text = make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, published=True, paper=cfg.paper)
+    settings = {"published": True, "paper": cfg.paper, "detail": cfg.columns == "all"}
+    text = make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, **settings)
     show(text, out / "table.md", cfg.output)
     return out

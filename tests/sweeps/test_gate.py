@@ -1,0 +1,177 @@
+"""A run held to a saved baseline: what must hold holds, each kind of regression breaks its own bound, and only that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluation.run_folder import RunFolder
+from evaluation.score import keep_scores
+from harness.settings import BOUNDS
+from sjd2.errors import UserError
+from sweeps.compare.gate import Check, hold, report_broken
+from sweeps.compare.saved import SavedRun, read_baseline, take, write_baseline
+from sweeps.runs import read_run
+from tests.helpers.cli import Cli
+from tests.helpers.compared_runs import N, make
+
+LIMITS: dict[str, float | None] = {
+    "tokens": 0, "passes": 0.02, "nll": 0.02, "scores": 0.02, "distances": 0.05, "speedup": 0.1, "latency": 0.5,
+}  # fmt: skip
+
+
+def taken(path: Path) -> SavedRun:
+    return take(read_run(path), [])
+
+
+def saved(tmp_path: Path, name: str) -> SavedRun:
+    """Return a run's baseline as it comes back from its file."""
+    write_baseline(taken(tmp_path / "runs" / name), tmp_path / "baseline.json")
+    return read_baseline(tmp_path / "baseline.json")
+
+
+def held(tmp_path: Path, run: str, baseline: str, **bounds: float | None) -> dict[str, Check]:
+    checks = hold(taken(tmp_path / "runs" / run), saved(tmp_path, baseline), LIMITS | bounds)
+    return {check.name: check for check in checks}
+
+
+def changed(path: Path, change: Any) -> None:
+    """Rewrite the records of a run."""
+    run = RunFolder(path)
+    lines = [json.dumps(change(record)) + "\n" for record in run.records()]
+    (path / "samples.jsonl").write_text("".join(lines))
+
+
+def scored(path: Path, value: float) -> None:
+    keep_scores(RunFolder(path), {"clip": {(i, 0): value + 0.1 * (i % 3) for i in range(N)}})
+
+
+def copy(tmp_path: Path, name: str) -> Path:
+    shutil.rmtree(tmp_path / "runs" / "copy", ignore_errors=True)
+    return shutil.copytree(tmp_path / "runs" / name, tmp_path / "runs" / "copy")
+
+
+def broken(checks: dict[str, Check]) -> list[str]:
+    return [name for name, check in checks.items() if check.broken]
+
+
+def test_a_copy_holds_and_each_regression_breaks_its_own_bound(tmp_path: Path) -> None:
+    name = make(tmp_path, "sjd", seed=2)
+    scored(tmp_path / "runs" / name, 30.0)
+    checks = held(tmp_path, copy(tmp_path, name).name, name)
+    assert broken(checks) == []
+    assert not any(checks[key].reason for key in ("images with other tokens", "passes per image", "clip", "latency, s"))
+    report_broken(list(checks.values()))
+
+    def nats(record: dict) -> dict:
+        return record | {"nll": record["nll"] - 0.05 * record["tokens"]}
+
+    def slow(record: dict) -> dict:
+        return record | {"seconds": record["seconds"] | {"decode": 2.0}}
+
+    cases = {
+        "passes per image": lambda record: record | {"forwards": record["forwards"] + 1},
+        "NLL per token": nats,  # lower is another distribution too
+        "latency, s": slow,
+        "images with other tokens": lambda r: r | {"tokens_sha256": "x" if r["id"][0] == 3 else r["tokens_sha256"]},
+    }
+    for bound, change in cases.items():
+        path = copy(tmp_path, name)
+        changed(path, change)
+        checks = held(tmp_path, "copy", name)
+        assert broken(checks) == [bound]
+        with pytest.raises(UserError, match=f"1 of {len(checks)} bounds are broken: {bound}; .* raise bounds"):
+            report_broken(list(checks.values()))
+        assert broken(held(tmp_path, "copy", name, **dict.fromkeys(BOUNDS))) == []
+    copy(tmp_path, name)
+    scored(tmp_path / "runs" / "copy", 29.0)
+    assert broken(held(tmp_path, "copy", name)) == ["clip"]
+    scored(tmp_path / "runs" / "copy", 31.0)  # better
+    assert broken(held(tmp_path, "copy", name)) == []
+
+
+def test_noise_and_a_small_proven_change_hold(tmp_path: Path) -> None:
+    name = make(tmp_path, "sjd", seed=2)
+    path = copy(tmp_path, name)
+    rng = np.random.default_rng(0)
+    changed(path, lambda record: record | {"nll": record["nll"] + rng.normal(0, 8)})  # 0.1 nats per token of the mean
+    check = held(tmp_path, "copy", name, nll=0.001)["NLL per token"]
+    assert check.change > 0.001
+    assert check.low < 0 < check.high
+    assert not check.broken
+    changed(path, lambda record: record | {"forwards": record["forwards"] + 0.01})
+    check = held(tmp_path, "copy", name)["passes per image"]
+    assert 0 < check.low <= check.change < 0.02
+    assert not check.broken
+
+
+def test_what_is_not_comparable_is_reported_and_not_held(tmp_path: Path) -> None:
+    name, other = make(tmp_path, "sjd", seed=2), make(tmp_path, "scd", seed=3, digest="tuned")
+    run = RunFolder(copy(tmp_path, name))
+    run.close_launch(0, {"hardware": "another machine"})
+    changed(run.path, lambda record: record | {"tokens_sha256": "x", "seconds": record["seconds"] | {"decode": 99.0}})
+    checks = held(tmp_path, "copy", name)
+    assert broken(checks) == []
+    assert checks["latency, s"].reason == "timed on another machine, 1 threads, the baseline on x, 1 threads"
+    assert "made on another machine, the baseline on x" in checks["images with other tokens"].reason
+    checks = held(tmp_path, other, name)
+    assert checks["images with other tokens"].reason.startswith(
+        "other settings (decoder.name: sjd there, scd asked for"
+    )
+    assert checks["NLL per token"].reason == "other weights"
+    assert not checks["passes per image"].reason
+    assert checks["speed-up over AR"].reason == "the baseline has none"
+
+
+def test_distances_are_held_at_equal_n(tmp_path: Path) -> None:
+    name = make(tmp_path, "sjd", seed=2)
+    scores = {"n_images": 200, "kid": 0.01, "fid_extractor": "six", "fid_reference": "r", "protocol": {}}
+    (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps(scores))
+    path = copy(tmp_path, name)
+    for change, verdict in (({"kid": 0.0104}, "held"), ({"kid": 0.011}, "**broken**"), ({"n_images": 150}, "not held")):
+        (path / "metrics.json").write_text(json.dumps(scores | change))
+        assert held(tmp_path, "copy", name)["KID"].verdict.startswith(verdict)
+
+
+def test_other_prompts_and_files_that_are_none(tmp_path: Path) -> None:
+    run, other = make(tmp_path, "sjd", seed=2), make(tmp_path, "scd", seed=3, ids=range(40, 45))
+    with pytest.raises(UserError, match="no image of the same prompts in common"):
+        held(tmp_path, run, other)
+    for content, message in (
+        ("{", "is no baseline file"), ("[]", "is no baseline file"), ('{"sjd2_baseline": 0}', "another release"),
+        ('{"sjd2_baseline": 1}', "is no baseline file"),
+    ):  # fmt: skip
+        (tmp_path / "wrong.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_baseline(tmp_path / "wrong.json")
+    with pytest.raises(UserError, match="neither a run folder nor a baseline file"):
+        read_baseline(tmp_path / "missing.json")
+
+
+def test_the_commands(cli: Cli) -> None:
+    assert cli("decoder=scd", "limit=4", "baseline=null") == 0, cli.err
+    run, file = cli.run("scd").path, cli.runs_dir / "ci" / "baseline.json"
+    assert cli("stage=compare", f"run_dir={run}", f"save_baseline={file}") == 0, cli.err
+    assert "baseline of 4 images" in cli.out
+    assert cli("stage=compare", f"against={file}", "output=json") == 0, cli.err  # the run of the same settings
+    assert not json.loads(cli.out)["broken"]
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image["forwards"] -= 1
+    file.write_text(json.dumps(content))
+    assert cli("stage=compare", f"run_dir={run}", f"against={file}") == 1
+    assert "| passes per image | 2 % |" in cli.out
+    assert "| **broken** |" in cli.out
+    assert "bounds are broken: passes per image" in cli.err
+    for words, message in (
+        (("against=/nope.json",), "neither a run folder nor a baseline file"),
+        (("save_baseline=b.json",), "give its folder"),
+        ((f"against={file}", "bounds.passes=-1"), "bounds.passes must be 0 or more"),
+    ):
+        assert cli("stage=compare", *words) == 1
+        assert message in cli.err
