@@ -48,7 +48,9 @@ def tokens_of_first_row(run: Run) -> int | None:
     try:
         decoder, layout = run.folder.config["decoder"], run.layout
         engine = instantiate(decoder).engine if "_target_" in decoder else None
-        tokens = len(layout.prefix) + layout.columns
+        tokens = (
+            int(np.flatnonzero(np.asarray(layout.shown))[layout.columns - 1]) + 1
+        )  # a header or preview comes first
     except (UserError, AttributeError, LookupError, FileNotFoundError):
         return None
     return tokens if engine is None or engine.raster else None
