@@ -108,7 +108,8 @@ def _identity(cfg: DictConfig, spec: ModelSpec | None, dtype: str) -> dict[str, 
 
 def _spec(cfg: DictConfig, recipe: Recipe) -> ModelSpec:
     """Return the model to start from, its own weights without an adapter, once recipe and model are checked."""
-    spec: ModelSpec = replace(instantiate(cfg.model), adapter=None)
+    # a training reads and draws tokens: a diffusion stage that makes pixels of them is neither looked for nor loaded
+    spec: ModelSpec = replace(instantiate(cfg.model), adapter=None, pixels="none")
     if distributed.size() > 1 and spec.device_map is not None:
         raise UserError(
             "model.device_map spreads one model over all GPUs and torchrun loads one on each; leave one of the two out."

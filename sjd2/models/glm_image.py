@@ -21,6 +21,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 from sjd2.errors import UserError, first_line
 from sjd2.models.base import Condition, ImageModel
+from sjd2.models.glm_image_pixels import DiffusionSettings, DiffusionStage, pixel_sources
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, read_config
@@ -50,11 +52,15 @@ logger = logging.getLogger(__name__)
 class GlmImageSpec(ModelSpec):
     """A GLM-Image checkpoint in diffusers' layout, and the size of its images.
 
-    size: side in pixels or WIDTHxHEIGHT. end: id of the token that ends an image.
+    size: side in pixels or WIDTHxHEIGHT. end: id of the token that ends an image. diffusion_...: glm_image_pixels.py.
     """
 
     size: int | str = 1024
     end: int = 16385
+    diffusion_steps: int = 50
+    diffusion_guidance: float = 1.5
+    diffusion_device: str | None = None
+    diffusion_offload: bool = False
 
     can_guide: ClassVar[bool] = False
 
@@ -65,7 +71,29 @@ class GlmImageSpec(ModelSpec):
             rows, columns, self.vocabulary, suffix=(self.end,), preview=preview(rows, columns, str(self.size))
         )
 
+    @property
+    def diffusion(self) -> DiffusionSettings:
+        """Return how pixels are drawn."""
+        return DiffusionSettings(
+            steps=self.diffusion_steps,
+            guidance_scale=self.diffusion_guidance,
+            device=self.diffusion_device,
+            offload=self.diffusion_offload,
+        )
+
+    def check(self) -> None:
+        """Raise `UserError` if a setting is wrong, or a library or weights are missing; takes seconds."""
+        if self.pixels != "none":
+            self.diffusion.check()
+        super().check()
+
     def sources(self) -> list[WeightSource]:
+        """Return the AR stage and its processor, then the diffusion stage if pixels are wanted."""
+        pixels = [] if self.pixels == "none" else pixel_sources(self.weights, self.revision)
+        return [*self.ar_sources(), *pixels]
+
+    def ar_sources(self) -> list[WeightSource]:
+        """Return the AR stage and its processor."""
         common: dict[str, Any] = {"where": self.weights, "key": "model.weights", "revision": self.revision}
         return [
             WeightSource(
@@ -124,14 +152,15 @@ def offsets(layout: TokenGrid) -> Tensor:
 
 
 class GlmImage(ImageModel):
-    """A loaded GLM-Image (contract: `ImageModel`)."""
+    """A loaded GLM-Image (contract: `ImageModel`); its diffusion stage is loaded when pixels are first wanted."""
 
     spec: GlmImageSpec
+    pixel_part: ClassVar[str] = "diffusion"
 
     def __init__(self, spec: GlmImageSpec, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import GlmImageForConditionalGeneration
 
-        folder, words = map(locate, spec.sources())
+        folder, words = map(locate, spec.ar_sources())
         config = read_config(folder, "model.weights", "glm_image", "zai-org/GLM-Image")
         self.spec = spec
         self.processor = load_processor(words)
@@ -187,9 +216,27 @@ class GlmImage(ImageModel):
         """Apply the rows of the head that are codes, in float32 at least: [..., D] -> [..., V]."""
         return image_logits(self.full.lm_head, hidden, 0, self.layout.vocabulary)
 
+    @cached_property
+    def diffusion(self) -> DiffusionStage:
+        """The loaded diffusion stage. Raises `UserError` if there is none to load, or no memory for it."""
+        if self.spec.pixels == "none":
+            raise UserError("GLM-Image's pixels come from its diffusion stage, which model.pixels=none leaves out.")
+        index, *_ = map(locate, pixel_sources(self.spec.weights, self.spec.revision))
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype  # no token depends on it
+        return DiffusionStage(index, self.spec.diffusion, self.device, dtype)
+
+    def draw(self, tokens: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Draw the images of these prompts and sample seeds: [B, N] -> uint8 [B, 3, H, W]."""
+        return self.diffusion.draw(self.layout.codes(tokens), prompts, seeds)
+
     def decode(self, tokens: Tensor) -> Tensor:
-        """Raise `UserError`: pixels come from a diffusion stage."""
-        raise UserError("GLM-Image's pixels come from its diffusion stage, which is not here yet.")
+        """Draw images without the prompt's quoted text, from the noise of seed 0: [B, N] -> uint8 [B, 3, H, W]."""
+        return self.draw(tokens, [""] * len(tokens), [0] * len(tokens))
+
+    def warm_up_pixels(self, batch: int) -> None:
+        """Load the diffusion stage and run a few steps of one image: images are drawn one by one."""
+        layout = self.layout
+        self.diffusion.warm_up(torch.zeros(1, layout.rows, layout.columns, dtype=torch.long, device=self.device))
 
     def image_start(self, lengths: Tensor) -> Tensor:
         """Return the position id of the image's first token after prompts of `lengths` tokens: [R] -> [R]."""

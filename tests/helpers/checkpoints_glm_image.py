@@ -77,7 +77,13 @@ def settings(folder: Path) -> dict[str, Any]:
     """Return the settings of conf/model/glm-image.yaml that this checkpoint needs; the public one has these in the yaml."""
     config = json.loads((folder / "vision_language_encoder" / "config.json").read_text())
     codes = config["vq_config"]["num_embeddings"]
-    return {"weights": str(folder), "vocabulary": codes, "end": config["image_end_token_id"], "size": "160x128"}
+    return {
+        "weights": str(folder),
+        "vocabulary": codes,
+        "end": config["image_end_token_id"],
+        "size": "160x128",
+        "pixels": "none",
+    }
 
 
 def write_tokenizer(folder: Path, codes: int) -> dict[str, int]:

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaluation.run_folder import RunFolder
 from sjd2.errors import UserError
 from sjd2.models.glm_image_pixels import DiffusionSettings, DiffusionStage, upsampled
+from tests.helpers import checkpoints_glm_image
 from tests.helpers.checkpoints_glm_image_pixels import write_diffusion
+from tests.helpers.cli import Cli
 
 CPU = torch.device("cpu")
 CODES = torch.randint(64, (3, 2, 3), generator=torch.Generator().manual_seed(1))  # 64 x 96 pixels
@@ -115,3 +118,33 @@ def test_settings_and_library_are_checked_before_anything_loads(monkeypatch: pyt
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"need diffusers: pip install -e '\.\[glm\]', or set model\.pixels=none"):
         DiffusionSettings().check()
+
+
+@pytest.mark.full
+def test_a_run_times_both_stages(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sjd2.models.glm_image.PREVIEW", 4)  # 12 codes instead of 238
+    folder = checkpoints_glm_image.write(tmp_path / "weights")
+    settings = checkpoints_glm_image.settings(folder) | {"pixels": "decode", "diffusion_steps": 3}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    words = [f"model.{key}={value}" for key, value in settings.items()]
+    words += [
+        "model=glm-image",
+        "decoder=sjd",
+        "prompts=file",
+        f"prompts.path={tmp_path / 'prompts.txt'}",
+        "batch_size=2",
+    ]
+    assert cli(*words) == 1
+    assert "has no model_index.json, so it is not a folder of these weights" in cli.err
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    assert cli(*words) == 0
+    for column in ("AR stage s", "AR stage speed-up", "diffusion s", "whole image s", "whole speed-up"):
+        assert column in cli.out
+    (path,) = cli.runs_dir.glob("glm-image-sjd-*")
+    run = RunFolder(path)
+    stage = DiffusionStage(folder, DiffusionSettings(steps=3), CPU, torch.float32)
+    for record, prompt, image in zip(run.records(), PROMPTS, run.images(), strict=False):
+        assert list(record["seconds"]) == ["encode", "prefill", "decode", "diffusion"]
+        codes = torch.from_numpy(run.tokens(record))[None, 12:32].long().view(1, 4, 5)  # after the preview
+        assert torch.equal(torch.from_numpy(image.copy()).permute(2, 0, 1), stage.draw(codes, [prompt], [record["seed"]])[0])
+    assert run.metrics["whole_latency_s_median"] > run.metrics["seconds_diffusion_mean"] > 0
