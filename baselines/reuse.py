@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -27,6 +28,7 @@ class Reuse(Refiner):
     """
 
     threshold: float = 0.5
+    after_joint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -39,10 +41,11 @@ class Reuse(Refiner):
             raise UserError(
                 "refiner reuse needs the distributions of the draft tokens; choose a drafter that records them."
             )
-        p, old = test.p, draft.codes(test.p.shape[-1])
+        p, q, old = test.p, test.draft_probs(), draft.codes(test.p.shape[-1])
+        assert q is not None
         likely = p > self.threshold
         fresh = state.sampler.draw(p, test.positions, Purpose.FRESH, state.iteration)
         tokens = torch.where(likely.gather(-1, old[..., None])[..., 0], old, fresh)
-        kept = draft.probs.masked_fill(~likely, 0.0)
-        mass_redrawn = draft.probs.masked_fill(likely, 0.0).sum(-1, keepdim=True)
+        kept = q.masked_fill(~likely, 0.0)
+        mass_redrawn = q.masked_fill(likely, 0.0).sum(-1, keepdim=True)
         return redrawn(draft, tokens, kept + mass_redrawn * p)

@@ -87,6 +87,10 @@ class Eagle(Drafter):
         """Return where the head lies."""
         return WeightSource(str(self.weights), "decoder.drafter.weights", required=(SETTINGS, WEIGHTS))
 
+    @property
+    def is_tree(self) -> bool:
+        return self.shape != "chain"
+
     def num_carried(self, window: int) -> int:
         return 1
 

@@ -110,6 +110,27 @@ class Decoder(BaseDecoder):
                 f"{type(self.drafter).__name__} drafts from recorded distributions; set decoder.refiner.record=true, or use "
                 "decoder/refiner=coupled."
             )
+        if self.verifier.joint:
+            self._check_joint(self.verifier, self.drafter)
+
+    def _check_joint(self, verifier: Verifier, drafter: Drafter) -> None:
+        """Raise `UserError` where draft tokens cannot be judged together."""
+        kind = type(verifier).__name__
+        if drafter.is_tree:
+            raise UserError(
+                f"verifier {kind} judges a chain of draft tokens together, and this drafter proposes a tree; use "
+                "decoder.drafter.shape=chain (eagle), decoder.drafter.siblings=[] (front), or decoder/verifier=exact."
+            )
+        if verifier.exact and self.rule == "paper":
+            raise UserError(
+                f"verifier {kind} needs draft tokens that are draws from their recorded distributions, which those of "
+                "rule=paper are not; use rule=exact, or decoder/verifier=exact."
+            )
+        if verifier.exact and self.refiner is not None and not self.refiner.after_joint:
+            raise UserError(
+                f"verifier {kind} decides by later draft tokens too, and then refiner {type(self.refiner).__name__} would not "
+                "draw from what it records; use decoder/refiner=resample or coupled (coupling=maximal)."
+            )
 
     @property
     def _parts(self) -> list[Drafter | Verifier | Refiner]:

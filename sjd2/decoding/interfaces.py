@@ -117,6 +117,37 @@ class PassResult:
     fresh: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftRun:
+    """The draft tokens of a pass, as a verifier judges them.
+
+    p [B, S-1, V]: the target distribution of each, on trees what its earlier siblings have left; q [B, S-1, V]: its own (None:
+    one-hot); token [B, S-1]; depth [b, S-1]: how many tokens after the last committed one; certain [B, S-1]: forced or
+    committed already; inside [B, S-1]: may be committed (rule=exact: only clean inputs before it; None: all); coin [B, S-1].
+    """
+
+    p: Tensor
+    q: Tensor | None
+    token: Tensor
+    depth: Tensor
+    certain: Tensor
+    inside: Tensor | None
+    coin: Tensor
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a verifier decides: the draft tokens that are accepted [B, S-1], and the probability coin was compared with.
+
+    weight [B, S-1]: of a joint decision, what p is multiplied by before q is subtracted; the residual after a rejected draft
+    token is that of weight p, and a draft token that was not accepted is one of norm(max(0, q - weight p)).
+    """
+
+    accepted: Tensor
+    accept_prob: Tensor
+    weight: Tensor | None = None
+
+
 class Part:
     """One part of a decoder: settings from yaml, immutable and shared by models; `bind` makes it ready to run on one.
 
@@ -142,6 +173,11 @@ class Drafter(Part):
 
     needs_records: bool = False
     timesteps: Tensor | None = None
+
+    @property
+    def is_tree(self) -> bool:
+        """Return whether a pass may hold several draft tokens for one position."""
+        return False
 
     def num_carried(self, window: int) -> int:
         """Return how many slots are carried from pass to pass: all of a chain; 1 is the last committed token alone."""
@@ -176,7 +212,18 @@ class Drafter(Part):
 
 
 class Verifier(Part):
-    """Tests draft tokens. On trees p is what earlier siblings have left: multi-round speculative sampling."""
+    """Tests draft tokens. On trees p is what earlier siblings have left: multi-round speculative sampling.
+
+    Token by token: write `accept_prob` and `residual`. A verifier that judges the whole run of a pass overrides `judge` and
+    sets joint; it is refused on trees. Under sampler=gumbel draft tokens are matched with AR's and no verifier is asked.
+    """
+
+    joint: bool = False
+
+    def judge(self, run: DraftRun) -> Judgement:
+        """Judge all draft tokens of a pass; a token counts if all before it on its path are accepted too."""
+        prob = self.accept_prob(run.p, run.q, run.token).masked_fill(run.certain, 1.0)
+        return Judgement(run.coin < prob, prob)  # strict: probability 0 never passes, 1 always
 
     def accept_prob(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
         """Return the acceptance probability: p, q [..., V] (None: one-hot), token [...] -> [...]."""
@@ -188,9 +235,14 @@ class Verifier(Part):
 
 
 class Refiner(Part):
-    """Redraws the draft tokens under the distributions of the pass. records: whether it returns these in `probs`."""
+    """Redraws the draft tokens under the distributions of the pass. records: whether it returns these in `probs`.
+
+    after_joint: whether it stays exact after a joint decision, which depends on later draft tokens: it draws afresh, or moves
+    tokens from `test.draft_probs()` instead of the recorded distribution.
+    """
 
     records: bool = True
+    after_joint: bool = False
 
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
         """Return the draft for the next pass; its `probs` are the distributions that its tokens were truly drawn from."""
@@ -201,6 +253,7 @@ class Redrafted(Refiner):
     """For drafters that draw all their tokens anew: nothing is left to refine."""
 
     records: ClassVar[bool] = False
+    after_joint: ClassVar[bool] = True
 
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
         return Draft(draft.tokens)

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     SIBLING = 8  # further draft tokens for one position
     CORRECT = 9  # whether a draft token stays when its distribution is corrected
     MOVE = 10  # what replaces it if not
+    RETEST = 11  # whether a draft token stays that a joint decision has not accepted
 
 
 # purposes whose numbers are new in each pass; the others' are the same in all

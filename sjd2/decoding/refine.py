@@ -33,6 +33,7 @@ class Resample(Refiner):
     """
 
     record: bool = True
+    after_joint: ClassVar[bool] = True
 
     @property
     def records(self) -> bool:
@@ -56,12 +57,18 @@ class Coupled(Refiner):
     def __post_init__(self) -> None:
         choose("decoder.refiner.coupling", self.coupling, ("maximal", "gumbel"))
 
+    @property
+    def after_joint(self) -> bool:
+        """Return whether the noise of a rejected token is free of the decision; G of coupling=gumbel is not."""
+        return self.coupling == "maximal"
+
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
         sampler = GumbelSampler(state.noise) if self.coupling == "gumbel" else state.sampler
         old, purpose = draft.codes(test.p.shape[-1]), Purpose.COUPLE
         # accepted is per slot, not cut at the first rejection: that would bias the draft tokens after it
-        accepted = test.exact().accepted
-        tokens = sampler.recover(test.p, draft.probs, old, accepted, test.positions, purpose, state.iteration)
+        exact = test.exact()
+        q, accepted = exact.draft.probs, exact.accepted
+        tokens = sampler.recover(test.p, q, old, accepted, test.positions, purpose, state.iteration)
         return redrawn(draft, tokens, test.p)
 
 

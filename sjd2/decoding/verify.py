@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sjd2.decoding.interfaces import Draft, State, Verifier
+from sjd2.decoding.interfaces import Draft, DraftRun, Judgement, State, Verifier
 from sjd2.decoding.noise import Purpose
 from sjd2.decoding.sampling import Sampler, accept_prob, residual
 from sjd2.decoding.shapes import Tree, gather_slots
+from sjd2.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Verification:
     """The test of the draft tokens of one pass.
 
     target [B, S, V]: p at every slot; p [B, S-1, V]: each draft token's own distribution, that of its parent's output;
-    tested [B, S-1, V]: what its earlier siblings, all rejected, have left of it; accept_prob, coin, accepted [B, S-1]:
-    accepted where coin < accept_prob; certain [B, S-1]: forced or committed already; positions [B, S-1].
+    tested [B, S-1, V]: what its earlier siblings, all rejected, have left of it; accept_prob, coin, accepted [B, S-1];
+    weight, fresh_coin [B, S-1]: of a joint decision (`Judgement`), else None; certain [B, S-1]: forced or committed already;
+    positions [B, S-1].
     """
 
     verifier: Verifier
@@ -51,16 +53,42 @@ class Verification:
     accept_prob: Tensor
     coin: Tensor
     accepted: Tensor
+    weight: Tensor | None
+    fresh_coin: Tensor | None
     certain: Tensor
     positions: Tensor
 
+    def draft_probs(self) -> Tensor | None:
+        """Return the distribution of each draft token that was not accepted, given the decision: [B, S-1, V]; None: one-hot.
+
+        It is the recorded one, unless the decision was a joint one (docs/exactness.md, block verification).
+        """
+        q = self.draft.probs
+        if q is None or self.weight is None:
+            return q
+        left = residual(q, self.weight[..., None] * self.p, self.draft.codes(q.shape[-1]))
+        return left / left.sum(-1, keepdim=True)
+
     def exact(self) -> Verification:
-        """Return this test by the exact rule, with the same coins: refiners need it whatever the verifier relaxes."""
-        if self.verifier.exact:
+        """Return this test by the exact rule, token by token: refiners need it whatever the verifier relaxes.
+
+        With the same coins, or after a joint decision, which has used them up, with fresh ones.
+        """
+        if self.verifier.exact and self.weight is None:
             return self
-        token = self.draft.codes(self.p.shape[-1])
-        prob = self.sampler.accept_prob(EXACT, self.p, self.draft.probs, token, self.positions)
-        return replace(self, verifier=EXACT, tested=self.p, accept_prob=prob, accepted=self.coin < prob)
+        draft = replace(self.draft, probs=self.draft_probs())
+        token, coin = draft.codes(self.p.shape[-1]), self.coin if self.fresh_coin is None else self.fresh_coin
+        prob = self.sampler.accept_prob(EXACT, self.p, draft.probs, token, self.positions)
+        return replace(
+            self,
+            verifier=EXACT,
+            draft=draft,
+            tested=self.p,
+            accept_prob=prob,
+            coin=coin,
+            accepted=coin < prob,
+            weight=None,
+        )
 
     def next_probs(self, end: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distribution of the token drawn after slot `end` [B], unnormalised: [B, V]; whether it is a bonus [B].
@@ -75,24 +103,55 @@ class Verification:
             return p, bonus
         last = (child - 1).clamp(min=0)
         q = None if draft.probs is None else draft.probs[rows, last]
-        left = self.verifier.residual(self.tested[rows, last], q, draft.codes(p.shape[-1])[rows, last])
+        tested = self.tested[rows, last]
+        if self.weight is not None:
+            tested = self.weight[rows, last, None] * tested
+        left = self.verifier.residual(tested, q, draft.codes(p.shape[-1])[rows, last])
         return torch.where(bonus[:, None], p, left), bonus
 
 
-def verify(verifier: Verifier, draft: Draft, target: Tensor, state: State) -> Verification:
-    """Test the draft tokens of a pass with outputs `target` [B, S, V].
+def verify(verifier: Verifier, draft: Draft, target: Tensor, state: State, clean: Tensor | None = None) -> Verification:
+    """Test the draft tokens of a pass with outputs `target` [B, S, V]; clean [B, S]: inputs to commit after (None: all).
 
     Under sampler=gumbel a draft token passes if it equals argmax(log p + G), the token that AR draws (Gumbel matching).
     """
-    sampler, positions = state.sampler, state.draft_positions(draft)
-    p = draft.shape.parent_probs(target)
+    sampler, positions, noise = state.sampler, state.draft_positions(draft), state.noise
+    p, token = draft.shape.parent_probs(target), draft.codes(target.shape[-1])
+    if verifier.joint and draft.shape.ranks > 1:
+        raise UserError(f"{type(verifier).__name__} judges a chain of draft tokens, but this drafter returned a tree.")
     tested = after_siblings(verifier, p, draft) if sampler.residuals else p
-    prob = sampler.accept_prob(verifier, tested, draft.probs, draft.codes(p.shape[-1]), positions)
     certain = (state.forced_at(positions) >= 0) | (positions < state.committed[:, None])
-    prob = prob.masked_fill(certain, 1.0)
-    coin = state.noise.uniform(positions, Purpose.ACCEPT, state.iteration, draft.shape.sibling)
-    accepted = coin < prob  # strict: probability 0 never passes, 1 always
-    return Verification(verifier, sampler, draft, target, p, tested, prob, coin, accepted, certain, positions)
+    coin = noise.uniform(positions, Purpose.ACCEPT, state.iteration, draft.shape.sibling)
+    if sampler.residuals:
+        depth = draft.shape.depths(draft.tokens.shape[1], p.device)[..., 1:]
+        run = DraftRun(
+            p=tested, q=draft.probs, token=token, depth=depth, certain=certain, inside=_inside(clean), coin=coin
+        )
+        judged = verifier.judge(run)
+    else:
+        prob = sampler.accept_prob(verifier, p, draft.probs, token, positions).masked_fill(certain, 1.0)
+        judged = Judgement(coin < prob, prob)
+    fresh = None if judged.weight is None else noise.uniform(positions, Purpose.RETEST, state.iteration)
+    return Verification(
+        verifier=verifier,
+        sampler=sampler,
+        draft=draft,
+        target=target,
+        p=p,
+        tested=tested,
+        accept_prob=judged.accept_prob,
+        coin=coin,
+        accepted=judged.accepted,
+        weight=judged.weight,
+        fresh_coin=fresh,
+        certain=certain,
+        positions=positions,
+    )
+
+
+def _inside(clean: Tensor | None) -> Tensor | None:
+    """Return which draft tokens of a chain have only clean inputs before them: [B, S] -> [B, S-1]."""
+    return None if clean is None else torch.nn.functional.pad(clean[:, 1:-1].cumprod(1) > 0, (1, 0), value=True)
 
 
 def after_siblings(verifier: Verifier, p: Tensor, draft: Draft) -> Tensor:

@@ -87,8 +87,9 @@ class WindowEngine(Engine):
         if draft.probs is not None:
             state.watch(draft.probs, FaultSource.DRAFT)
         hidden, p = self.forward(draft)  # [R, S, D]; [B, S, V]: the next-token distribution at every slot
-        test = verify(self.verifier, draft, p, state)
-        path = draft.shape.accepted_path(test.accepted, self.rule.clean(draft))
+        clean = self.rule.clean(draft)
+        test = verify(self.verifier, draft, p, state, clean)
+        path = draft.shape.accepted_path(test.accepted, clean)
         token, bonus = self.next_token(test, path)  # a recovered token, or the bonus token
         num_new = self.commit(draft, path, token, bonus)
         refined = self.refiner(draft, test, state)

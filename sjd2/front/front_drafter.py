@@ -80,6 +80,10 @@ class Front(Drafter):
     def exact(self) -> bool:
         return self.chain.exact
 
+    @property
+    def is_tree(self) -> bool:
+        return any(self.siblings)
+
     def check(self, spec: ModelSpec, window: int) -> None:
         """Raise `UserError` if the window is too small or the corrector's folder holds none."""
         carried = self.num_carried(window)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from baselines.zipar import ZipAR
+from sjd2.decoding.block import Block
 from sjd2.decoding.cuda_graph import Graphs, Replayed
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import generate, stream
 from sjd2.decoding.jacobi import Jacobi
-from sjd2.decoding.refine import Keep, Resample
+from sjd2.decoding.refine import Coupled, Keep, Resample
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.errors import UserError
@@ -35,6 +36,7 @@ def paper(window: int, steps: int) -> Decoder:
 
 DECODERS = {name: KINDS[name] for name in ("ar", "front", "eagle")}
 DECODERS |= {"sjd2": lambda n: sjd2(9, steps=2, levels="slot", clean=3), "sjd2 paper": lambda n: paper(9, 2)}
+DECODERS |= {"block": lambda n: sjd(7, Coupled(), verifier=Block())}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from baselines.eagle.eagle_drafter import Eagle
 from baselines.gsd import Grouped
 from baselines.lantern import Relaxed
 from baselines.reuse import Reuse
+from sjd2.decoding.block import Block
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.interfaces import Drafter, Refiner, Verifier
 from sjd2.decoding.jacobi import Jacobi
@@ -33,7 +34,13 @@ DRAFTERS = {
     "eagle": lambda nets: Eagle(weights=nets["eagle"], depth=3, top_k=3),
     "eagle chain": lambda nets: Eagle(weights=nets["eagle"], shape="chain"),
 }
-VERIFIERS = {"exact": Exact(), "grouped": Grouped(group=3), "relaxed": Relaxed(neighbours=3), "all": AcceptAll()}
+VERIFIERS = {
+    "exact": Exact(),
+    "block": Block(),
+    "grouped": Grouped(group=3),
+    "relaxed": Relaxed(neighbours=3),
+    "all": AcceptAll(),
+}
 REFINERS = {"none": None, "resample": Resample(), "coupled": Coupled(), "keep": Keep(), "reuse": Reuse()}
 
 
@@ -57,7 +64,9 @@ def test_every_pair_runs_or_is_refused(kind: str, nets: dict[str, str], tmp_path
         window = 4 if kind == "eagle chain" else 12  # a chain of the head takes a pass for every draft token
         decoder = build(window, DRAFTERS[kind](nets), VERIFIERS[verifier], REFINERS[refiner])
         if decoder is None:
-            assert (refiner == "none") != kind.startswith("eagle")  # a chain that is kept is refined, no other is
+            # a chain that is kept is refined, no other is; a joint decision needs a chain and a refiner that knows of it
+            joint = verifier == "block" and (kind in ("front", "front of denoise", "eagle") or refiner == "keep")
+            assert joint or (refiner == "none") != kind.startswith("eagle")
             continue
         built += 1
         got = decode(model, decoder, SAMPLING, PROMPTS[:2])
@@ -65,4 +74,6 @@ def test_every_pair_runs_or_is_refused(kind: str, nets: dict[str, str], tmp_path
         assert got.tokens.min() >= 0
         if decoder.lossless:
             assert torch.equal(decode(model, decoder, gumbel, PROMPTS[:2]).tokens, expected), refiner
-    assert built == (4 if kind.startswith("eagle") else 16)
+    refiners = 1 if kind.startswith("eagle") else 4
+    block = {"eagle chain": 1, "jacobi": 3, "denoise": 3}.get(kind, 0)
+    assert built == 4 * refiners + block

@@ -304,7 +304,7 @@ def reused(p: Tensor, q: Tensor, threshold: float, rows: int = 40_000) -> tuple[
     drawn = draw(q.expand(rows, -1), torch.rand(rows, generator=torch.Generator().manual_seed(7)).double())
     draft = Draft(torch.stack([torch.zeros_like(drawn), drawn], 1), q.expand(rows, 1, -1))
     place, noise = torch.ones(rows, 1, dtype=torch.long), Noise(torch.arange(rows), torch.float64)
-    test = SimpleNamespace(p=p.expand(rows, 1, -1), positions=place)
+    test = SimpleNamespace(p=p.expand(rows, 1, -1), positions=place, draft_probs=lambda: draft.probs)
     state = SimpleNamespace(iteration=place[:, 0], sampler=CdfSampler(noise))
     new = Reuse(threshold=threshold)(draft, test, state)
     assert torch.equal(new.probs, new.probs[:1].expand_as(new.probs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sjd2 import api
+from sjd2.decoding.block import Block
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine
@@ -137,6 +139,12 @@ def test_no_pass_of_a_decoder_waits_for_its_device(meta: ImageModel, case: tuple
 @pytest.mark.parametrize("settings", [{"rule": "paper", "steps": 4}, {"levels": "slot", "clean": 4, "early": 0.5}])
 def test_no_setting_of_sjd2_waits_for_its_device(meta: ImageModel, settings: dict) -> None:
     assert watch(begin(meta, api.decoder("sjd2", model="tiny", **settings), SAMPLINGS["cdf"]).step) == []
+
+
+@pytest.mark.parametrize("name", ["scd", "sjd2"])
+def test_no_joint_decision_waits_for_its_device(meta: ImageModel, name: str) -> None:
+    decoder = replace(api.decoder(name, model="tiny"), verifier=Block())
+    assert watch(begin(meta, decoder, SAMPLINGS["cdf"]).step) == []
 
 
 class Waits(Jacobi):
