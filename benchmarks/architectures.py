@@ -18,6 +18,7 @@ from torch import nn
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.chameleon import Chameleon
 from sjd2.models.emu3 import Emu3, Emu3Pixels
+from sjd2.models.glm_image import GlmImage
 from sjd2.models.janus import Janus, JanusPixels
 from sjd2.models.layout import TokenGrid
 from sjd2.models.llamagen import CAPTION_POSITIONS, GridRotary, LlamaGen
@@ -50,6 +51,7 @@ class Architecture:
         make: dict[str, Callable[..., ImageModel]] = {
             "chameleon": RandomChameleon,
             "emu3": RandomEmu3,
+            "glm_image": RandomGlmImage,
             "janus": RandomJanus,
             "llamagen": RandomLlamaGen,
         }
@@ -62,13 +64,13 @@ class Architecture:
 
     def small(self) -> Architecture:
         """Return the same architecture, narrow and shallow, with the same vocabularies and forced tokens."""
-        heads = self.sizes["num_attention_heads"] // self.sizes["num_key_value_heads"]
+        heads = min(4, self.sizes["num_attention_heads"] // self.sizes["num_key_value_heads"])
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4 // heads}
         pixels = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
         if self.family == "emu3":  # has attention at its fourth level, with the width of that level
             pixels |= {"channel_multiplier": [1, 1, 1, 1], "hidden_size": 32}
-        layout = replace(self.layout, rows=4, columns=4)
+        layout = replace(self.layout, rows=4, columns=4, preview=self.layout.preview and (2, 2))
         sizes, pixels = self.sizes | sizes, self.pixels | pixels
         title = f"{self.title}, narrow"
         return replace(self, title=title, layout=layout, sizes=sizes, pixels=pixels, prompt=12, window=16)
@@ -78,7 +80,7 @@ class Architecture:
         transformer: Any = model.transformer
         width = transformer.get_input_embeddings().weight.shape[1]
         # Janus and LlamaGen have an unconditional prompt for each prompt
-        alone = 1 if self.family in ("chameleon", "emu3") else batch
+        alone = batch if self.family in ("janus", "llamagen") else 1
         settings = {"device": model.device, "dtype": model.dtype}
         embeds = [
             torch.randn(rows, count, width, **settings) for rows, count in ((batch, self.prompt), (alone, self.nothing))
@@ -159,6 +161,25 @@ class RandomJanus(Janus):
         self.vq = JanusPixels(full.model.vqmodel.float())
         full.model.vqmodel = None
         self.table = self.full.prepare_embeddings_for_image_generation(torch.arange(plan.layout.vocabulary)).detach()
+
+
+class RandomGlmImage(GlmImage):
+    """GLM-Image's autoregressive stage with random weights and a small vision encoder, which draws nothing."""
+
+    def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
+        from transformers import GlmImageConfig, GlmImageForConditionalGeneration
+
+        head = plan.sizes["hidden_size"] // plan.sizes["num_attention_heads"]
+        time = head // 16  # of the head // 4 frequencies, in the public proportions 8 : 12 : 12
+        rotary = {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5}
+        sections = [time, (head // 4 - time) // 2, head // 4 - time - (head // 4 - time) // 2]
+        text = _text(plan.sizes) | {"rope_parameters": rotary | {"mrope_section": sections}}
+        vision = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2}
+        vq = {"num_embeddings": plan.layout.vocabulary, "embed_dim": 8, "latent_channels": 32}
+        config = GlmImageConfig(text_config=text, vision_config=vision, vq_config=vq)
+        self.fill(
+            GlmImageForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa"), plan.layout
+        )
 
 
 class RandomLlamaGen(LlamaGen):
@@ -258,6 +279,13 @@ ARCHITECTURES = {
             sizes={"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 36, "vocab_size": 16384}
             | {"num_attention_heads": 20, "num_key_value_heads": 20, "rms_norm_eps": 1e-5},
             pixels={}, prompt=CAPTION_POSITIONS, nothing=CAPTION_POSITIONS, window=64, guidance=7.5, top_k=1000,
+        ),
+        Architecture(
+            name="glm-image", title="GLM-Image 9B, 1024 px", family="glm_image",
+            layout=TokenGrid(32, 32, 16384, suffix=(16385,), preview=(16, 16)),
+            sizes=SEVEN | {"num_key_value_heads": 2, "intermediate_size": 13696, "num_hidden_layers": 40}
+            | {"vocab_size": 168064, "vision_vocab_size": 16512, "rms_norm_eps": 1e-5},
+            pixels={}, prompt=40, nothing=13, window=96, guidance=1.0, top_k=0,
         ),
     )
 }  # fmt: skip

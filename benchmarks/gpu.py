@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.architectures import ARCHITECTURES, Architecture, entry_bytes, weight_bytes
 from benchmarks.result_file import result_file
-from benchmarks.roofline import Peaks, peaks
+from benchmarks.roofline import Peaks, free_window, peaks
 from benchmarks.sections import Bench, Row, reason
 from benchmarks.timing import Budget
 from harness.provenance import start_entry
@@ -37,6 +37,7 @@ from sjd2.models.fusion import fuse
 BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small
 # by importance; the parts after sjd2 find its adapter in the model and must not use the transformer
 PARTS = ("passes", "decoders", "sjd2", "sampling", "pixels", "attention")
+FREE = 1.1  # a window is called free up to this multiple of the time of one slot
 LEAST = 20.0  # no model is built if fewer seconds are left
 
 
@@ -58,6 +59,9 @@ def measure_model(plan: Architecture, device: torch.device, peak: Peaks, budget:
         "law": bench.params.settings(),
     }  # fmt: skip
     batches = FEW_BATCHES if options.small else BATCHES
+    row["free_window"] = [
+        {"batch": batch, "slots": free_window(model, peak, bench.branches * batch, bench.context)} for batch in batches
+    ]
     parts = [(name, batch) for name in PARTS for batch in batches]
     if "compile" in options.variants:
         parts.insert(2 * len(batches), ("compiled", 1))
@@ -208,9 +212,21 @@ def table(result: Row) -> str:
                 f"| {model['title']} | {row['batch']} | {row['decoder']} | {row['slots']} | {times} | "
                 f"{best / base[row['batch']]:.2f} |"
             )
+    lines += [line for model in result["models"] for line in _free(model)]
     for model in result["models"]:
         lines += [f"\n{model['title']}: {gap['part']} skipped: {gap['reason']}." for gap in model["skipped"]]
     return "\n".join(lines)
+
+
+def _free(model: Row) -> list[str]:
+    """Return per batch the window that the roofline predicts to be free, and the longest that was measured to be."""
+    lines = []
+    for batch, slots in map(dict.values, model.get("free_window", [])):
+        times = {x["slots"]: x.get("graph_ms", x["ms"]) for x in model.get("passes", []) if x["batch"] == batch}
+        free = [size for size, ms in times.items() if 1 in times and ms <= FREE * times[1]]
+        measured = f"up to {max(free)} slots took at most {FREE - 1:.0%} longer than one" if free else "not measured"
+        lines.append(f"\n{model['title']}, batch {batch}: predicted free window {slots} slots; {measured}.")
+    return lines
 
 
 def _milliseconds(row: Row, key: str) -> str:

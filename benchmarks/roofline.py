@@ -28,6 +28,7 @@ SHEETS = {
     "RTX 4090": (1.008e12, 165e12),
     "RTX 3090": (936e9, 71e12),
 }
+LONGEST = 2048  # slots: windows are looked for up to twice as many
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,19 @@ class Work:
     def milliseconds(self, peak: Peaks) -> float:
         """Return the least time of the pass on a device with these measured peaks."""
         return 1e3 * max(self.bytes / peak.bandwidth, self.flops / peak.flops)
+
+
+def free_window(model: ImageModel, peak: Peaks, rows: int, context: int) -> int:
+    """Return the most slots of a pass whose arithmetic takes no longer than reading the weights, keys and values; 0: none.
+
+    Up to there a longer window costs nothing but attention's and the host's own time.
+    """
+    free, step = 0, LONGEST
+    while step:
+        need = work(model, rows, free + step, context)
+        free += step * (need.flops / peak.flops <= need.bytes / peak.bandwidth)
+        step //= 2
+    return free
 
 
 def work(model: ImageModel, rows: int, slots: int, context: int) -> Work:

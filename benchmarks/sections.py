@@ -1,6 +1,6 @@
 """The parts of one model that `benchmarks.gpu` measures: passes, attention, sampling, pixels, whole decoders.
 
-# B samples, R model rows (2B with guidance), S slots of a pass, V image vocabulary, D width of a head
+# B samples, R model rows (2B with guidance, else B), S slots of a pass, V image vocabulary, D width of a head
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Bench:
         self.device = model.device
         self.slots = FEW_SLOTS if small else SLOTS
         self.effort: dict[str, Any] = {"seconds": 0.0, "least": 2, "warm": 1} if small else {}
+        self.branches = 1 if plan.guidance == 1 else 2
         self.params = SamplingParams(guidance_scale=plan.guidance, top_k=plan.top_k)
         self.half = plan.layout.length // 2  # passes are measured in the middle of an image
         self.context = plan.prompt + self.half
@@ -62,7 +63,7 @@ class Bench:
     # ---- passes of the transformer and its image head
 
     def passes(self, batch: int) -> Iterator[Row]:
-        """Yield a row per window: milliseconds of forward and image head, both guidance branches, against the roof.
+        """Yield a row per window: milliseconds of forward and image head, all guidance branches, against the roof.
 
         Where the model's attention is fused, each window is measured once more with SDPA.
         """
@@ -73,7 +74,7 @@ class Bench:
         set_attention(self.model, fused=fused)
 
     def _windows(self, batch: int, attention: str) -> Iterator[Row]:
-        rows, model = 2 * batch, self.model
+        rows, model = self.branches * batch, self.model
         cache = self._filled(rows, max(self.slots))
         for slots in self.slots:
             tokens = torch.randint(self.plan.layout.vocabulary, (rows, slots), device=self.device)
@@ -167,7 +168,7 @@ class Bench:
         repeated: keys and values copied for each head of a group, as transformers does under a mask. folded: the heads of a
         group become further slots that attend to the one set of keys they share. fused: the kernel of window_attention.py.
         """
-        config, rows = text_config(self.model), 2 * batch
+        config, rows = text_config(self.model), self.branches * batch
         heads, own = config.num_attention_heads, config.num_key_value_heads
         width, shared = config.hidden_size // heads, heads // own
         settings = {"device": self.device, "dtype": self.model.dtype}
@@ -219,7 +220,7 @@ class Bench:
         vocabulary, params = self.plan.layout.vocabulary, self.params
         for slots in sorted({1, min(32, self.plan.window), self.plan.window}):
             shape = (batch, slots)
-            logits = torch.randn(2 * batch, slots, vocabulary, device=self.device)
+            logits = torch.randn(self.branches * batch, slots, vocabulary, device=self.device)
             p, q = (torch.randn(*shape, vocabulary, device=self.device).softmax(-1) for _ in range(2))
             token, u = q.argmax(-1), torch.rand(shape, device=self.device)
             noise = Noise(torch.arange(batch, device=self.device))
@@ -236,7 +237,9 @@ class Bench:
                 yield {"batch": batch, "part": name, "slots": slots, **self._both(call)}
 
     def pixels(self, batch: int) -> Iterator[Row]:
-        """Yield one row: milliseconds of the image decoder."""
+        """Yield one row: milliseconds of the image decoder; none where a diffusion stage takes its place."""
+        if self.model.pixel_part != "image":
+            return
         layout = self.plan.layout
         codes = torch.randint(layout.vocabulary, (batch, layout.num_codes), device=self.device)
         tokens = layout.tokens(codes)
@@ -246,8 +249,9 @@ class Bench:
     def compiled(self, batch: int) -> Iterator[Row]:
         """Yield a row per window: milliseconds of a pass under torch.compile, and seconds to compile it."""
         for slots in (1, 32):
-            cache = self._filled(2 * batch, slots)
-            x = self.model.embed(torch.zeros(2 * batch, slots, dtype=torch.long, device=self.device))
+            rows = self.branches * batch
+            cache = self._filled(rows, slots)
+            x = self.model.embed(torch.zeros(rows, slots, dtype=torch.long, device=self.device))
             positions = cache.lengths[:, None] + torch.arange(slots, device=self.device)
             forward = torch.compile(lambda x, p, c: self.model.logits(self.model.forward(x, p, c)), dynamic=False)
             begin = time.perf_counter()

@@ -244,10 +244,10 @@ class GlmImage(ImageModel):
 
     def rotary_ids(self, positions: Tensor) -> Tensor:
         """Return the place of each position id on the three axes: [R, S] -> [3, R, S]."""
-        begin = torch.div(
-            positions + START // 2, START, rounding_mode="floor"
-        )  # the prompt's length; 0: a prompt token
-        number = positions - begin * START  # below 0: EAGLE's pair of the prompt's last token
+        # the length of the prompt before an image token, 0 at a prompt token; numbers below 0 are EAGLE's, of the pair that
+        # holds the prompt's last token
+        begin = torch.div(positions + START // 2, START, rounding_mode="floor")
+        number = positions - begin * START
         place = self.offsets[:, number.clamp(0, self.offsets.shape[1] - 1)]
         return begin + torch.where((begin > 0) & (number >= 0), place, number)
 

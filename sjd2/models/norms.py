@@ -14,7 +14,8 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from sjd2.models.base import ImageModel
 
-RMS = ("LlamaRMSNorm", "ChameleonRMSNorm", "Emu3RMSNorm")  # in float32, the weight applied after the rounding
+# in float32, the weight applied after the rounding
+RMS = ("LlamaRMSNorm", "ChameleonRMSNorm", "Emu3RMSNorm", "GlmImageRMSNorm")
 PER_HEAD = "ChameleonLayerNorm"  # of queries and keys
 PER_HEAD_EPS = 1e-5  # written into that class
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import first_gpu_run, gpu
 from benchmarks.architectures import ARCHITECTURES, entry_bytes, weight_bytes
-from benchmarks.roofline import Peaks, Work, work
+from benchmarks.roofline import Peaks, Work, free_window, work
 from benchmarks.timing import Budget, graphed, time_call
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import generate
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.full
 def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    models = "emu3,janus-1b"
+    models = "emu3,glm-image"
     out = tmp_path / "sub" / "gpu.json"
     command = ["--device", "cpu", "--small", "--dtype", "float32", "--models", models, "--seconds", "300"]
     assert gpu.main([*command, "--out", str(out)]) == out
@@ -39,16 +39,18 @@ def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.Captur
         assert [row["decoder"] for row in model["decoders"]] == ["ar", "sjd", "scd"] * 2
         assert [row["decoder"] for row in model["sjd2"]] == ["sjd2 exact", "sjd2 paper"] * 2
         assert {row["part"] for row in model["sampling"]} >= {"law", "draw", "chance", "redraw"}
-        assert len(model["pixels"]) == 2
+        assert len(model["pixels"]) == (2 if model["name"] == "emu3" else 0)  # GLM-Image's are a diffusion stage's
+        assert [row["batch"] for row in model["free_window"]] == [1, 2]
         ways = {(row["way"], row["kernel"]): "ms" in row for row in model["attention"]}
         assert ways["repeated", "chosen"]
-        assert (("folded", "chosen") in ways) == (model["name"] == "emu3")
+        assert ways["folded", "chosen"]
         assert not ways["repeated", "cudnn"]  # and the reason is recorded
         for part in ("passes", "decoders", "sjd2", "sampling", "pixels"):
             assert all(row["ms"] > 0 and row["n"] > 0 for row in model[part])
         assert all(row["roof_ms"] > 0 for row in model["passes"])
     shown = capsys.readouterr().out
     assert "| Emu3-Gen 8B, 720 px, narrow | 2 | sjd2 paper | 16 |" in shown
+    assert "GLM-Image 9B, 1024 px, narrow, batch 1: predicted free window" in shown
 
 
 def test_a_spent_budget_is_reported_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -85,6 +87,7 @@ def test_full_sizes_are_the_published_ones(name: str) -> None:
         "janus-1b": (1.23, 196608, 576, 2048 * 2048 + 2048 + (2048 + 1) * 16384),
         "janus-7b": (6.07, 491520, 576, 4096 * 4096 + 4096 + (4096 + 1) * 16384),
         "llamagen": (0.731, 184320, 1024, 16384 * 1280),
+        "glm-image": (8.16, 40960, 1281, 16384 * 4096),
     }[name]
     model = ARCHITECTURES[name].build(torch.device("meta"), torch.bfloat16)
     weights = weight_bytes(model)
@@ -119,6 +122,20 @@ def test_the_roof_of_lumina_is_the_calculated_one() -> None:
     assert one.milliseconds(sheet) == pytest.approx(2.99, rel=0.01)
     assert wide.milliseconds(sheet) == pytest.approx(4.38, rel=0.02)
     assert Work(0, 1e12).milliseconds(sheet) == pytest.approx(1.25)
+
+
+def test_a_window_is_free_as_long_as_memory_binds() -> None:
+    """GLM-Image has no guidance and few keys: a slot is one row of arithmetic, half of Lumina's."""
+    sheet = Peaks(3.35e12, 989e12, None, None)  # an H100's
+    slots = {}
+    for name, rows in (("lumina", 2), ("glm-image", 1)):
+        plan = ARCHITECTURES[name]
+        model, context = plan.build(torch.device("meta"), torch.bfloat16), plan.prompt + plan.layout.length // 2
+        free = slots[name] = free_window(model, sheet, rows, context)
+        at, over = (work(model, rows, size, context) for size in (free, free + 1))
+        assert at.flops / sheet.flops <= at.bytes / sheet.bandwidth
+        assert over.flops / sheet.flops > over.bytes / sheet.bandwidth
+    assert slots == {"lumina": 155, "glm-image": 284}
 
 
 def test_times_are_medians_of_the_calls_asked_for() -> None:

@@ -319,5 +319,5 @@ def test_every_family_draws(name: str, graph: bool) -> None:
         forced = plan.layout.forced()
         assert (result.tokens[:, forced >= 0] == forced[forced >= 0]).all()
         assert (result.tokens[:, forced < 0] < plan.layout.vocabulary).all()
-        images = model.decode(result.tokens.cuda())
-        assert images.shape[:2] == (2, 3)
+        if model.pixel_part == "image":
+            assert model.decode(result.tokens.cuda()).shape[:2] == (2, 3)

@@ -17,17 +17,22 @@ MODELS = {path.stem for path in (CONF / "model").glob("*.yaml")}
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_reach_their_model_and_the_command_line_wins(path: Path) -> None:
-    name, model = path.stem.rsplit("-", 1)
+    model = next(model for model in MODELS if path.stem.endswith(f"-{model}"))
+    name = path.stem.removesuffix(f"-{model}")
     head = [line for line in path.read_text().splitlines()[:8] if line.startswith("#")]
     assert any(f"finetune={name} model={model}" in line for line in head)
-    assert model in MODELS
-    words = ("finetune.machine.micro_batch=3", "finetune.machine.checkpoint_s=7")
+    words = () if name == "front" else ("finetune.machine.micro_batch=3", "finetune.machine.checkpoint_s=7")
     cfg = settings("stage=finetune", f"finetune={name}", f"model={model}", *words)
     check_node(cfg.finetune)
-    assert OmegaConf.load(path).finetune.machine.micro_batch != cfg.finetune.machine.micro_batch == 3
-    assert cfg.finetune.machine.checkpoint_s == 7  # set by what recipes share
     assert cfg.dtype == "auto"
     assert cfg.run_dir == f"runs/finetune-{name}-{cfg.model.name}"
+    if cfg.guidance_scale == 1:  # no guidance, so no empty prompts
+        assert cfg.finetune.get("unconditional", 0) == 0
+        assert list(cfg.finetune.data.get("scales", [1])) == [1]
+    if name == "front":
+        return
+    assert OmegaConf.load(path).finetune.machine.micro_batch != cfg.finetune.machine.micro_batch == 3
+    assert cfg.finetune.machine.checkpoint_s == 7  # set by what recipes share
     if name != "eagle":
         assert cfg.finetune.batch_size == 64
         assert cfg.finetune.data._target_.endswith("ImageTokens")
