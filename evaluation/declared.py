@@ -16,12 +16,15 @@ def shipped() -> tuple[type[Metric], ...]:
     """Return the metrics of this package in the order of their columns; imports torch."""
     from evaluation.metrics.alignment import Alignment
     from evaluation.metrics.clip import ClipScore
+    from evaluation.metrics.cmmd import Cmmd
     from evaluation.metrics.fid import FeatureDistance
     from evaluation.metrics.geneval import GenEval
-    from evaluation.metrics.rewards import HpsV2, ImageReward
+    from evaluation.metrics.rewards import HpsV2, HpsV3, ImageReward, PickScore, VqaScore
     from evaluation.metrics.speed import Speed
 
-    return Speed, FeatureDistance, ClipScore, Alignment, GenEval, HpsV2, ImageReward
+    return (
+        Speed, FeatureDistance, Cmmd, ClipScore, Alignment, GenEval, HpsV2, PickScore, HpsV3, ImageReward, VqaScore
+    )  # fmt: skip
 
 
 def declared(runs: Iterable[RunFolder]) -> dict[str, MetricInfo]:

@@ -1,4 +1,4 @@
-"""The published prompt sets: COCO captions, PartiPrompts, GenEval and DPG-Bench, each from files that the user has.
+"""The published prompt sets, each from files that the user has: COCO, PartiPrompts, GenEval 1 and 2, DPG-Bench, T2I-CompBench.
 
 Prompts are the texts as they stand in the files, blanks at their ends included: the codes that define the protocols
 pass them on so, and a blank changes the tokens.
@@ -13,7 +13,7 @@ from typing import Any
 
 from evaluation.prompts import KIND, Facts, Prompts, parse, read_entries
 from sjd2.errors import UserError, choose
-from sjd2.files import find, read_text
+from sjd2.files import find, read_text, split_lines
 
 CAPTIONS = ("first", "longest", "sjd")
 ORDERS = ("id", "annotations")
@@ -166,6 +166,51 @@ class GenEvalPrompts(Prompts):
                     "evaluation_metadata.jsonl, not the list of prompts."
                 )
         return entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenEval2Prompts(Prompts):
+    """GenEval 2 (800 prompts); metadata: the whole line: atom_count, vqa_list, skills.
+
+    path: geneval2_data.jsonl.
+    """
+
+    def read(self) -> list[tuple[str, Facts]]:
+        """Read the prompts; raises UserError if the file is missing or its lines are not GenEval 2's."""
+        path = _given(self, "geneval2_data.jsonl of facebookresearch/GenEval2")
+        entries = read_entries(path, ("prompt",))
+        if lacking := next((n for n, (_, line) in enumerate(entries, 1) if "vqa_list" not in line), None):
+            raise UserError(
+                f"'{path}' is not GenEval 2's data: entry {lacking} has no 'vqa_list'; see prompts=geneval."
+            )
+        return entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompBench(Prompts):
+    """T2I-CompBench's validation prompts (300 in each category); metadata: category.
+
+    path: the folder examples/dataset of Karine-Huang/T2I-CompBench; every <category>_val.txt in it is read. category: only
+    this one.
+    """
+
+    category: str | None = None
+
+    def read(self) -> list[tuple[str, Facts]]:
+        """Read the prompts, category by category; raises UserError if there is no such file."""
+        path = _given(self, "the folder examples/dataset of Karine-Huang/T2I-CompBench")
+        files = sorted(path.glob("*_val.txt")) if path.is_dir() else []
+        names = {file.stem.removesuffix("_val"): file for file in files}
+        if not names:
+            raise UserError(f"'{path}' has no <category>_val.txt: prompts.path is examples/dataset of T2I-CompBench.")
+        if self.category is not None:
+            names = {self.category: names[choose("prompts.category", self.category, names)]}
+        return [
+            (text, {"category": name})
+            for name, file in names.items()
+            for line in split_lines(read_text(file, KIND))
+            if (text := line.split("\t")[0].strip())
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import importlib
 import os
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,43 @@ def _peak(device: torch.device) -> int | None:
     return None if line is None else int(line.split()[1]) * 1024
 
 
+@cache
+def gpu_handle(device: str) -> tuple[Any, Any] | None:
+    """Return NVML and its handle of a CUDA device; None without a GPU, NVML (the extra `nvml`) or permission."""
+    if not device.startswith("cuda"):
+        return None
+    with contextlib.suppress(Exception):  # a library, driver or device that cannot say ends no run
+        pynvml = importlib.import_module("pynvml")
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    return None
+
+
+class EnergyMeter:
+    """The joules that a GPU draws from here on, idle power included; `joules` is None where no counter reports them.
+
+    It asks the driver, whose counter moves about ten times a second: a batch that is shorter counts by chance, and a mean
+    over batches is right.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.joules: float | None = None
+        self._began = self._millijoules()
+
+    def stop(self) -> None:
+        """Take the joules until now."""
+        ended = self._millijoules()
+        self.joules = None if ended is None or self._began is None else (ended - self._began) / 1000
+
+    def _millijoules(self) -> int | None:
+        if (found := gpu_handle(str(self.device))) is not None:
+            with contextlib.suppress(Exception):  # GPUs before Volta have none
+                return int(found[0].nvmlDeviceGetTotalEnergyConsumption(found[1]))
+        return None
+
+
 class GpuWatch:
     """Look at the GPU from a thread while images are timed; nothing without a GPU or NVML (the extra `nvml`).
 
@@ -101,14 +139,9 @@ class GpuWatch:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> GpuWatch:
-        if self.device.type == "cuda":
-            with contextlib.suppress(Exception):  # a library, driver or device that cannot say ends no run
-                pynvml = importlib.import_module("pynvml")
-                pynvml.nvmlInit()
-                uuid = str(torch.cuda.get_device_properties(self.device).uuid)
-                handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-                self._thread = threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True)
-                self._thread.start()
+        if (found := gpu_handle(str(self.device))) is not None:
+            self._thread = threading.Thread(target=self._watch, args=found, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,6 +19,7 @@ from evaluation.prompts import ImageIds
 from evaluation.run_folder import TIMED, Id, Record, RunFolder, digest_of, record_id
 from evaluation.run_folder import name as file_name
 from evaluation.timings import untimed
+from harness.meter import EnergyMeter
 from harness.signals import Stopping
 from harness.tracking import NoTracker, Tracker
 from sjd2.decoding.cuda_graph import Graphs
@@ -100,7 +101,8 @@ class Job:
                     "than its record has, as on other hardware or library versions; nothing of this retiming is used. "
                     "For new tokens use a new runs_dir."
                 )
-        self.run.append_timings(*({key: record[key] for key in TIMED} for record in records), rank=rank)
+        timed = ({key: record[key] for key in (*TIMED, "energy_j") if key in record} for record in records)
+        self.run.append_timings(*timed, rank=rank)
 
 
 # ---- batches
@@ -111,7 +113,7 @@ def make_batch(
 ) -> list[Record]:
     """Make one batch and return the missing records; one with a single missing image runs whole, for the same tokens."""
     batch = job.batch(number)
-    clock = _Clock(model.device)
+    energy, clock = EnergyMeter(model.device), _Clock(model.device)
     prompts, seeds = [job.prompts[p] for p, _ in batch], [sample_seed(job.seed, *key) for key in batch]
     cond = _encode(model, prompts)
     seconds = {"encode": clock.lap()}
@@ -119,8 +121,9 @@ def make_batch(
     watch = _watch(stop, tracer)
     result = generate(model, job.decoder, cond, seeds, sampling=job.sampling, on_step=watch, graphs=job.graphs)
     seconds |= {"prefill": result.seconds["prefill"], "decode": result.seconds["decode"]}
-    images, losses, pixel_seconds = _finish(job, model, cond, prompts, seeds, result.samples)
+    images, losses, pixel_seconds = _finish(job, model, cond, prompts, seeds, result.samples, energy)
     seconds |= pixel_seconds
+    drawn = {} if energy.joules is None else {"energy_j": round(energy.joules / len(batch), 3)}
     records = []
     for row, (key, sampled) in enumerate(zip(batch, result.samples, strict=True)):
         if key not in missing:
@@ -128,6 +131,7 @@ def make_batch(
         if tracer is not None:
             job.run.write_trace(key, *tracer.of(row, sampled, guesses=key == job.ids[0]))
         head = {"batch": number, "batch_rows": len(batch), "launch": launch, "seed": seeds[row], "nll": losses[row]}
+        head |= drawn
         image = None if images is None else images[row]
         records.append(_record(job, key, sampled, image, seconds, head))
     return records
@@ -205,14 +209,26 @@ def _encode(model: ImageModel, prompts: list[str]) -> Condition:
 
 @torch.inference_mode()
 def _finish(
-    job: Job, model: ImageModel, cond: Condition, prompts: list[str], seeds: list[int], samples: list[Sample]
+    job: Job,
+    model: ImageModel,
+    cond: Condition,
+    prompts: list[str],
+    seeds: list[int],
+    samples: list[Sample],
+    energy: EnergyMeter | None = None,
 ) -> tuple[np.ndarray | None, list[float], dict[str, float]]:
-    """Turn tokens into pixels, if the job wants any; returns images uint8 [B, H, W, 3], -log p [B], the pixels' seconds."""
+    """Turn tokens into pixels, if the job wants any; returns images uint8 [B, H, W, 3], -log p [B], the pixels' seconds.
+
+    energy: stopped before the likelihood, which is no part of making an image.
+    """
     tokens = torch.from_numpy(np.stack([sampled.tokens for sampled in samples])).to(model.device)
     images, seconds, clock = None, {}, _Clock(model.device)
     if job.pixels:
         images = model.draw(tokens, prompts, seeds)
         seconds = {model.pixel_part: clock.lap()}
+    if energy is not None:
+        energy.stop()
+    if images is not None:
         images = images.permute(0, 2, 3, 1).cpu().numpy()
     known = job.retiming is not None  # the likelihood was measured when the image was made
     losses = [math.nan] * len(samples) if known else nll(model, cond, tokens, job.sampling).tolist()

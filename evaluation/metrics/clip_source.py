@@ -62,7 +62,7 @@ def find_source(model: str, pretrained: str | None, allow_download: bool) -> Cli
     if schema == "local-dir":
         return _folder(find(rest), f"give {KEY}.model=local-dir:FOLDER as open_clip saves it")
     if schema == "hf-hub":
-        path = _hub_folder(
+        path = hub_folder(
             rest, "hf-hub:", ["*.json", "*.txt", "*.model", "open_clip_model.safetensors"], allow_download
         )
         return _folder(path, f"hf-hub:{rest} holds no open_clip_model.safetensors")
@@ -155,7 +155,7 @@ def _transformers(where: str, allow_download: bool) -> ClipSource:
         if where.count("/") != 1:
             raise UserError(f"{KEY}.model=transformers:{where} is neither a folder nor a hub name (ORG/REPOSITORY).")
         weights = ["model.safetensors", "pytorch_model.bin"]
-        path = _hub_folder(where, "transformers:", ["*.json", "*.txt", *weights], allow_download)
+        path = hub_folder(where, "transformers:", ["*.json", "*.txt", *weights], allow_download)
     lacking = [] if (path / "config.json").is_file() else ["config.json"]
     if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         lacking.append("preprocessor_config.json")
@@ -168,20 +168,23 @@ def _transformers(where: str, allow_download: bool) -> ClipSource:
     return ClipSource(f"transformers:{path}")
 
 
-def _hub_folder(repository: str, schema: str, files: list[str], allow_download: bool) -> Path:
-    """Return the cached snapshot of a hub repository; fetch these files of it first where that is allowed."""
+def hub_folder(repository: str, schema: str, files: list[str], allow_download: bool, key: str = KEY) -> Path:
+    """Return the cached snapshot of a hub repository; fetch these files of it first where that is allowed.
+
+    key: of the settings, for messages.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         if allow_download:
-            log.info("fetching CLIP %s into the Hugging Face cache", repository)
+            log.info("fetching %s into the Hugging Face cache", repository)
         # repositories often hold the same weights in three more formats
         return Path(snapshot_download(repository, local_files_only=not allow_download, allow_patterns=files))
     except HFValidationError as error:
-        raise UserError(f"{KEY}.model={schema}{repository} is no hub name; write {schema}ORG/REPOSITORY.") from error
+        raise UserError(f"{key}.model={schema}{repository} is no hub name; write {schema}ORG/REPOSITORY.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise _not_here(f"{schema}{repository}", allow_download, error) from error
+        raise _not_here(f"{schema}{repository}", allow_download, error, key) from error
 
 
 def _tagged(model: str, tag: str, allow_download: bool) -> ClipSource:
@@ -208,10 +211,11 @@ def _tagged(model: str, tag: str, allow_download: bool) -> ClipSource:
     raise _not_here(f"{model} {tag}", allow_download and bool(repository), reason)
 
 
-def _not_here(what: str, tried: bool, error: Exception | None) -> UserError:
+def _not_here(what: str, tried: bool, error: Exception | None, key: str = KEY) -> UserError:
+    network = "CLIP" if key == KEY else "network"
     if tried:
-        return UserError(f"CLIP {what} could not be fetched ({type(error).__name__}); is there a network?")
+        return UserError(f"{network} {what} could not be fetched ({type(error).__name__}); is there a network?")
     return UserError(
-        f"CLIP {what} is not in the local cache and nothing is downloaded silently: set {KEY}.allow_download=true once "
-        f"with a network, or give {KEY}.model=local-dir:FOLDER."
+        f"{network} {what} is not in the local cache and nothing is downloaded silently: set {key}.allow_download=true "
+        f"once with a network, or give {key}.model={'local-dir:' * (key == KEY)}FOLDER."
     )

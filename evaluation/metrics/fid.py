@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluation.metrics.diversity import NUMBERS as DIVERSITY
+from evaluation.metrics.diversity import diversity
 from evaluation.metrics.features import Extractor, RunFeatures
 from evaluation.metrics.references import ImageFolder, Reference, Statistics, read_reference, wanted_files
 from evaluation.prompts import metadata_of
@@ -109,7 +111,7 @@ def mmd(features: np.ndarray, reference: np.ndarray) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- metric
 class FeatureDistance(Metric):
-    """FID and KID of a run against a reference.
+    """FID and KID of a run against a reference; precision, recall, density, coverage, and the distance within prompts.
 
     reference: 'shipped' (rendered held-out images of the embedded model), an npz file, or a folder of images, whose
     features are kept in `cache`. only_prompts: compare only with those images of the folder that the run's prompts
@@ -137,8 +139,10 @@ class FeatureDistance(Metric):
             fewest_why="too few to tell decoders apart",
         ),
         MetricInfo(name="kid_std", digits=4),
+        *DIVERSITY,
     )
     details = ("fid_extractor", "fid_reference", "fid_warning")
+    key, title = "evaluation.metrics.fid", "FID"  # in messages
 
     def __init__(
         self,
@@ -161,14 +165,14 @@ class FeatureDistance(Metric):
         """Raise UserError if extractor or reference are missing or do not fit each other."""
         self.extractor.check()
         if not self.path:
-            raise UserError("FID needs evaluation.metrics.fid.reference=FOLDER of reference images, or an npz file.")
+            raise UserError(f"{self.title} needs {self.key}.reference=FOLDER of reference images, or an npz file.")
         if self.path.is_dir():
             self._folder.check(self.extractor)
         elif self.path.is_file():
             if not self.reference.files and self.only_prompts:
                 raise UserError(f"only_prompts=true needs a folder of images as reference; {self.path} names none.")
         else:
-            raise UserError(f"evaluation.metrics.fid.reference={self.path} is neither a folder nor a file.")
+            raise UserError(f"{self.key}.reference={self.path} is neither a folder nor a file.")
 
     def check_prompts(self, facts: Sequence[Mapping[str, Any]]) -> None:
         """Raise UserError if `only_prompts` lacks the name or the file of an image that a prompt describes."""
@@ -216,7 +220,7 @@ class FeatureDistance(Metric):
         self._features.add(images, records)
 
     def compute(self, run: Snapshot) -> Scores:
-        """Compute the distances; a `fid_warning` alone where the images do not suit the extractor."""
+        """Compute the distances and the diversity; a `fid_warning` alone where the images do not suit the extractor."""
         if self._unfit:
             return Scores({"fid_warning": self._unfit})
         features, reference = self._features.finish(), self._reference
@@ -231,7 +235,8 @@ class FeatureDistance(Metric):
                 f"N={len(features)} is few for {self.extractor.width} features (below {need}): FID is biased upwards; "
                 "compare runs of equal N only, or use KID."
             )
-        return Scores(out)
+        values, images = diversity(features, reference.features, run.ids, self.subsets.seed)
+        return Scores(out | values, images)
 
     def _misfit(self, run: Snapshot) -> str:
         """Return why the run's images do not suit the extractor; '' where they do."""
@@ -247,7 +252,8 @@ class FeatureDistance(Metric):
         if foreign:
             return (
                 f"left out: the reference shows the held-out captions of prompts=shapes, and {shorten(foreign[0], 60)!r} is "
-                "none of them; evaluation.metrics.fid.reference=FOLDER takes images of your prompts."
+                "none of them; "
+                f"{self.key}.reference=FOLDER takes images of your prompts."
             )
         return ""
 

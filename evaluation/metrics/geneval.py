@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.metrics.batches import check_weights
-from evaluation.metrics.rewards import run_tool
+from evaluation.metrics.exports import link_or_copy
+from evaluation.metrics.workers import run_tool
 from evaluation.prompts import Facts, metadata_of
 from evaluation.run_folder import Id, Record, Snapshot
 from evaluation.score import Metric, MetricInfo, Scores
@@ -192,12 +193,7 @@ def write_layout(run: Snapshot, facts: Mapping[int, Facts]) -> Path:
         samples = folder / f"{prompt:05d}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
         (samples.parent / "metadata.jsonl").write_text(json.dumps(facts[prompt]), encoding="utf-8")
-        image = samples / f"{repeat:05d}.png"
-        image.unlink(missing_ok=True)
-        try:
-            os.link(run.path / record["image"], image)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(run.path / record["image"], image)
+        link_or_copy(run.path / record["image"], samples / f"{repeat:05d}.png")
     return folder
 
 

@@ -33,6 +33,7 @@ from sweeps.report.gif import pace, write_gif
 from sweeps.report.race import LANES, Race, in_a_row, make_race, race_json
 from sweeps.report.trajectories import Trajectory, make_trajectories
 from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
+from sweeps.tables.batches import batch_series, batch_table
 from sweeps.tables.breakdown import breakdown_lines, breakdown_tables
 from sweeps.tables.depths import depth_lines, depth_series
 from sweeps.tables.figures import (
@@ -72,6 +73,8 @@ class Section:
     differences: Grid | None = None
     published: Grid | None = None
     breakdowns: list[Grid] = field(default_factory=list)
+    batches: Grid | None = None
+    batch_plots: list[Markup] = field(default_factory=list)
     race: Race | None = None
     race_command: str = ""
     quality: list[Markup] = field(default_factory=list)
@@ -146,9 +149,11 @@ def make_section(group: Sequence[Run], failed: Sequence[tuple[str, str]] = ()) -
     """Collect everything the page shows of the runs of one table."""
     machine = table_machine(group)
     rows = make_rows(group, machine)
-    section = Section(title(group[0]), rows, machine, main_grid(rows, machine, failed), notes(rows, machine))
+    section = Section(
+        title(group[0]), rows, machine, main_grid(rows, machine, failed), notes(rows, machine, detail=True)
+    )
     section.tiles = tiles(rows)
-    if (differences := difference_table(rows)) is not None:
+    if (differences := difference_table(rows, detail=True)) is not None:
         section.differences = plain_grid(differences)
     if (published := published_table(group)) is not None:
         section.published = plain_grid(published)
@@ -242,6 +247,13 @@ def _depths(section: Section) -> None:
         section.depths = lines(series, "depth of the draft token in its pass", "acceptance probability")
 
 
+def _batches(section: Section) -> None:
+    if (table := batch_table(section.rows)) is not None:
+        section.batches = plain_grid(table)
+        for series, x, y in batch_series(section.rows):
+            section.batch_plots.append(lines({n: (i, p) for i, (n, p) in enumerate(series.items())}, x, y))
+
+
 def _images(section: Section) -> None:
     place = {id(row.run): index for index, row in enumerate(section.rows)}
     runs, ids = same_seeds([row.run for row in section.rows])
@@ -280,6 +292,7 @@ PARTS: dict[str, Callable[[Section], None]] = {
     "quality": _quality,
     "committed tokens": _accepted,
     "acceptance by depth": _depths,
+    "batch sizes": _batches,
     "images": _images,
     "acceptance maps": _maps,
     "token trajectories": _trajectories,

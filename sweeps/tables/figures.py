@@ -18,6 +18,7 @@ from evaluation.score import FEWEST, MetricInfo
 from sjd2.config import instantiate
 from sjd2.errors import first_line
 from sweeps.runs import Run
+from sweeps.tables.batches import batch_series
 from sweeps.tables.depths import depth_series
 from sweeps.tables.plots import (
     COLUMNS_MAX,
@@ -213,6 +214,13 @@ def _depths(rows: Sequence[Row], path: Path, title: str) -> str:
     return "How likely a draft token is accepted once all before it in its pass were, by its depth"
 
 
+def _batches(rows: Sequence[Row], path: Path, title: str) -> str:
+    if not (panels := batch_series(rows)):
+        return ""
+    line_plots(panels, path, xscale="log")
+    return "Images per second and latency against batch size"
+
+
 def accepted_counts(run: Run) -> Counter[int]:
     """Count the passes after the prefill by the number of tokens they committed."""
     lengths = np.concatenate([image.accepted[1:] for image in run.images.values()])
@@ -227,4 +235,5 @@ PLOTS: dict[str, Callable[[Sequence[Row], Path, str], str]] = {
     "acceptance": _maps,
     "accepted": _histogram,
     "depths": _depths,
+    "batches": _batches,
 }  # each draws its file and returns its caption, '' where the runs allow none

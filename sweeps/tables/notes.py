@@ -40,8 +40,8 @@ SHORT = 3  # up to so many rows a note names them one by one even if it means al
 ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same model without one."
 
 
-def notes(rows: Sequence[Row], machine: Machine | None) -> list[str]:
-    """Return the notes below a table, warnings last."""
+def notes(rows: Sequence[Row], machine: Machine | None, *, detail: bool = False) -> list[str]:
+    """Return the notes below a table, warnings last; detail: of a table with all columns."""
     found = [_times(rows, machine), COUNTS + (FREE if has_forced_tokens(rows) else NO_FORCED)]
     if any(row.whole_s is not None for row in rows):
         found.append(STAGES)
@@ -51,7 +51,7 @@ def notes(rows: Sequence[Row], machine: Machine | None) -> list[str]:
         found.append(LOSSY)
     if any(row.nll_difference or row.compression_error or "kid_std" in row.metrics for row in rows):
         found.append(INTERVALS)
-    found += _scores(rows) + withheld_reasons(rows)
+    found += _scores(rows) + withheld_reasons(rows, detail=detail)
     if any(row.other_adapter for row in rows):
         found.append(ADAPTER)
     doubts = [*_doubts_about_n(rows), *_doubts_about_scores(rows), *_doubts_about_times(rows, machine)]
@@ -117,14 +117,21 @@ def _scores(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def withheld_reasons(rows: Sequence[Row]) -> list[str]:
-    """Say why a score is a dash, once for all runs."""
+def withheld_reasons(rows: Sequence[Row], *, detail: bool = False) -> list[str]:
+    """Return why scores are dashes, once for all runs and for all scores of one reason."""
     reasons: dict[str, list[str]] = {}
     for name, info in declared(row.run.folder for row in rows).items():
+        if info.detail and not detail:
+            continue
         for why, members in _by_reason(rows, lambda row, name=name: row.withheld.get(name, "")).items():
             who = "" if len(members) == len([row for row in rows if row.scored]) else f" of {_names(members)}"
             reasons.setdefault(f"{info.title}{who}", []).append(why)
-    return [f"{what} is –: {'; '.join(why)}." for what, why in reasons.items()]
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for what, why in reasons.items():
+        shared.setdefault(tuple(why), []).append(what)
+    return [
+        f"{', '.join(whats)} {'is' if len(whats) == 1 else 'are'} –: {'; '.join(why)}." for why, whats in shared.items()
+    ]
 
 
 # ---- reasons to doubt

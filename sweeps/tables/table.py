@@ -28,6 +28,7 @@ from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
 from sweeps.runs import Machine, Part, Run, chosen_folders, only, read_runs, with_baselines
 from sweeps.speedup import SpeedUp
+from sweeps.tables.batches import batch_table
 from sweeps.tables.breakdown import breakdown_lines, breakdown_tables
 from sweeps.tables.depths import depth_lines
 from sweeps.tables.formats import Table, latex, markdown
@@ -204,13 +205,13 @@ def main_table(rows: Sequence[Row], machine: Machine | None, *, detail: bool = F
     """Return the table of one group; detail: with the columns of `columns=all`."""
     shown = columns(rows, detail=detail)
     cells = [[column.text(row) for column in shown] for row in rows]
-    return Table(title(rows[0].run), [column.title for column in shown], cells, notes(rows, machine))
+    return Table(title(rows[0].run), [column.title for column in shown], cells, notes(rows, machine, detail=detail))
 
 
-def difference_table(rows: Sequence[Row]) -> Table | None:
-    """Return the paired differences in scores to AR; None if no run has one."""
+def difference_table(rows: Sequence[Row], *, detail: bool = False) -> Table | None:
+    """Return the paired differences in scores to AR; None if no run has one. detail: of all scores."""
     known = declared(row.run.folder for row in rows)
-    names = [name for name in known if any(name in row.differences for row in rows)]
+    names = [n for n, i in known.items() if (detail or not i.detail) and any(n in row.differences for row in rows)]
     if not names:
         return None
     cells = []
@@ -380,7 +381,8 @@ def make_tables(
         beside = published_table(group) if published else None
         if published and beside is None and paper is None:
             table.notes.append("sweeps/tables/published.csv has no numbers for this model with these decoders.")
-        tables += [part for part in (table, difference_table(rows), beside) if part is not None]
+        parts = (table, batch_table(rows), difference_table(rows, detail=detail), beside)
+        tables += [part for part in parts if part is not None]
         tables += breakdown_tables(rows) if detail else []
         lines += [csv_row(row, machine) for row in rows]
         depths += depth_lines(rows, table.title)

@@ -439,6 +439,57 @@ def test_image_reward_runs_in_another_interpreter(
         rewards.ImageReward(device="cpu", weights=str(tmp_path / "ImageReward.pt")).score(run)
 
 
+PACKAGES = {
+    "hpsv3": """
+class Reward(list):
+    shape = (2,)
+class HPSv3RewardInferencer:
+    def __init__(self, checkpoint_path=None, device="cuda"):
+        assert checkpoint_path is None and device == "cpu"
+    def reward(self, image_paths, prompts):
+        return [Reward([len(prompt), -7.0]) for prompt, _ in zip(prompts, image_paths, strict=True)]
+""",
+    "t2v_metrics": """
+class VQAScore:
+    def __init__(self, model, device):
+        assert model == "clip-flant5-xl" and device == "cpu"
+    def __call__(self, images, texts):
+        return [[len(text) for text in texts] for image in images]
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("package", "metric"),
+    [
+        ("hpsv3", rewards.HpsV3(device="cpu")),
+        ("t2v_metrics", rewards.VqaScore(model="clip-flant5-xl", device="cpu")),
+    ],
+)
+def test_further_packages_run_in_another_interpreter(
+    tmp_path: Path, package: str, metric: rewards.PackageReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{package}.py").write_text(PACKAGES[package])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = a_run(tmp_path / "run", smooth_images([(8, 8)] * 2), ["a", "b b"])
+    metric.check()
+    assert metric.score(run) == {metric.name: 2.0}
+    assert [row[metric.name] for row in read_scores(run).values()] == [1, 3]
+
+
+def test_pickscore_is_the_logit_of_its_clip(tmp_path: Path, hub_clip: Path) -> None:
+    images, prompts = smooth_images([(50, 90)] * 2), ["two dogs.", "RAIN"]
+    run = a_run(tmp_path, images, prompts)
+    metric = rewards.PickScore(weights=str(hub_clip), device="cpu")
+    metric.check()
+    loaded = clip.load_clip(metric.source, "cpu")
+    cosines = (loaded.images(images) * loaded.texts(prompts)).sum(1)
+    expected = (loaded.model.logit_scale.exp() * cosines).clamp_min(0)
+    values = metric.score(run)
+    assert values["pickscore"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert values["pickscore_model"].startswith(f"transformers:{hub_clip.name} ")
+
+
 def test_rewards_without_their_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"environment of its own, pip install image-reward==1.5 .*python=ENVIRONMENT"):
         rewards.ImageReward().check()
@@ -463,6 +514,11 @@ def test_rewards_without_their_files_are_reported(tmp_path: Path) -> None:
         ("lantern", f"FID never downloads {features.INCEPTION_FILE}"),
         ("hpsv2", "evaluation.metrics.hpsv2.weights is not set"),
         ("image_reward", "has no package image-reward"),
+        ("hpsv3", r"has no package hpsv3: .* pip install hpsv3==1.0.0, .*evaluation.metrics.hpsv3.python="),
+        ("vqascore", "has no package t2v-metrics: .*evaluation.metrics.vqascore.python="),
+        ("pickscore", "evaluation.metrics.pickscore.weights is not set"),
+        ("cmmd", "CMMD needs evaluation.metrics.cmmd.reference=FOLDER"),
+        ("dino", "facebook/dinov2-large is not in the local cache"),
     ],
 )
 def test_protocols_report_what_they_lack_at_once(name: str, says: str) -> None:

@@ -247,6 +247,22 @@ def test_the_watch_counts_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.entry() == {"gpu_shared": 0.5, "gpu_throttled": 0.5}
 
 
+def test_energy_is_what_the_counter_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    energy = meter.EnergyMeter(torch.device("cpu"))
+    energy.stop()
+    assert energy.joules is None
+    readings = iter([5000, 7500])
+    nvml = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(readings))
+    monkeypatch.setattr(meter, "gpu_handle", lambda device: (nvml, None))
+    energy = meter.EnergyMeter(torch.device("cuda"))
+    energy.stop()
+    assert energy.joules == 2.5
+    monkeypatch.setattr(meter, "gpu_handle", lambda device: (SimpleNamespace(), None))  # an old card or driver
+    energy = meter.EnergyMeter(torch.device("cuda"))
+    energy.stop()
+    assert energy.joules is None
+
+
 def test_runs_that_do_not_fit_beside_each_other_free_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = []
     for _ in range(2):

@@ -1,0 +1,44 @@
+"""Throughput and latency against batch size: one table and one plot for runs that differ in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sweeps.comparable import groups, table_machine
+from sweeps.runs import read_run
+from sweeps.tables.batches import LATENCY, THROUGHPUT, batch_series, batch_table
+from sweeps.tables.figures import draw_plots
+from sweeps.tables.rows import Row, make_rows
+from tests.helpers.table_runs import ar, cells, make, table
+
+
+def rows(*paths: Path) -> list[Row]:
+    runs = [read_run(path) for path in paths]
+    (group,) = groups(runs)
+    return make_rows(group, table_machine(group))
+
+
+def test_a_row_per_decoder_and_a_column_per_batch_size(tmp_path: Path) -> None:
+    made = [ar(tmp_path, latency=[4.0, 4.0])]
+    made += [make(tmp_path, "sjd", latency=[1.0 * size] * 2, batch_size=size) for size in (2, 4, 16)]
+    found = rows(*made)
+    grid = batch_table(found)
+    assert grid is not None
+    assert list(grid.header) == ["images/s (latency s) by batch size", "2", "4", "16"]
+    assert [row[0] for row in grid.rows] == ["ar", "sjd"]
+    assert grid.rows[0][2:] == ["", ""]
+    assert grid.rows[1][1:] == ["0.667 (2)", "0.4 (4)", "0.118 (16)"]  # 2 images in latency + 1 s
+    (throughput, x, first), (latency, _, second) = batch_series(found)
+    assert (x, first, second) == ("batch size", THROUGHPUT, LATENCY)
+    assert [point[0] for point in throughput["sjd"]] == [2, 4, 16]
+    assert latency["sjd"] == [(2, 2), (4, 4), (16, 16)]
+    plots = draw_plots(found, tmp_path / "out", suffix="", title="t")
+    assert "batches.png" in [name for _, name in plots.files]
+    text, _ = table(tmp_path, *made)
+    assert cells(text[text.index("by batch size") - 20 :], "sjd")["4"].endswith("(4)")
+
+
+def test_one_batch_size_has_neither(tmp_path: Path) -> None:
+    found = rows(ar(tmp_path), make(tmp_path, "sjd"))
+    assert batch_table(found) is None
+    assert batch_series(found) == []
