@@ -25,6 +25,7 @@ from sjd2.errors import UserError
 from sjd2.files import ROOT, read_lines, read_text, split_lines, write_atomically
 
 COLUMNS = ("prompt", "caption", "text", "Prompt")  # names of the prompt's column, tried in this order
+GROUPS = ("category",)  # columns by which tables group prompts
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 KEPT = "prompts.jsonl"
 MOST_IMAGES = 10_000_000  # of one run; a mistyped number is refused before it takes all memory
@@ -91,7 +92,8 @@ class Prompts:
         elif self.path is None:
             raise UserError(f"prompts={self.name} needs a file: prompts.path=FILE ({', '.join(FORMATS)}).")
         else:
-            texts = read_prompts(Path(self.path), self.column)
+            entries = read_entries(Path(self.path), (self.column,) if self.column else COLUMNS)
+            return [(text.strip(), {key: row[key] for key in GROUPS if row.get(key)}) for text, row in entries]
         return [(text, {}) for text in texts]
 
     @cached_property

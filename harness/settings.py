@@ -74,7 +74,9 @@ TYPES: dict[str, Any] = {
 }
 RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool}
 RUNTIME |= {"graph": bool | None, "fused": bool}
-BOUNDS = dict.fromkeys(("tokens", "passes", "nll", "scores", "distances", "speedup", "latency"), float | None)
+BOUNDS: dict[str, Any] = dict.fromkeys(
+    ("tokens", "passes", "nll", "scores", "distances", "speedup", "latency"), float | None
+)
 SAMPLERS = ("cdf", "gumbel")  # sjd2.decoding imports torch; a test compares
 OUTPUTS = ("auto", "text", "markdown", "json")
 COLUMNS = ("usual", "all")

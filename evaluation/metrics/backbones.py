@@ -60,9 +60,13 @@ class ClipFeatures:
         return f"CLIP {schema}:{Path(rest).name}" if rest and find(rest).is_dir() else f"CLIP {self.model}"
 
     @cached_property
-    def width(self) -> int:
-        """The features of an image; asks the network."""
+    def _width(self) -> int:
         return self.load()([np.zeros((8, 8, 3), np.uint8)]).shape[1]
+
+    @property
+    def width(self) -> int:
+        """The features of an image; asks the network, once."""
+        return self._width
 
     def check(self) -> None:
         """Raise UserError if library or weights are missing, or a file of weights was cut short."""
@@ -120,7 +124,7 @@ class DinoFeatures:
         """The network in words; a folder by its name."""
         return f"DINOv2 {Path(str(self.model)).name}"
 
-    @cached_property
+    @property
     def width(self) -> int:
         """The features of an image."""
         from transformers import AutoConfig

@@ -289,7 +289,7 @@ def stage(cfg: DictConfig) -> Path:
     settings = fid_settings(config)
     out = Path(cfg.runs_dir) / "tables"
     if cfg.run_dir is not None:
-        first, second = RunFolder.open(cfg.run_dir).path, RunFolder.open(cfg.against).path
+        first, second = RunFolder.open(cfg.run_dir).path, RunFolder.open(str(cfg.against)).path
         # two pairs of folders may share their names
         pair = hashlib.sha256(f"{first.resolve()} {second.resolve()}".encode()).hexdigest()[:6]
         out = out / f"{first.resolve().name}-{second.resolve().name}-{pair}"

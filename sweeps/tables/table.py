@@ -370,7 +370,8 @@ def make_tables(
     if not runs and not jobs:
         raise UserError("no run folder here has an image; make a run with: python run.py")
     out.mkdir(parents=True, exist_ok=True)
-    tables, lines, depths, groupings = [], [], [], []
+    tables: list[Table] = []
+    lines: dict[str, list[dict[str, Any]]] = {"table": [], "depths": [], "breakdown": []}  # by the name of their CSV
     members = groups(runs, swept(failed))
     for index, group in enumerate(members):
         machine = table_machine(group)
@@ -381,24 +382,22 @@ def make_tables(
         beside = published_table(group) if published else None
         if published and beside is None and paper is None:
             table.notes.append("sweeps/tables/published.csv has no numbers for this model with these decoders.")
-        parts = (table, batch_table(rows), difference_table(rows, detail=detail), beside)
-        tables += [part for part in parts if part is not None]
+        found = (table, batch_table(rows), difference_table(rows, detail=detail), beside)
+        tables += [one for one in found if one is not None]
         tables += breakdown_tables(rows) if detail else []
-        lines += [csv_row(row, machine) for row in rows]
-        depths += depth_lines(rows, table.title)
-        groupings += breakdown_lines(rows, table.title)
+        lines["table"] += [csv_row(row, machine) for row in rows]
+        lines["depths"] += depth_lines(rows, table.title)
+        lines["breakdown"] += breakdown_lines(rows, table.title)
     if jobs and len(members) == 1:
         tables[0].failed = jobs
     elif jobs:
         tables.append(Table("Failed", ["job", "reason"], [], failed=jobs))
-    lines += [{"label": label, "status": "failed", "reason": reason} for label, reason in jobs]
+    lines["table"] += [{"label": label, "status": "failed", "reason": reason} for label, reason in jobs]
     text = "\n".join(markdown(table) for table in tables)
-    numbers = json.dumps(lines, indent=1, ensure_ascii=False) + "\n"
-    written = {"md": text, "tex": "\n".join(map(latex, tables)), "csv": to_csv(lines), "json": numbers}
-    for name, content in written.items():
-        write_atomically(out / f"table.{name}", content.encode())
-    for name, found in (("depths", depths), ("breakdown", groupings)):
-        write_atomically(out / f"{name}.csv", to_csv(found).encode())
+    numbers = json.dumps(lines["table"], indent=1, ensure_ascii=False) + "\n"
+    written = {"table.md": text, "table.tex": "\n".join(map(latex, tables)), "table.json": numbers}
+    for name, content in (written | {f"{name}.csv": to_csv(rows) for name, rows in lines.items()}).items():
+        write_atomically(out / name, content.encode())
     return text if paper is None else f"{text}\n{make_paper_table(paper, runs, out)}"
 
 

@@ -124,6 +124,7 @@ def test_cmmd_is_the_unbiased_estimate_of_the_authors_formula() -> None:
     assert abs(np.mean(halves)) < 4 * np.std(halves) / 30**0.5  # no bias between equal distributions
 
 
+@pytest.mark.full
 def test_cmmd_of_a_run_on_the_shipped_clip(tmp_path: Path) -> None:
     extractor = ClipFeatures(device="cpu")
     extractor.check()
@@ -160,6 +161,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_dino_features_come_from_a_folder(dino: Path, tmp_path: Path) -> None:
     extractor = DinoFeatures(model=str(dino), device="cpu")
     extractor.check()

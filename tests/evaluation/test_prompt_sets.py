@@ -271,3 +271,10 @@ def test_a_wrong_file_is_reported_before_weights_load(cli: Cli) -> None:
     assert cli.err.count("\n") == 1
     assert "weights are loaded" not in cli.out
     assert not cli.runs_dir.exists()
+
+
+def test_a_list_of_ones_own_may_name_categories(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("prompt,category,note\na dog,animals,x\na cup,,y\n")
+    prompts = Prompts(name="file", path=str(tmp_path / "mine.csv"))
+    assert prompts.metadata == [{"category": "animals"}, {}]
+    assert prompts.texts == ["a dog", "a cup"]

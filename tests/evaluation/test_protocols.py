@@ -518,7 +518,6 @@ def test_rewards_without_their_files_are_reported(tmp_path: Path) -> None:
         ("vqascore", "has no package t2v-metrics: .*evaluation.metrics.vqascore.python="),
         ("pickscore", "evaluation.metrics.pickscore.weights is not set"),
         ("cmmd", "CMMD needs evaluation.metrics.cmmd.reference=FOLDER"),
-        ("dino", "facebook/dinov2-large is not in the local cache"),
     ],
 )
 def test_protocols_report_what_they_lack_at_once(name: str, says: str) -> None:

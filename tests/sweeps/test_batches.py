@@ -35,7 +35,7 @@ def test_a_row_per_decoder_and_a_column_per_batch_size(tmp_path: Path) -> None:
     plots = draw_plots(found, tmp_path / "out", suffix="", title="t")
     assert "batches.png" in [name for _, name in plots.files]
     text, _ = table(tmp_path, *made)
-    assert cells(text[text.index("by batch size") - 20 :], "sjd")["4"].endswith("(4)")
+    assert cells(text[text.index("| images/s (latency s)") :], "sjd")["4"].endswith("(4)")
 
 
 def test_one_batch_size_has_neither(tmp_path: Path) -> None:
