@@ -21,14 +21,14 @@ WHY = "too few for shares whose error is below 2 %"
 NUMBERS = (
     *(
         MetricInfo(
-            name=name, title=name, digits=3, higher_is_better=True, source="fid_extractor", fewest=FEWEST_COUNTED,
+            name=name, title=name, digits=3, higher_is_better=True, fewest=FEWEST_COUNTED,
             fewest_why=WHY, biased=True, detail=True,
         )
         for name in ("precision", "recall", "density", "coverage")
     ),
     MetricInfo(
         name="prompt_distance", title="distance within prompts", digits=3, per_image="prompt_distance",
-        source="fid_extractor", fewest=FEWEST_OF_PROMPTS, fewest_why="whose mean a few prompts decide", detail=True,
+        fewest=FEWEST_OF_PROMPTS, fewest_why="whose mean a few prompts decide", detail=True,
     ),
 )  # fmt: skip
 

@@ -146,5 +146,7 @@ def test_a_run_times_both_stages(cli: Cli, checkpoint: Path, tmp_path: Path, mon
     for record, prompt, image in zip(run.records(), PROMPTS, run.images(), strict=False):
         assert list(record["seconds"]) == ["encode", "prefill", "decode", "diffusion"]
         codes = torch.from_numpy(run.tokens(record))[None, 12:32].long().view(1, 4, 5)  # after the preview
-        assert torch.equal(torch.from_numpy(image.copy()).permute(2, 0, 1), stage.draw(codes, [prompt], [record["seed"]])[0])
+        assert torch.equal(
+            torch.from_numpy(image.copy()).permute(2, 0, 1), stage.draw(codes, [prompt], [record["seed"]])[0]
+        )
     assert run.metrics["whole_latency_s_median"] > run.metrics["seconds_diffusion_mean"] > 0
