@@ -31,7 +31,7 @@ from sweeps.tables.terminal import show
 Bounds = Mapping[str, float | None]
 Values = tuple[dict[Id, float], dict[Id, float]]  # of the baseline and of the run
 DISTANCES = {"fid": "FID", "kid": "KID"}
-HELD, BROKEN = "held", "**broken**"
+HELD, OPEN, BROKEN = "held", "held?", "**broken**"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,17 @@ class Check:
         return self.change > self.bound and proven
 
     @property
+    def undecided(self) -> bool:
+        """Whether the bound is not broken, but the interval reaches beyond it."""
+        held = not self.reason and not self.broken and self.high is not None and self.bound is not None
+        return held and float(self.high or 0) > float(self.bound or 0)
+
+    @property
     def verdict(self) -> str:
         """What a reader sees."""
         if self.reason:
             return f"not held: {self.reason}"
-        return BROKEN if self.broken else HELD
+        return BROKEN if self.broken else OPEN if self.undecided else HELD
 
 
 def hold(run: SavedRun, saved: SavedRun, bounds: Bounds) -> list[Check]:
@@ -215,6 +221,8 @@ def gate_table(checks: list[Check], run: SavedRun, saved: SavedRun) -> Table:
     header = ["held to the baseline", "bound", "baseline", "run", "worse by (95 %)", "verdict", "N"]
     notes = [f"Run {run.name}, baseline of {saved.name}.", verdict(checks)]
     notes += [f"{check.name}, {check.verdict}." for check in checks if check.reason]
+    if any(check.undecided for check in checks):
+        notes.append("held?: the interval reaches beyond the bound; more images would decide.")
     notes += [
         (
             "A bound is broken where the difference lies beyond it and its interval excludes no change. Worse: more passes, "
@@ -228,7 +236,9 @@ def verdict(checks: list[Check]) -> str:
     """Return how many bounds held, were broken and could not be held, in one sentence."""
     broken = [check.name for check in checks if check.broken]
     left = sum(bool(check.reason) for check in checks)
-    words = [f"{len(checks) - len(broken) - left} bounds held", f"{len(broken)} broken"]
+    unsure = sum(check.undecided for check in checks)
+    words = [f"{len(checks) - len(broken) - left} bounds held{f' ({unsure} undecided)' * bool(unsure)}"]
+    words.append(f"{len(broken)} broken")
     named = f" ({', '.join(broken)})" if broken else ""
     return f"{', '.join(words)}{named}, {left} not held."
 
@@ -239,6 +249,7 @@ def _cells(check: Check) -> list[str]:
     def text(value: float | None) -> str:
         if value is None:
             return ""
+        value = round(value, 6) + 0.0  # no -0.0
         return f"{100 * value:+.1f} %" if percent else f"{value:+.4f}"
 
     bound = "" if check.bound is None else (f"{100 * check.bound:g} %" if percent else f"{check.bound:g}")
@@ -253,7 +264,7 @@ def write_gate(checks: list[Check], run: SavedRun, saved: SavedRun, out: Path) -
     text = markdown(gate_table(checks, run, saved))
     lines = [
         {key: value for key, value in asdict(check).items() if value not in (None, "")}
-        | {"held": not check.reason and not check.broken, "broken": check.broken}
+        | {"held": not check.reason and not check.broken, "undecided": check.undecided, "broken": check.broken}
         for check in checks
     ]
     content = {"run": run.name, "baseline": saved.name, "broken": any(c.broken for c in checks), "checks": lines}

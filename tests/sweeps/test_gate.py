@@ -104,6 +104,7 @@ def test_noise_and_a_small_proven_change_hold(tmp_path: Path) -> None:
     assert check.change > 0.001
     assert check.low < 0 < check.high
     assert not check.broken
+    assert check.verdict == "held?"
     changed(path, lambda record: record | {"forwards": record["forwards"] + 0.01})
     check = held(tmp_path, "copy", name)["passes per image"]
     assert 0 < check.low <= check.change < 0.02
