@@ -22,8 +22,10 @@ from sjd2.models.glm_image import GlmImage
 from sjd2.models.janus import Janus, JanusPixels
 from sjd2.models.layout import TokenGrid
 from sjd2.models.llamagen import CAPTION_POSITIONS, GridRotary, LlamaGen
+from sjd2.models.lumina2 import END, ROW_END, START, Lumina2
+from sjd2.models.lumina2 import FIRST_CODE as LUMINA2_CODE
 
-FIRST_CODE = {"chameleon": 4, "emu3": 151854}  # the model's id of code 0
+FIRST_CODE = {"chameleon": 4, "emu3": 151854, "lumina2": LUMINA2_CODE}  # the model's id of code 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Architecture:
             "glm_image": RandomGlmImage,
             "janus": RandomJanus,
             "llamagen": RandomLlamaGen,
+            "lumina2": RandomLumina2,
         }
         torch.manual_seed(0)
         with torch.device(device):
@@ -68,7 +71,7 @@ class Architecture:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4 // heads}
         pixels = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
-        if self.family == "emu3":  # has attention at its fourth level, with the width of that level
+        if self.family in ("emu3", "lumina2"):  # has attention at its fourth level, with the width of that level
             pixels |= {"channel_multiplier": [1, 1, 1, 1], "hidden_size": 32}
         layout = replace(self.layout, rows=4, columns=4, preview=self.layout.preview and (2, 2))
         sizes, pixels = self.sizes | sizes, self.pixels | pixels
@@ -94,6 +97,17 @@ def _text(sizes: dict[str, Any]) -> dict[str, Any]:
     return {"tie_word_embeddings": False, "attention_dropout": 0.0} | sizes
 
 
+# of the encoder that transformers' class builds and ours throws away
+TINY_VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1],
+    "num_res_blocks": 1,
+    "embed_dim": 4,
+    "latent_channels": 4,
+    "num_embeddings": 4,
+}
+
+
 class RandomChameleon(Chameleon):
     """Lumina-mGPT or Anole with random weights."""
 
@@ -103,16 +117,7 @@ class RandomChameleon(Chameleon):
         from sjd2.models.chameleon_lm import ChameleonLM
         from sjd2.models.vqgan import VQGAN
 
-        tiny = {
-            "base_channels": 32,
-            "channel_multiplier": [1],
-            "num_res_blocks": 1,
-            "embed_dim": 4,
-            "latent_channels": 4,
-        }
-        config = ChameleonConfig(
-            **_text(plan.sizes), vocabulary_map={"<image>": 8711}, vq_config=tiny | {"num_embeddings": 4}
-        )
+        config = ChameleonConfig(**_text(plan.sizes), vocabulary_map={"<image>": 8711}, vq_config=TINY_VQ)
         self.full = ChameleonLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
         ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
         self.head_module = self.full.lm_head
@@ -180,6 +185,26 @@ class RandomGlmImage(GlmImage):
         self.fill(
             GlmImageForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa"), plan.layout
         )
+
+
+class RandomLumina2(Lumina2):
+    """Lumina-mGPT 2.0 with random weights."""
+
+    def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
+        from transformers import ChameleonConfig, Emu3VQVAEConfig
+
+        from sjd2.models.chameleon_lm import ChameleonLM
+        from sjd2.models.movqgan import MoVQGAN
+
+        config: Any = ChameleonConfig(**_text(plan.sizes), vocabulary_map={"<image>": 0}, vq_config=TINY_VQ)
+        config.norm_rows = 1
+        self.full = ChameleonLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
+        self.head_module = self.full.lm_head
+        pixels = {"base_channels": 256, "channel_multiplier": [1, 2, 2, 4], "hidden_size": 1024} | plan.pixels
+        self.vq = MoVQGAN(Emu3VQVAEConfig(codebook_size=plan.layout.vocabulary, double_latent=False, **pixels))
+        self.first_code = FIRST_CODE[plan.family]
+        self.ids = _ids(plan.layout, self.first_code)
 
 
 class RandomLlamaGen(LlamaGen):
@@ -251,6 +276,12 @@ ARCHITECTURES = {
             layout=TokenGrid(48, 48, 8192, (8197, 8828, 8828), 8803, (8196, 8710)),
             sizes=CHAMELEON | {"max_position_embeddings": 10240}, pixels={}, prompt=40, nothing=1, window=96,
             guidance=3.0, top_k=2000,
+        ),
+        Architecture(
+            name="lumina2", title="Lumina-mGPT 2.0 7B, 768 px", family="lumina2",
+            layout=TokenGrid(96, 96, 16384, (START, 8824, 8824), ROW_END, (END,)),
+            sizes=CHAMELEON | {"vocab_size": 171385, "max_position_embeddings": 10240}, pixels={}, prompt=40, nothing=1,
+            window=96, guidance=4.0, top_k=4096,
         ),
         Architecture(
             name="anole", title="Anole 7B, 512 px", family="chameleon", layout=TokenGrid(32, 32, 8192),

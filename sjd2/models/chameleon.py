@@ -97,7 +97,7 @@ class Chameleon(ImageModel):
         settings = json.loads((folder / "config.json").read_text())
         names = settings.get("vocabulary_map") or self.tokenizer.get_vocab()
         ids = self._model_ids(names)
-        config = lm_config(settings, names, _norm_rows(folder, spec))
+        config = lm_config(settings, names, norm_rows(folder, spec.weights))
         self.full = load_pretrained(ChameleonLM, folder, spec.load_options(device, dtype), config)
         super().__init__(self.full.get_decoder(), spec.layout)
         self.head_module = self.full.lm_head
@@ -211,15 +211,18 @@ def default_tokenizer(weights: str, elsewhere: str) -> str | None:
     return None if (find(weights) / "tokenizer.json").is_file() else elsewhere
 
 
-def _norm_rows(folder: Path, spec: ChameleonSpec) -> int | None:
-    """Return the rows of the query norms in the files, None for one per head; raises `UserError` for any other."""
+def norm_rows(folder: Path, weights: str) -> int | None:
+    """Return the rows of the query norms in the files, None for one per head; raises `UserError` for any other.
+
+    weights: value of model.weights, for the message.
+    """
     shape = stored_shape(folder, "model.layers.0.self_attn.q_norm.weight")
     heads = json.loads((folder / "config.json").read_text()).get("num_attention_heads", 32)
     if shape is None or shape[0] == heads:
         return None
     if shape[0] != 1:
         raise UserError(
-            f"model.weights={spec.weights} has query norms for {shape[0]} shards of the heads (a 34B model); only checkpoints "
+            f"model.weights={weights} has query norms for {shape[0]} shards of the heads (a 34B model); only checkpoints "
             "with one norm, or one per head, are supported."
         )
     return 1

@@ -82,6 +82,7 @@ def test_full_sizes_are_the_published_ones(name: str) -> None:
     # decoders.md, table of models: parameters of the layers (billions), bytes of keys and values per token and row, N
     layers, entry, length, head = {
         "lumina": (6.48, 524288, 2357, 8192 * 4096),
+        "lumina2": (6.48, 524288, 9316, 16384 * 4096),
         "anole": (6.48, 524288, 1024, 8192 * 4096),
         "emu3": (6.98, 131072, 8193, 32768 * 4096),
         "janus-1b": (1.23, 196608, 576, 2048 * 2048 + 2048 + (2048 + 1) * 16384),
@@ -99,7 +100,7 @@ def test_full_sizes_are_the_published_ones(name: str) -> None:
     assert all(p.device.type == "meta" for part in (model.full, model.vq) for p in part.parameters())
 
 
-@pytest.mark.parametrize("name", ["lumina", "llamagen"])
+@pytest.mark.parametrize("name", ["lumina", "lumina2", "llamagen"])
 def test_narrow_models_draw_whole_images(name: str) -> None:
     plan = ARCHITECTURES[name].small()
     model = plan.build(CPU, torch.float32)

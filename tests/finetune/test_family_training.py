@@ -16,11 +16,17 @@ from sjd2.finetune.data import images
 from sjd2.finetune.data.generated import Generated
 from sjd2.finetune.distributed import Machine
 from sjd2.models.adapter import Adapter
-from tests.helpers import checkpoints_chameleon, checkpoints_emu3, checkpoints_janus, checkpoints_llamagen
+from tests.helpers import (
+    checkpoints_chameleon,
+    checkpoints_emu3,
+    checkpoints_janus,
+    checkpoints_llamagen,
+    checkpoints_lumina2,
+)
 from tests.helpers.small_training import VARIANTS, Words, recipe, tokens
 from tests.helpers.tiers import by_default
 
-FAMILIES = ("lumina", "emu3", "janus", "llamagen")
+FAMILIES = ("lumina", "emu3", "janus", "llamagen", "lumina2")
 
 
 def family(name: str, folder: Path, dtype: str) -> object:
@@ -37,7 +43,7 @@ def family(name: str, folder: Path, dtype: str) -> object:
         given = sizes | {"vq_weights": str(folder), "text_weights": str(folder / "flan-t5-xl")}
         given["weights"] = str(folder / "t2i_XL_stage2_512.pt")
     else:
-        made = {"emu3": checkpoints_emu3, "janus": checkpoints_janus}[name]
+        made = {"emu3": checkpoints_emu3, "janus": checkpoints_janus, "lumina2": checkpoints_lumina2}[name]
         given = made.settings(folder if folder.exists() else made.write(folder))
     return api.load(name, dtype=dtype, **given)
 

@@ -60,7 +60,7 @@ def tokenizer() -> Tokenizer:
     return words
 
 
-def language_model(norm_rows: int, seed: int) -> dict[str, Tensor]:
+def language_model(norm_rows: int, seed: int, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
     """Draw the language model's tensors in bfloat16; norm_rows: 1 as Lumina-mGPT's, HEADS as transformers' conversions."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -70,7 +70,7 @@ def language_model(norm_rows: int, seed: int) -> dict[str, Tensor]:
     def norm(*shape: int) -> Tensor:
         return (1 + 0.2 * torch.randn(shape, generator=generator)).bfloat16()
 
-    tensors = {"model.embed_tokens.weight": matrix(VOCABULARY, WIDTH, 1.0)}
+    tensors = {"model.embed_tokens.weight": matrix(vocabulary, WIDTH, 1.0)}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}."
         for name in (
@@ -87,7 +87,7 @@ def language_model(norm_rows: int, seed: int) -> dict[str, Tensor]:
             tensors[f"{at}mlp.{name}.weight"] = matrix(*shape, 1.5 * shape[1] ** -0.5)
         tensors[f"{at}input_layernorm.weight"] = norm(WIDTH)
         tensors[f"{at}post_attention_layernorm.weight"] = norm(WIDTH)
-    return tensors | {"model.norm.weight": norm(WIDTH), "lm_head.weight": matrix(VOCABULARY, WIDTH, 0.5)}
+    return tensors | {"model.norm.weight": norm(WIDTH), "lm_head.weight": matrix(vocabulary, WIDTH, 0.5)}
 
 
 def vqgan(seed: int) -> VQGAN:

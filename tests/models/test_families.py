@@ -13,7 +13,13 @@ from sjd2.api import decoder, load
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
-from tests.helpers import checkpoints_emu3, checkpoints_glm_image, checkpoints_janus, family_checks
+from tests.helpers import (
+    checkpoints_emu3,
+    checkpoints_glm_image,
+    checkpoints_janus,
+    checkpoints_lumina2,
+    family_checks,
+)
 
 PROMPTS = ["a red fox under the bridge", "two dogs", " a cat and a bad hand, lowres "]  # of different lengths
 
@@ -40,10 +46,11 @@ FAMILIES = [
     Family("emu3", checkpoints_emu3, 3.0),
     Family("janus", checkpoints_janus, 5.0),
     Family("glm-image", checkpoints_glm_image, 1.0),
+    pytest.param(Family("lumina2", checkpoints_lumina2, 4.0), marks=pytest.mark.full),
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda found: found.name)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     found: Family = request.param
     found.folder = found.checkpoint.write(tmp_path_factory.mktemp("weights") / found.name)
