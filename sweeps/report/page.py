@@ -33,8 +33,8 @@ from sweeps.report.gif import pace, write_gif
 from sweeps.report.race import LANES, Race, in_a_row, make_race, race_json
 from sweeps.report.trajectories import Trajectory, make_trajectories
 from sweeps.runs import Machine, Run, chosen_folders, read_runs, with_baselines
-from sweeps.tables.batches import batch_series, batch_table
 from sweeps.tables.breakdown import breakdown_lines, breakdown_tables
+from sweeps.tables.by_batch import batch_series, batch_table
 from sweeps.tables.depths import depth_lines, depth_series
 from sweeps.tables.figures import (
     GRID_ROWS,

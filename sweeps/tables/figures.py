@@ -18,7 +18,7 @@ from evaluation.score import FEWEST, MetricInfo
 from sjd2.config import instantiate
 from sjd2.errors import first_line
 from sweeps.runs import Run
-from sweeps.tables.batches import batch_series
+from sweeps.tables.by_batch import batch_series
 from sweeps.tables.depths import depth_series
 from sweeps.tables.plots import (
     COLUMNS_MAX,

@@ -28,8 +28,8 @@ from sweeps.comparable import groups, table_machine
 from sweeps.labels import swept
 from sweeps.runs import Machine, Part, Run, chosen_folders, only, read_runs, with_baselines
 from sweeps.speedup import SpeedUp
-from sweeps.tables.batches import batch_table
 from sweeps.tables.breakdown import breakdown_lines, breakdown_tables
+from sweeps.tables.by_batch import batch_table
 from sweeps.tables.depths import depth_lines
 from sweeps.tables.formats import Table, latex, markdown
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from evaluation.run_folder import RunFolder
 from evaluation.score import keep_scores
 from harness.settings import BOUNDS
 from sjd2.errors import UserError
 from sweeps.compare.gate import Check, hold, report_broken
+from sweeps.compare.group import stage
 from sweeps.compare.saved import SavedRun, read_baseline, take, write_baseline
 from sweeps.runs import read_run
 from tests.helpers.cli import Cli
@@ -87,7 +89,7 @@ def test_a_copy_holds_and_each_regression_breaks_its_own_bound(tmp_path: Path) -
         assert broken(checks) == [bound]
         with pytest.raises(UserError, match=f"1 of {len(checks)} bounds are broken: {bound}; .* raise bounds"):
             report_broken(list(checks.values()))
-        assert broken(held(tmp_path, "copy", name, **dict.fromkeys(BOUNDS))) == []
+    assert broken(held(tmp_path, "copy", name, **dict.fromkeys(BOUNDS))) == []
     copy(tmp_path, name)
     scored(tmp_path / "runs" / "copy", 29.0)
     assert broken(held(tmp_path, "copy", name)) == ["clip"]
@@ -154,11 +156,10 @@ def test_other_prompts_and_files_that_are_none(tmp_path: Path) -> None:
         read_baseline(tmp_path / "missing.json")
 
 
-def test_the_commands(cli: Cli) -> None:
-    assert cli("decoder=scd", "limit=4", "baseline=null") == 0, cli.err
-    run, file = cli.run("scd").path, cli.runs_dir / "ci" / "baseline.json"
+def test_the_commands(cli: Cli, tmp_path: Path) -> None:
+    run, file = tmp_path / "runs" / make(tmp_path, "scd", seed=2), cli.runs_dir / "ci" / "baseline.json"
     assert cli("stage=compare", f"run_dir={run}", f"save_baseline={file}") == 0, cli.err
-    assert "baseline of 4 images" in cli.out
+    assert f"baseline of {N} images" in cli.out
     assert cli("stage=compare", f"against={file}", "output=json") == 0, cli.err  # the run of the same settings
     assert not json.loads(cli.out)["broken"]
     content = json.loads(file.read_text())
@@ -169,10 +170,18 @@ def test_the_commands(cli: Cli) -> None:
     assert "| passes per image | 2 % |" in cli.out
     assert "| **broken** |" in cli.out
     assert "bounds are broken: passes per image" in cli.err
-    for words, message in (
-        (("against=/nope.json",), "neither a run folder nor a baseline file"),
-        (("save_baseline=b.json",), "give its folder"),
-        ((f"against={file}", "bounds.passes=-1"), "bounds.passes must be 0 or more"),
+    assert cli("stage=compare", "against=/nope.json", "bounds.passes=0.1") == 1
+    assert "neither a run folder nor a baseline file" in cli.err
+
+
+def test_wrong_settings_are_one_sentence(tmp_path: Path) -> None:
+    name = make(tmp_path, "scd", seed=2)
+    saved(tmp_path, name)
+    cfg = {"runs_dir": str(tmp_path / "empty"), "run_dir": None, "against": None, "bounds": LIMITS, "output": "auto"}
+    for change, message in (
+        ({"save_baseline": "b.json"}, "give its folder"),
+        ({"save_baseline": str(tmp_path), "run_dir": str(tmp_path / "runs" / name)}, "is a folder"),
+        ({"against": str(tmp_path / "baseline.json")}, "no run in runs_dir=.* has the settings of the baseline"),
     ):
-        assert cli("stage=compare", *words) == 1
-        assert message in cli.err
+        with pytest.raises(UserError, match=message):
+            stage(OmegaConf.create(cfg | change))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sweeps.comparable import groups, table_machine
 from sweeps.runs import read_run
-from sweeps.tables.batches import LATENCY, THROUGHPUT, batch_series, batch_table
+from sweeps.tables.by_batch import LATENCY, THROUGHPUT, batch_series, batch_table
 from sweeps.tables.figures import draw_plots
 from sweeps.tables.rows import Row, make_rows
 from tests.helpers.table_runs import ar, cells, make, table
