@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from sjd2.errors import UserError, first_line
 from sjd2.models.hub import WeightSource
-from sjd2.models.loading import free_bytes
+from sjd2.models.loading import free_bytes, quiet_transformers
 from sjd2.models.tensors import stored_bytes
 
 KEY = "model.weights"
@@ -147,13 +149,30 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     }
     parts: dict[str, Any] = {"vision_language_encoder": None, "processor": None}
     try:
-        for name, load in loaders.items():
-            # both libraries fill missing tensors with random numbers and only warn: the images would be noise
-            parts[name], found = load(folder / name, local_files_only=True, output_loading_info=True)
-            if missing := sorted(found["missing_keys"]):
-                raise UserError(f"{KEY}={folder} lacks {len(missing)} of the {name}'s tensors, e.g. {missing[0]}.")
-        return diffusers.GlmImagePipeline.from_pretrained(folder, local_files_only=True, **parts)
+        with _quiet():
+            for name, load in loaders.items():
+                # both libraries fill missing tensors with random numbers and only warn: the images would be noise
+                parts[name], found = load(folder / name, local_files_only=True, output_loading_info=True)
+                if missing := sorted(found["missing_keys"]):
+                    raise UserError(f"{KEY}={folder} lacks {len(missing)} of the {name}'s tensors, e.g. {missing[0]}.")
+            return diffusers.GlmImagePipeline.from_pretrained(folder, local_files_only=True, **parts)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
         raise UserError(f"{KEY}={folder}: its diffusion stage cannot be loaded: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the bars of both libraries, and their tables of tensors, which become one sentence."""
+    logs = importlib.import_module("diffusers.utils.logging")
+    bar, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bar:
+            logs.enable_progress_bar()

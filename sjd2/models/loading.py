@@ -145,7 +145,7 @@ def _load(cls: type[Model], options: LoadOptions, optional: str | None, **source
     keywords = options.keywords()
     loader: Any = cls  # the stubs of from_pretrained do not know output_loading_info's pair
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, found = loader.from_pretrained(**source, **keywords, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.weights={options.weights} cannot be loaded: {first_line(error)}") from error
@@ -161,7 +161,7 @@ def _load(cls: type[Model], options: LoadOptions, optional: str | None, **source
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence the bar of tensors, noise beside the bar of images, and the table of mismatches, which become one sentence.
 
     The settings of whoever called come back: this may run in a program that wants both.

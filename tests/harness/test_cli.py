@@ -44,6 +44,7 @@ def test_every_yaml_composes_and_its_targets_take_its_keys(group: str, choice: s
     OmegaConf.to_container(cfg, resolve=True)
     for name in GROUPS:
         check_node(cfg.get(name))
+    assert cfg.model.pixels == "decode"  # model.pixels=none is a setting of every model
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: value)

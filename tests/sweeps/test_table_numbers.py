@@ -9,6 +9,7 @@ import pytest
 from evaluation.metrics.speed import Speed
 from evaluation.run_folder import RunFolder
 from evaluation.score import keep_scores, score
+from sweeps.compare.group import compare, group_tables
 from sweeps.compare.pair import compare_two, verdict
 from sweeps.runs import read_run
 from sweeps.tables import figures
@@ -74,11 +75,12 @@ def test_a_diffusion_stage_has_seconds_and_a_speed_up_of_its_own(tmp_path: Path)
     found = score(RunFolder(sjd), {"speed": Speed()})
     assert (found["seconds_diffusion_mean"], found["whole_latency_s_median"]) == (3.5, 5.5)
     assert "seconds_image_mean" not in found
-    pair = compare_two(read_run(base), read_run(sjd))
-    assert (
-        "Speed-up of B over A: 3.00× [2.00, 5.00] of the AR stage, 1.55× [1.33, 1.80] of the whole image"
-        in " ".join(verdict(pair))
-    )
+    runs = [read_run(base), read_run(sjd)]
+    both = "3.00× [2.00, 5.00] of the AR stage, 1.55× [1.33, 1.80] of the whole image"
+    assert f"Speed-up of B over A: {both} (95 %)" in " ".join(verdict(compare_two(*runs)))
+    against, *_ = group_tables(compare(runs))
+    assert against.header[-2:] == ["AR stage speed-up (95 %)", "whole speed-up (95 %)"]
+    assert against.rows[0][-2:] == ["3.00× [2.00, 5.00]", "1.55× [1.33, 1.80]"]
 
 
 def test_tokens_without_images_have_a_table_of_their_own(tmp_path: Path) -> None:
