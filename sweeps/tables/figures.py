@@ -217,7 +217,7 @@ def _depths(rows: Sequence[Row], path: Path, title: str) -> str:
 def _batches(rows: Sequence[Row], path: Path, title: str) -> str:
     if not (panels := batch_series(rows)):
         return ""
-    line_plots(panels, path, xscale="log")
+    line_plots(panels, path, doubling=True)
     return "Images per second and latency against batch size"
 
 

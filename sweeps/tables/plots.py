@@ -184,10 +184,12 @@ def acceptance_histogram(counts: Mapping[str, Mapping[int, int]], path: Path) ->
     return line_plots([(shares, "tokens committed by a pass", "share of passes")], path, yscale="log")
 
 
-def line_plots(panels: Sequence[tuple[Series, str, str]], path: Path, **scales: str) -> Path:
+def line_plots(
+    panels: Sequence[tuple[Series, str, str]], path: Path, *, yscale: str = "linear", doubling: bool = False
+) -> Path:
     """Draw panels of lines side by side, (series, title of x, title of y) each; x is whole numbers.
 
-    scales: settings of all axes, e.g. yscale="log".
+    doubling: x are sizes that double, a tick each.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -198,8 +200,13 @@ def line_plots(panels: Sequence[tuple[Series, str, str]], path: Path, **scales: 
             style = ("-", "--", ":")[index // 10 % 3]
             places, values = zip(*points, strict=True)
             (entries[name],) = axis.plot(places, values, marker=".", color=f"C{index % 10}", linestyle=style)
-        axis.set(xlabel=x, ylabel=y, **scales)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set(xlabel=x, ylabel=y, yscale=yscale)
+        if doubling:
+            axis.set_xscale("log", base=2)
+            sizes = sorted({place for points in series.values() for place, _ in points})
+            axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         _legend(axis, entries, fontsize="small")
     return _save(figure, path)
