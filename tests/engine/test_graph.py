@@ -140,6 +140,8 @@ def test_another_batch_size_adapter_or_sampling_opens_another_engine(
     assert graphs.start(model, decoder, 2, 3, SAMPLING) is engine
     assert graphs.start(model, decoder, 3, 5, SAMPLING) is not engine
     assert graphs.start(model, decoder, 2, 5, replace(SAMPLING, top_k=3)) is not engine
+    assert graphs.start(model, decoder, 2, 5, replace(SAMPLING, min_p=0.1)) is not engine
+    assert graphs.start(model, sjd(5), 2, 5, SAMPLING) is not engine  # another window of the same decoder
     engine = graphs.start(model, decoder, 2, 5, SAMPLING)
     monkeypatch.setattr(model, "adapter", None)
     assert graphs.start(model, decoder, 2, 5, SAMPLING) is not engine

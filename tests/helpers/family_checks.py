@@ -132,6 +132,20 @@ def draws_whole_images(model: ImageModel, chosen: Decoder, prompts: list[str], s
         assert sum(sample.accepted) == model.layout.length
 
 
+def odd_prompts_and_seeds(model: ImageModel, sampling: SamplingParams) -> None:
+    """Marks, control words, no and very many words are prompts; a seed gives its image again, another seed another one."""
+    prompts = ["a < b > c", "<image>", ""]
+    condition = model.encode([*prompts, "word " * 2000])
+    assert condition.embeds.isfinite().all()
+    assert condition.lengths[3] >= condition.lengths.max()
+    first, again, other = (
+        generate(model, decoder("scd", window=8), model.encode(prompts), [seed] * 3, sampling=sampling).tokens
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 def rows_do_not_depend_on_their_neighbours(model: ImageModel, prompts: list[str], sampling: SamplingParams) -> None:
     """Prompts of different lengths give the same tokens and likelihoods alone, in a batch, and refilled into two rows."""
     chosen = decoder("scd", window=6)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sjd2.errors import UserError
 
@@ -18,6 +18,21 @@ def raises_in_one_line(call: Callable[[], object], match: str) -> None:
     with pytest.raises(UserError, match=match) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def drop(folder: Path, name: str) -> None:
+    """Remove a tensor from a folder's safetensors and from its index."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, metadata={"format": "pt"})
+            break
+    else:
+        raise KeyError(name)
+    for index in folder.glob("*.index.json"):
+        content = json.loads(index.read_text())
+        content["weight_map"].pop(name)
+        index.write_text(json.dumps(content))
 
 
 def fill(folder: Path, *, shards: int = 1) -> Path:

@@ -30,6 +30,7 @@ from sjd2.models.chameleon import Chameleon, ChameleonSpec
 from sjd2.models.chameleon_lm import ChameleonLM
 from sjd2.models.vqgan import VQGAN, _taming
 from tests.helpers import checkpoints_chameleon as small
+from tests.helpers import family_checks
 from tests.helpers.plain_chameleon import Plain
 from tests.helpers.public_names import index_bytes, public
 
@@ -72,6 +73,12 @@ def test_prompts_begin_with_id_0_whatever_the_config_says(model: Chameleon, fold
     assert [row[0] for row in conditional] == [0]
     assert conditional[0][-2:] == [8710, 8197]
     assert unconditional == [0, 8197]
+
+
+def test_ids_of_the_first_and_last_code_and_odd_prompts(model: Chameleon) -> None:
+    assert model.ids[[0, 8191]].tolist() == [4, 8195]
+    assert (model.layout.codes(model.layout.tokens(torch.full((1, 16), 8191))) == 8191).all()
+    family_checks.odd_prompts_and_seeds(model, SAMPLING)
 
 
 def test_the_yaml_draws_1024_tokens() -> None:

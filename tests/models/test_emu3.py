@@ -22,6 +22,7 @@ from sjd2.files import ROOT
 from sjd2.models.emu3 import NEGATIVE, PIECES, POSITIVE, Emu3, Emu3Spec, grid
 from sjd2.models.loading import load_tokenizer
 from tests.helpers import checkpoints_emu3, family_checks
+from tests.helpers.weights import drop
 
 PROMPTS = ["a red fox under the bridge", "two dogs", "a cat and a bad hand, lowres"]
 SAMPLING = SamplingParams(guidance_scale=3.0, top_k=20)
@@ -215,6 +216,12 @@ def test_the_checkpoint_has_the_public_names_and_files(folder: Path) -> None:
     assert "rope_parameters" not in (folder / "config.json").read_text()
 
 
+def test_ids_of_the_first_and_last_code(model: Emu3) -> None:
+    ends = model.tokenizer.convert_ids_to_tokens(model.ids[[0, 63]])
+    assert ends == ["<|visual token 000000|>", "<|visual token 000063|>"]
+    assert load_spec().vocabulary == 32768
+
+
 def test_old_rotary_settings_are_read(model: Emu3) -> None:
     assert model.full.config.text_config.rope_parameters["rope_theta"] == 1000000.0
 
@@ -256,6 +263,9 @@ def test_what_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"holds a 'Emu3' model.*use e.g. BAAI/Emu3-Gen-hf"):
         load("emu3", **settings | {"weights": str(other)})
     (other / "config.json").write_text(json.dumps(config))
+    drop(other, "vqmodel.decoder.conv_out.bias")  # never noise
+    with pytest.raises(UserError, match=r"lacks 'decoder.conv_out.bias'"):
+        load("emu3", **settings | {"weights": str(other)})
     (other / "model-00001-of-00010.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot be loaded|lacks"):
         load("emu3", **settings | {"weights": str(other)})

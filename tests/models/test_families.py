@@ -79,6 +79,11 @@ def test_lossy_decoders_draw_whole_images(family: Family, name: str, tmp_path: P
     family_checks.draws_whole_images(family.model, chosen, PROMPTS, family.sampling)
 
 
+@pytest.mark.full  # Anole and LlamaGen by default
+def test_odd_prompts_and_seeds(family: Family) -> None:
+    family_checks.odd_prompts_and_seeds(family.model, family.sampling)
+
+
 def test_rows_do_not_depend_on_their_neighbours(family: Family) -> None:
     """Janus: unconditional prompts of different lengths in one batch."""
     family_checks.rows_do_not_depend_on_their_neighbours(family.model, PROMPTS, family.sampling)

@@ -18,6 +18,7 @@ from sjd2.errors import UserError
 from sjd2.files import ROOT
 from sjd2.models.janus import Janus, JanusSpec
 from tests.helpers import checkpoints_janus, family_checks
+from tests.helpers.weights import drop
 
 PROMPTS = ["a red fox under the bridge", "two dogs", " a cat and a bad hand, lowres "]
 SAMPLING = SamplingParams(guidance_scale=5.0, top_k=20)
@@ -196,4 +197,8 @@ def test_what_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_path: Pat
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "multi_modality"}))
     with pytest.raises(UserError, match=r"holds a 'multi_modality' model.*use e.g. deepseek-community/Janus-Pro-1B"):
+        load("janus", **settings | {"weights": str(other)})
+    (other / "config.json").write_text(json.dumps(config))
+    drop(other, "model.vqmodel.decoder.conv_out.bias")  # never noise
+    with pytest.raises(UserError, match=r"lacks 1 of the model's tensors, e.g. model.vqmodel.decoder.conv_out.bias"):
         load("janus", **settings | {"weights": str(other)})

@@ -27,6 +27,7 @@ from sjd2.models.llamagen import GridRotary, LlamaGen, convert, public_names
 from sjd2.models.llamagen_text import clean
 from sjd2.models.vq16 import USAGE, published_name
 from tests.helpers import checkpoints_llamagen as small
+from tests.helpers import family_checks
 from tests.helpers.plain_llamagen import Reference, book, draw, read
 from tests.helpers.tiers import by_default
 
@@ -321,6 +322,7 @@ def test_bfloat16_and_a_text_encoder_elsewhere(folder: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert model.logits(model.embed(torch.zeros(1, 2, dtype=torch.long))).dtype == torch.float32
     assert decode(model, AR, SAMPLING).shape == (len(PROMPTS), SIDE * SIDE)
+    family_checks.odd_prompts_and_seeds(model, SAMPLING)  # in one batch: captions of 1 and of 120 tokens
 
 
 def test_the_text_encoder_never_runs_in_float16(folder: Path) -> None:
