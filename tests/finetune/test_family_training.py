@@ -19,6 +19,7 @@ from sjd2.models.adapter import Adapter
 from tests.helpers import (
     checkpoints_chameleon,
     checkpoints_emu3,
+    checkpoints_glm_image,
     checkpoints_janus,
     checkpoints_llamagen,
     checkpoints_lumina2,
@@ -26,7 +27,7 @@ from tests.helpers import (
 from tests.helpers.small_training import VARIANTS, Words, recipe, tokens
 from tests.helpers.tiers import by_default
 
-FAMILIES = ("lumina", "emu3", "janus", "llamagen", "lumina2")
+FAMILIES = ("lumina", "emu3", "janus", "llamagen", "lumina2", "glm-image")
 
 
 def family(name: str, folder: Path, dtype: str) -> object:
@@ -43,14 +44,18 @@ def family(name: str, folder: Path, dtype: str) -> object:
         given = sizes | {"vq_weights": str(folder), "text_weights": str(folder / "flan-t5-xl")}
         given["weights"] = str(folder / "t2i_XL_stage2_512.pt")
     else:
-        made = {"emu3": checkpoints_emu3, "janus": checkpoints_janus, "lumina2": checkpoints_lumina2}[name]
+        made = {"emu3": checkpoints_emu3, "janus": checkpoints_janus, "lumina2": checkpoints_lumina2}
+        made = (made | {"glm-image": checkpoints_glm_image})[name]
         given = made.settings(folder if folder.exists() else made.write(folder))
     return api.load(name, dtype=dtype, **given)
 
 
 @pytest.mark.parametrize("name", by_default(FAMILIES, ["lumina"]))
-def test_every_family_is_tokenised_and_tuned(name: str, place: Path, tmp_path: Path) -> None:
+def test_every_family_is_tokenised_and_tuned(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A LoRA over bfloat16 weights and all weights in float32, both in micro-batches and with recomputed layers."""
+    monkeypatch.setattr("sjd2.models.glm_image.PREVIEW", 4)  # 12 codes instead of 238
     for kind, dtype in (("gated", "bfloat16"), ("full", "float32")):
         model, out = family(name, tmp_path / "weights", dtype), tmp_path / kind
         fresh = copy.deepcopy(model)
@@ -73,7 +78,7 @@ def test_every_family_is_tokenised_and_tuned(name: str, place: Path, tmp_path: P
     prompts, codes = data.batch(2, 1)
     for prompt, row in zip(prompts, codes.tolist(), strict=True):
         samples = [s for s in images.TarPart(place / "shards" / "0.tar").samples() if s.caption == prompt]
-        size = model.decode(model.layout.tokens(codes[:1])).shape[2:]
+        size = model.encoded_size or model.decode(model.layout.tokens(codes[:1])).shape[2:]
         shown = torch.from_numpy(np.stack([images.pixels(s.data, *size) for s in samples])).permute(0, 3, 1, 2)
         assert row in model.vq.encode(shown / 127.5 - 1).flatten(1).tolist()
 
