@@ -44,8 +44,12 @@ def family(name: str, folder: Path, dtype: str) -> object:
         given = sizes | {"vq_weights": str(folder), "text_weights": str(folder / "flan-t5-xl")}
         given["weights"] = str(folder / "t2i_XL_stage2_512.pt")
     else:
-        made = {"emu3": checkpoints_emu3, "janus": checkpoints_janus, "lumina2": checkpoints_lumina2}
-        made = (made | {"glm-image": checkpoints_glm_image})[name]
+        made = {
+            "emu3": checkpoints_emu3,
+            "janus": checkpoints_janus,
+            "lumina2": checkpoints_lumina2,
+            "glm-image": checkpoints_glm_image,
+        }[name]
         given = made.settings(folder if folder.exists() else made.write(folder))
     return api.load(name, dtype=dtype, **given)
 

@@ -10,7 +10,13 @@ from sjd2.files import ROOT
 from sjd2.models.emu3 import split_as_published
 from sjd2.models.llamagen_text import clean
 from sjd2.models.loading import load_tokenizer
-from tests.helpers import checkpoints_chameleon, checkpoints_emu3, checkpoints_janus, checkpoints_lumina2
+from tests.helpers import (
+    checkpoints_chameleon,
+    checkpoints_emu3,
+    checkpoints_glm_image,
+    checkpoints_janus,
+    checkpoints_lumina2,
+)
 
 NAMED = "becomes that token"
 
@@ -19,8 +25,8 @@ def pieces(family: str, text: str, folder: Path) -> list[str]:
     """Return the tokens that a family's encode() makes of a text, on the special tokens of the public checkpoint."""
     if family in ("lumina", "anole"):
         return checkpoints_chameleon.tokenizer().encode(text, add_special_tokens=False).tokens
-    if family == "emu3":
-        checkpoints_emu3.write_tokenizer(folder, 64)
+    if family in ("emu3", "glm-image"):
+        {"emu3": checkpoints_emu3, "glm-image": checkpoints_glm_image}[family].write_tokenizer(folder, 64)
     else:
         {"janus": checkpoints_janus, "lumina2": checkpoints_lumina2}[family].write_tokenizer(folder)
     tokenizer = load_tokenizer(folder, "model.weights")
@@ -36,6 +42,7 @@ def pieces(family: str, text: str, folder: Path) -> list[str]:
         ("anole", ("<image>", "</s>", "<racm3:break>", "<reserved08706>", "IMGIMGAZ"), ("<image_placeholder>",)),
         ("lumina2", ("<racm3:break>", "<eoss>", "<reserved08706>", "<|endoftext|>"), ("</s>", "<image>")),
         ("emu3", ("<|image start|>", "<|extra_203|>", "<image>", "<|endoftext|>"), ("</s>",)),
+        ("glm-image", ("<sop>", "<eop>", "<|endoftext|>", "<|dit_token_0|>"), ("<image>", "</s>")),
         ("janus", ("<begin_of_image>", "<image_placeholder>", "<|User|>"), ("<image>", "</s>")),
     ],
 )
