@@ -159,7 +159,7 @@ def stage(cfg: DictConfig) -> Path:
     sweep = None if cfg.run_dir is None else Path(cfg.run_dir)
     if sweep is None or not is_sweep(sweep):
         return table.stage(cfg)
-    tabulate(sweep, published=True, paper=cfg.paper, output=cfg.output, columns=cfg.columns)
+    tabulate(sweep, published=True, paper=cfg.paper, output=cfg.output, columns=cfg.get("columns", "usual"))
     return sweep
 
 

@@ -404,7 +404,7 @@ def make_tables(
 def stage(cfg: DictConfig) -> Path:
     """Run stage=table on every run folder of runs_dir, or on run_dir and its AR run; return the folder written to."""
     out = Path(cfg.runs_dir) / "tables" / (Path(cfg.run_dir).resolve().name if cfg.run_dir else "all")
-    settings = {"published": True, "paper": cfg.paper, "detail": cfg.columns == "all"}
+    settings = {"published": True, "paper": cfg.paper, "detail": cfg.get("columns") == "all"}
     text = make_tables(chosen_folders(cfg.runs_dir, cfg.run_dir), out, **settings)
     show(text, out / "table.md", cfg.output)
     return out
