@@ -29,6 +29,7 @@ class Reuse(Refiner):
 
     threshold: float = 0.5
     after_joint: ClassVar[bool] = True
+    by_lane: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -44,7 +45,7 @@ class Reuse(Refiner):
         p, q, old = test.p, test.draft_probs(), draft.codes(test.p.shape[-1])
         assert q is not None
         likely = p > self.threshold
-        fresh = state.sampler.draw(p, test.positions, Purpose.FRESH, state.iteration)
+        fresh = state.sampler.draw(p, test.positions, Purpose.FRESH, state.iteration, draft.shape.lane)
         tokens = torch.where(likely.gather(-1, old[..., None])[..., 0], old, fresh)
         kept = q.masked_fill(~likely, 0.0)
         mass_redrawn = q.masked_fill(likely, 0.0).sum(-1, keepdim=True)

@@ -110,6 +110,11 @@ class Decoder(BaseDecoder):
                 f"{type(self.drafter).__name__} drafts from recorded distributions; set decoder.refiner.record=true, or use "
                 "decoder/refiner=coupled."
             )
+        if self.drafter.keeps_lanes and self.refiner is not None and not self.refiner.by_lane:
+            raise UserError(
+                f"refiner {type(self.refiner).__name__} would draw the draft tokens of all chains with the same noise, and "
+                "then they cannot be tested one after the other; use decoder/refiner=resample or coupled (coupling=maximal)."
+            )
         if self.verifier.joint:
             self._check_joint(self.verifier, self.drafter)
 

@@ -105,11 +105,13 @@ class State(Rows):
 class PassResult:
     """The result of a pass, for drafters that learn from it.
 
-    draft: as it was fed; hidden [R, S, D]: after the final norm; num_new [B]: tokens that follow slot 0 now;
-    source [B, C]: the slot that each carried token comes from; fresh [B, C]: those that come from none.
+    draft: as it was fed; refined: as the refiner returned it; hidden [R, S, D]: after the final norm; num_new [B]: tokens
+    that follow slot 0 now; source [B, C]: the slot that each carried token comes from; fresh [B, C]: those that come from
+    none.
     """
 
     draft: Draft
+    refined: Draft
     hidden: Tensor
     path: AcceptedPath
     num_new: Tensor
@@ -167,11 +169,13 @@ class Part:
 class Drafter(Part):
     """Proposes the tokens of a pass. Only `propose` must be written; the hooks are for drafters with a memory.
 
-    needs_records: whether it needs the distributions that the carried draft tokens were drawn from. timesteps [K, D]: model
-    inputs that tell the noise levels apart, for fine-tunings that append them to each pass.
+    needs_records: whether it needs the distributions that the carried draft tokens were drawn from. keeps_lanes: whether
+    several chains live on from pass to pass. timesteps [K, D]: model inputs that tell the noise levels apart, for
+    fine-tunings that append them to each pass.
     """
 
     needs_records: bool = False
+    keeps_lanes: bool = False
     timesteps: Tensor | None = None
 
     @property
@@ -238,11 +242,13 @@ class Refiner(Part):
     """Redraws the draft tokens under the distributions of the pass. records: whether it returns these in `probs`.
 
     after_joint: whether it stays exact after a joint decision, which depends on later draft tokens: it draws afresh, or moves
-    tokens from `test.draft_probs()` instead of the recorded distribution.
+    tokens from `test.draft_probs()` instead of the recorded distribution. by_lane: whether it draws each lane with numbers of
+    its own, so that chains stay independent.
     """
 
     records: bool = True
     after_joint: bool = False
+    by_lane: bool = False
 
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
         """Return the draft for the next pass; its `probs` are the distributions that its tokens were truly drawn from."""

@@ -147,9 +147,9 @@ class Noise:
             return rolled.at(rolled.numbers, positions, purpose)
         return _unit(self._key(positions, purpose, iteration, sibling), self.dtype)
 
-    def codes(self, positions: Tensor, vocabulary: int) -> Tensor:
+    def codes(self, positions: Tensor, vocabulary: int, sibling: Tensor | None = None) -> Tensor:
         """Return a code drawn uniformly for each position, the first draft token of a slot: [B, S] -> [B, S]."""
-        return (self.uniform(positions, Purpose.INIT) * vocabulary).long().clamp(max=vocabulary - 1)
+        return (self.uniform(positions, Purpose.INIT, sibling=sibling) * vocabulary).long().clamp(max=vocabulary - 1)
 
     def _field(self, positions: Tensor, purpose: Purpose, width: int) -> Tensor:
         columns = _GOLDEN * torch.arange(1, width + 1, device=positions.device)

@@ -34,13 +34,14 @@ class Resample(Refiner):
 
     record: bool = True
     after_joint: ClassVar[bool] = True
+    by_lane: ClassVar[bool] = True
 
     @property
     def records(self) -> bool:
         return self.record
 
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
-        tokens = state.sampler.draw(test.p, test.positions, Purpose.FRESH, state.iteration)
+        tokens = state.sampler.draw(test.p, test.positions, Purpose.FRESH, state.iteration, draft.shape.lane)
         return redrawn(draft, tokens, test.p if self.record else None)
 
 
@@ -62,13 +63,18 @@ class Coupled(Refiner):
         """Return whether the noise of a rejected token is free of the decision; G of coupling=gumbel is not."""
         return self.coupling == "maximal"
 
+    @property
+    def by_lane(self) -> bool:
+        """Return whether lanes stay independent; G of coupling=gumbel is one per position."""
+        return self.coupling == "maximal"
+
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
         sampler = GumbelSampler(state.noise) if self.coupling == "gumbel" else state.sampler
         old, purpose = draft.codes(test.p.shape[-1]), Purpose.COUPLE
         # accepted is per slot, not cut at the first rejection: that would bias the draft tokens after it
         exact = test.exact()
-        q, accepted = exact.draft.probs, exact.accepted
-        tokens = sampler.recover(test.p, q, old, accepted, test.positions, purpose, state.iteration)
+        q, accepted, lane = exact.draft.probs, exact.accepted, draft.shape.lane
+        tokens = sampler.recover(test.p, q, old, accepted, test.positions, purpose, state.iteration, lane)
         return redrawn(draft, tokens, test.p)
 
 
@@ -81,6 +87,7 @@ class Keep(Refiner):
 
     threshold: float = 0.5
     exact: ClassVar[bool] = False
+    by_lane: ClassVar[bool] = True
 
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
         fresh = Resample()(draft, test, state)

@@ -150,7 +150,7 @@ class Stream(NamedTuple):
 
     purpose: Purpose
     iteration: Tensor | int = 0
-    sibling: int | None = None
+    sibling: Tensor | int | None = None
 
 
 class Sampler:
@@ -170,7 +170,7 @@ class Sampler:
         positions: Tensor,
         purpose: Purpose,
         iteration: Tensor | int = 0,
-        sibling: int | None = None,
+        sibling: Tensor | int | None = None,
     ) -> Tensor:
         """Draw one token per position: probs [B, S, V], positions [B, S] -> [B, S]."""
         return self.pick(probs, positions, Stream(purpose, iteration, sibling))
@@ -184,11 +184,12 @@ class Sampler:
         positions: Tensor,
         purpose: Purpose,
         iteration: Tensor,
+        sibling: Tensor | None = None,
     ) -> Tensor:
         """Turn draft tokens of q into tokens of p, changing as few as possible: p, q [B, S, V], token [B, S] -> [B, S]."""
         if not self.residuals:
-            return self.draw(p, positions, purpose, iteration)
-        return torch.where(accepted, token, self.draw(residual(p, q, token), positions, purpose, iteration))
+            return self.draw(p, positions, purpose, iteration, sibling)
+        return torch.where(accepted, token, self.draw(residual(p, q, token), positions, purpose, iteration, sibling))
 
     def pick(self, probs: Tensor, positions: Tensor, stream: Stream) -> Tensor:
         """Draw with the numbers of a stream: probs [B, S, V], positions [B, S] -> [B, S]."""

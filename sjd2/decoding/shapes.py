@@ -33,6 +33,7 @@ class Chain:
     ranks = 1
     reorder_depth = 0
     sibling = None
+    lane = None
 
     def depths(self, size: int, device: torch.device) -> Tensor:
         """Return the depth of each slot: [S]."""
@@ -83,7 +84,8 @@ class Tree:
     earlier [b, S, S]: siblings drawn before; before, last [b, S]: the sibling just before, the last child (0: none).
     ranks: largest number of children, deepest: largest depth. groups: slots of each rank where the shape is static.
     follow [S, C]: the slot that continues a slot at each depth: first children, then the main chain; static only.
-    reorder_depth: depths 1..reorder_depth hold slots whose number is not their depth.
+    reorder_depth: depths 1..reorder_depth hold slots whose number is not their depth. lanes [b, S]: which chain each slot
+    belongs to, where several chains live on from pass to pass.
     """
 
     parents: Tensor
@@ -98,6 +100,7 @@ class Tree:
     groups: tuple[Tensor, ...] = ()
     follow: Tensor | None = None
     reorder_depth: int = 0
+    lanes: Tensor | None = None
 
     @classmethod
     def of(cls, parents: Tensor, *, ranks: int, deepest: int) -> Tree:
@@ -115,7 +118,7 @@ class Tree:
         return cls(parents, depth, seen, rank, earlier, before, last, ranks, deepest, reorder_depth=deepest)
 
     @classmethod
-    def static(cls, parents: list[int], *, chain: int, device: torch.device) -> Tree:
+    def static(cls, parents: list[int], *, chain: int, device: torch.device, lanes: list[int] | None = None) -> Tree:
         """Build a shape that all rows share, whose first `chain` slots are a chain (1: only the last committed token)."""
         depth = [0] * len(parents)
         children: list[list[int]] = [[] for _ in parents]
@@ -136,12 +139,18 @@ class Tree:
             groups=tuple(torch.tensor([c[r] for c in children if len(c) > r], device=device) for r in range(ranks)),
             follow=torch.tensor(follow, device=device),
             reorder_depth=max((d for slot, d in enumerate(depth) if d != slot), default=0),
+            lanes=None if lanes is None else torch.tensor([lanes], device=device),
         )
 
     @property
     def sibling(self) -> Tensor:
-        """Return which of its siblings each draft token is: [b, S - 1]."""
-        return self.rank[:, 1:]
+        """Return what tells draft tokens for one position apart, their lane or their place among siblings: [b, S - 1]."""
+        return (self.rank if self.lanes is None else self.lanes)[:, 1:]
+
+    @property
+    def lane(self) -> Tensor | None:
+        """Return the lane of each draft token: [b, S - 1]; None where only one chain is kept."""
+        return None if self.lanes is None else self.lanes[:, 1:]
 
     def depths(self, size: int, device: torch.device) -> Tensor:
         return self.depth

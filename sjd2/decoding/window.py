@@ -163,7 +163,7 @@ class WindowEngine(Engine):
         known = positions < state.committed[:, None]
         committed = state.tokens.gather(1, positions.clamp(max=state.tokens.shape[1] - 1))
         self.fresh = fresh & ~known
-        self.drafter.update(PassResult(draft, hidden, path, num_new, source, self.fresh), state)
+        self.drafter.update(PassResult(draft, refined, hidden, path, num_new, source, self.fresh), state)
         probs, level, latent = refined.probs, refined.level, refined.latent
         self.carried = Draft(
             torch.where(known, committed, refined.tokens.gather(1, source)),

@@ -34,7 +34,7 @@ def paper(window: int, steps: int) -> Decoder:
     )
 
 
-DECODERS = {name: KINDS[name] for name in ("ar", "front", "eagle")}
+DECODERS = {name: KINDS[name] for name in ("ar", "front", "paths", "eagle")}
 DECODERS |= {"sjd2": lambda n: sjd2(9, steps=2, levels="slot", clean=3), "sjd2 paper": lambda n: paper(9, 2)}
 DECODERS |= {"block": lambda n: sjd(7, Coupled(), verifier=Block())}
 

@@ -12,6 +12,7 @@ from baselines.accept_all import AcceptAll
 from baselines.eagle.eagle_drafter import Eagle
 from baselines.gsd import Grouped
 from baselines.lantern import Relaxed
+from baselines.pathspec import JacobiPaths
 from baselines.reuse import Reuse
 from sjd2.decoding.block import Block
 from sjd2.decoding.decoder import Decoder
@@ -31,6 +32,7 @@ DRAFTERS = {
     "denoise": lambda nets: Denoise(steps=2),
     "front": lambda nets: Front(chain=Jacobi(), siblings=(2, 1), copies=2),
     "front of denoise": lambda nets: Front(chain=Denoise(), siblings=(2, 1), weights=nets["front"], corrected=2),
+    "paths": lambda nets: JacobiPaths(paths=3),
     "eagle": lambda nets: Eagle(weights=nets["eagle"], depth=3, top_k=3),
     "eagle chain": lambda nets: Eagle(weights=nets["eagle"], shape="chain"),
 }
@@ -61,7 +63,8 @@ def test_every_pair_runs_or_is_refused(kind: str, nets: dict[str, str], tmp_path
     gumbel = replace(SAMPLING, sampler="gumbel")
     expected = decode(model, AR, gumbel, PROMPTS[:2]).tokens
     for verifier, refiner in itertools.product(VERIFIERS, REFINERS):
-        window = 4 if kind == "eagle chain" else 12  # a chain of the head takes a pass for every draft token
+        # a chain of the head takes a pass for every draft token
+        window = {"eagle chain": 4, "paths": 13}.get(kind, 12)
         decoder = build(window, DRAFTERS[kind](nets), VERIFIERS[verifier], REFINERS[refiner])
         if decoder is None:
             # a chain that is kept is refined, no other is; a joint decision needs a chain and a refiner that knows of it

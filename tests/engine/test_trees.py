@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from baselines.eagle.eagle_drafter import Eagle, EagleDrafter
+from baselines.pathspec import JacobiPaths, JacobiPathsDrafter
+from baselines.reuse import Reuse
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Resample
-from sjd2.decoding.shapes import Tree
+from sjd2.decoding.shapes import AcceptedPath, Tree
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.errors import UserError
 from sjd2.front.front_drafter import Front, FrontDrafter
 from sjd2.front.front_shape import branches, front_shape
 from sjd2.models.kv_cache import RowCache
-from tests.helpers.decoders import AR, CUT, FORCED, GRID, GUIDED, PATHS, PROMPTS, SAMPLING, decode, eagle, front
+from tests.helpers.decoders import AR, CUT, FORCED, GRID, GUIDED, PATHS, PROMPTS, SAMPLING, decode, eagle, front, paths
 from tests.helpers.enumeration import is_caught, z_score
 from tests.helpers.tiers import by_default
 from tests.helpers.toy import Toy
@@ -33,6 +35,10 @@ LOSSLESS = {
         lambda n: front(9, n, siblings=(2, 1), copies=2, refiner=Coupled(coupling="gumbel")),
         GUIDED,
     ),
+    "paths": (lambda n: paths(7), GUIDED),
+    "three paths resampled": (lambda n: paths(10, Resample(), paths=3), CUT),
+    "paths left": (lambda n: paths(9, init="left"), GUIDED),
+    "paths reused": (lambda n: paths(7, Reuse(threshold=0.3)), GUIDED),
     "corrected": (lambda n: front(4, n, corrected=1), GUIDED),
     "corrected twice": (lambda n: front(5, n, corrected=2), CUT),
     "corrected branches": (lambda n: front(13, n, siblings=(2, 1), copies=3, corrected=3), GUIDED),
@@ -46,7 +52,7 @@ LOSSLESS = {
 }
 
 
-DEFAULT = ("siblings", "corrected branches", "eagle chain", "eagle dynamic")
+DEFAULT = ("siblings", "paths", "corrected branches", "eagle chain", "eagle dynamic")
 
 
 @pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT))
@@ -55,7 +61,9 @@ def test_trees_have_the_enumerated_distribution(name: str, nets: dict[str, str])
     assert abs(z_score(make(nets), sampling)) < 5
 
 
-@pytest.mark.parametrize("name", by_default(["corrected branches", "eagle static", "eagle dynamic"], ["eagle dynamic"]))
+@pytest.mark.parametrize(
+    "name", by_default(["corrected branches", "eagle static", "eagle dynamic", "paths"], ["eagle dynamic"])
+)
 def test_forced_tokens_in_trees_do_not_change_the_distribution(name: str, nets: dict[str, str]) -> None:
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
 
@@ -105,7 +113,41 @@ class BestFirst(EagleDrafter):
         return draft
 
 
-def broken(settings: Front | Eagle, runs: type) -> Front | Eagle:
+class SharedLanes(JacobiPathsDrafter):
+    """All chains draw and are tested with the same numbers, so that their tokens for one position depend on each other."""
+
+    def propose(self, carried, fresh, state):
+        draft = super().propose(carried, fresh, state)
+        return replace(draft, shape=replace(self.shape, lanes=torch.zeros_like(self.shape.lanes)))
+
+
+class Longest(Tree):
+    """Each chain tested by itself, the longest accepted one taken: what PathSpec's released code does."""
+
+    def accepted_path(self, accepted, clean):
+        paths = [super(Longest, self).accepted_path(accepted & ~other, clean) for other in self._others()]
+        best = torch.stack([path.length for path in paths]).argmax(0)
+        rows = torch.arange(len(best))
+        pick = {
+            f.name: torch.stack([getattr(path, f.name) for path in paths])[best, rows] for f in fields(AcceptedPath)
+        }
+        return AcceptedPath(**pick)
+
+    def last_child(self, slots, size):
+        return (slots + 1) * (slots % (size // 2) > 0) + (slots == 0)  # of two chains; at the root, that of the first
+
+    def _others(self):
+        return [self.lanes[:, 1:] != lane for lane in range(int(self.lanes.max()) + 1)]
+
+
+class TakesLongest(JacobiPathsDrafter):
+    def __init__(self, settings, model, window):
+        super().__init__(settings, model, window)
+        tree = {field.name: getattr(self.shape, field.name) for field in fields(Tree)}
+        self.shape = Longest(**tree | {"ranks": 1})
+
+
+def broken(settings: Front | Eagle | JacobiPaths, runs: type) -> Front | Eagle | JacobiPaths:
     """Return settings that bind to a drafter of class `runs`."""
 
     class Broken(type(settings)):
@@ -124,12 +166,21 @@ def broken(settings: Front | Eagle, runs: type) -> Front | Eagle:
         lambda n: broken(
             Eagle(weights=n["eagle"], shape="static", tree=((0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1))), BestFirst
         ),
+        lambda n: broken(JacobiPaths(), TakesLongest),
+        pytest.param(lambda n: broken(JacobiPaths(), SharedLanes), marks=pytest.mark.full),
     ],
-    ids=["stale record", "unnormalised siblings", "whole record", "best first"],
+    ids=[
+        "stale record",
+        "unnormalised siblings",
+        "whole record",
+        "best first",
+        "longest",
+        "shared lanes",
+    ],
 )
 def test_broken_trees_are_caught(drafter, nets: dict[str, str]) -> None:
     drafter = drafter(nets)
-    refiner = Coupled() if drafter.num_carried(7) > 1 else None
+    refiner = (Resample() if drafter.keeps_lanes else Coupled()) if drafter.num_carried(7) > 1 else None
     decoder = Decoder(name="x", window=7, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner)
     assert is_caught(decoder, GUIDED)
 
@@ -157,6 +208,7 @@ def model() -> Toy:
 MANY = [
     lambda n: front(20, n, siblings=(2, 1, 1), copies=4, corrected=3),
     lambda n: front(18, n, siblings=(1, 1), copies=2, full=True),
+    lambda n: paths(13, paths=3),
     lambda n: eagle(5, n, shape="chain"),
     lambda n: eagle(7, n, shape="static", tree=PATHS),
     lambda n: eagle(12, n, shape="dynamic", depth=3, top_k=3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baselines.eagle.eagle_drafter import Eagle
+from baselines.pathspec import JacobiPaths
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import DecodeResult, generate
 from sjd2.decoding.jacobi import Jacobi
@@ -58,6 +59,13 @@ def front(window: int, nets: dict[str, str], chain=None, refiner=None, corrected
     )
 
 
+def paths(window: int, refiner=None, **more) -> Decoder:
+    return Decoder(
+        name="pathspec", window=window, lossless=True, drafter=JacobiPaths(**more), verifier=Exact(),
+        refiner=refiner or Coupled(),
+    )  # fmt: skip
+
+
 def eagle(window: int, nets: dict[str, str], verifier=None, **more) -> Decoder:
     drafter = Eagle(weights=nets["eagle"], **more)
     return Decoder(name="eagle", window=window, lossless=True, drafter=drafter, verifier=verifier or Exact())
@@ -69,6 +77,7 @@ KINDS = {
     "sjd": lambda nets: sjd(6),
     "jacobi": lambda nets: jacobi(6),
     "front": lambda nets: front(20, nets, siblings=(2, 1, 1), copies=4, corrected=3),
+    "paths": lambda nets: paths(13, paths=3),
     "eagle chain": lambda nets: eagle(5, nets, shape="chain"),
     "eagle": lambda nets: eagle(12, nets, shape="dynamic", depth=3, top_k=3),
 }
