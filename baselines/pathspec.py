@@ -1,4 +1,4 @@
-"""PathSpec's draft tree (arXiv 2606.10492): several Jacobi chains after the last committed token, kept from pass to pass.
+"""PathSpec (arXiv 2606.10492): several Jacobi chains as one draft tree, kept from pass to pass; its relaxed test.
 
 # B samples, S slots of a pass, K chains, L draft tokens of each, V image vocabulary
 Slots: the last committed token, then chain by chain. Chain 0 is the main chain, which the engine carries; the drafter carries
@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sjd2.decoding.interfaces import Draft, Drafter, PassResult, State
+from sjd2.decoding.interfaces import Draft, Drafter, DraftRun, Judgement, PassResult, State, Verifier
 from sjd2.decoding.jacobi import Jacobi
-from sjd2.decoding.sampling import SamplingParams
+from sjd2.decoding.sampling import SamplingParams, accept_prob, residual
 from sjd2.decoding.shapes import Tree, gather_slots
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
@@ -108,3 +108,35 @@ class JacobiPathsDrafter(Drafter):
         source = source.flatten(1)
         state.memory.tokens = result.refined.tokens.gather(1, source)
         state.memory.probs = gather_slots(result.refined.probs, source - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossPath(Verifier):
+    """Accept draft token x with min(1, (p(x) + delta mean p(x')) / q(x)), x' the other chains' tokens there (PathRelax).
+
+    x' stand at the same depth; one that equals x counts. p is the draft token's own distribution, at the root what its earlier
+    siblings have left (the released code does not test one after the other, so there it is p itself). On rejection the
+    ordinary residual max(0, p - q). delta=0 is exact.
+    """
+
+    delta: float = 0.01
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.delta >= 0:
+            raise UserError(f"decoder.verifier.delta must be 0 (exact verification) or more, got {self.delta}.")
+
+    def judge(self, run: DraftRun) -> Judgement:
+        slot = torch.arange(run.token.shape[1], device=run.token.device)
+        beside = (run.depth[:, None] == run.depth[..., None]) & (slot != slot[:, None])  # [b, S-1, S-1]
+        others = run.p.gather(-1, run.token[:, None].expand(-1, len(slot), -1))  # p of each slot at every slot's token
+        mean = (others * beside).sum(-1) / beside.sum(-1).clamp(min=1)
+        p = run.p.scatter_add(-1, run.token[..., None], self.delta * mean[..., None])
+        prob = self.accept_prob(p, run.q, run.token).masked_fill(run.certain, 1.0)
+        return Judgement(run.coin < prob, prob)
+
+    def accept_prob(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+        return accept_prob(p, q, token)
+
+    def residual(self, p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+        return residual(p, q, token)

@@ -68,7 +68,9 @@ def test_every_pair_runs_or_is_refused(kind: str, nets: dict[str, str], tmp_path
         decoder = build(window, DRAFTERS[kind](nets), VERIFIERS[verifier], REFINERS[refiner])
         if decoder is None:
             # a chain that is kept is refined, no other is; a joint decision needs a chain and a refiner that knows of it
-            joint = verifier == "block" and (kind in ("front", "front of denoise", "eagle") or refiner == "keep")
+            joint = verifier == "block" and (
+                kind in ("front", "front of denoise", "paths", "eagle") or refiner == "keep"
+            )
             assert joint or (refiner == "none") != kind.startswith("eagle")
             continue
         built += 1

@@ -113,14 +113,6 @@ class BestFirst(EagleDrafter):
         return draft
 
 
-class SharedLanes(JacobiPathsDrafter):
-    """All chains draw and are tested with the same numbers, so that their tokens for one position depend on each other."""
-
-    def propose(self, carried, fresh, state):
-        draft = super().propose(carried, fresh, state)
-        return replace(draft, shape=replace(self.shape, lanes=torch.zeros_like(self.shape.lanes)))
-
-
 class Longest(Tree):
     """Each chain tested by itself, the longest accepted one taken: what PathSpec's released code does."""
 
@@ -167,7 +159,6 @@ def broken(settings: Front | Eagle | JacobiPaths, runs: type) -> Front | Eagle |
             Eagle(weights=n["eagle"], shape="static", tree=((0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1))), BestFirst
         ),
         lambda n: broken(JacobiPaths(), TakesLongest),
-        pytest.param(lambda n: broken(JacobiPaths(), SharedLanes), marks=pytest.mark.full),
     ],
     ids=[
         "stale record",
@@ -175,7 +166,6 @@ def broken(settings: Front | Eagle | JacobiPaths, runs: type) -> Front | Eagle |
         "whole record",
         "best first",
         "longest",
-        "shared lanes",
     ],
 )
 def test_broken_trees_are_caught(drafter, nets: dict[str, str]) -> None:
