@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sjd2.devices import resolve_device
 from sjd2.errors import UserError, first_line
 from sjd2.models.hub import WeightSource
 from sjd2.models.loading import free_bytes, quiet_transformers
@@ -48,6 +49,11 @@ class DiffusionSettings:
             raise UserError(f"model.diffusion_steps must be 1 or more, got {self.steps}.")
         if self.guidance_scale < 1:
             raise UserError(f"model.diffusion_guidance must be 1 (off) or more, got {self.guidance_scale}.")
+        if self.device is not None:
+            try:
+                resolve_device(self.device)
+            except UserError as error:
+                raise UserError(f"model.diffusion_device: {error}") from error
         if importlib.util.find_spec("diffusers") is None:
             raise UserError(
                 "GLM-Image's pixels need diffusers: pip install -e '.[glm]', or set model.pixels=none for tokens only."
@@ -125,11 +131,10 @@ class DiffusionStage:
         sizes = [stored_bytes(folder / name, dtype) for name in NETWORKS]
         needed, free = max(sizes) if self.offload else sum(sizes), free_bytes(self.device)
         if needed > free:
-            fix = "model.diffusion_offload=true, " * (self.device.type != "cpu" and not self.offload)
-            raise UserError(
-                f"GLM-Image's diffusion stage takes {needed / 1e9:.1f} GB and {self.device} has {free / 1e9:.1f} GB free; use "
-                f"{fix}model.diffusion_device=cpu, or model.pixels=none for tokens only."
-            )
+            fixes = ["model.diffusion_offload=true"] * (not self.offload) + ["model.diffusion_device=cpu"]
+            fix = "".join(f"{setting}, or " for setting in fixes * (self.device.type != "cpu"))
+            what = f"GLM-Image's diffusion stage takes {needed / 1e9:.1f} GB and {self.device} has {free / 1e9:.1f} GB free"
+            raise UserError(f"{what}; use {fix}model.pixels=none for tokens only.")
 
 
 def upsampled(codes: Tensor) -> Tensor:

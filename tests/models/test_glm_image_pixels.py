@@ -96,7 +96,9 @@ def count(forward, passes: list):
 
 
 @pytest.mark.full
-def test_missing_tensors_are_an_error_and_never_noise(checkpoint: Path, tmp_path: Path) -> None:
+def test_missing_tensors_are_an_error_and_never_noise(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     for name, tensor in (
         ("vae", "decoder.conv_in.bias"),
@@ -109,12 +111,17 @@ def test_missing_tensors_are_an_error_and_never_noise(checkpoint: Path, tmp_path
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(UserError, match=rf"=\S+ lacks 1 of the {name}'s tensors, e\.g\. {tensor}\.$"):
             DiffusionStage(tmp_path, DiffusionSettings(), CPU, torch.float32)
+    monkeypatch.setattr("sjd2.models.glm_image_pixels.free_bytes", lambda _device: 10)
+    with pytest.raises(UserError, match=r"takes 0\.0 GB and cpu has 0\.0 GB free; use model\.pixels=none for tokens"):
+        DiffusionStage(checkpoint, DiffusionSettings(), CPU, torch.float32)
 
 
 def test_settings_and_library_are_checked_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ({"steps": 0}, {"guidance_scale": 0.5}):
         with pytest.raises(UserError, match=r"model\.diffusion_(steps|guidance) must be 1"):
             DiffusionSettings(**wrong).check()
+    with pytest.raises(UserError, match=r"^model\.diffusion_device: unknown device 'gpu'"):
+        DiffusionSettings(device="gpu").check()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"need diffusers: pip install -e '\.\[glm\]', or set model\.pixels=none"):
         DiffusionSettings().check()
