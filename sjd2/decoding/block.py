@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sjd2.decoding.interfaces import DraftRun, Judgement
+from sjd2.decoding.sampling import likelihood_ratio
 from sjd2.decoding.verify import Exact
-
-SURE = 100.0  # log of a ratio p / 0: lifts any weight above 0 to 1, and stays finite in the running sum
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,7 @@ class Block(Exact):
     @staticmethod
     def log_ratio(run: DraftRun) -> Tensor:
         """Return log p(x) / q(x) of each draft token: [B, S-1]; 0 where it is certain."""
-        own = run.token[..., None]
-        p = run.p.gather(-1, own)[..., 0]
-        q = torch.ones_like(p) if run.q is None else run.q.gather(-1, own)[..., 0]
-        # rounding alone draws a token of q = 0: as in `sampling.accept_prob`
-        log = torch.where(q > 0, (p / q).log(), torch.where(p > 0, SURE, -torch.inf))
-        return log.masked_fill(run.certain, 0.0)
+        return likelihood_ratio(run.p, run.q, run.token).log().masked_fill(run.certain, 0.0)
 
     @staticmethod
     def excess(run: DraftRun, weight: Tensor) -> Tensor:

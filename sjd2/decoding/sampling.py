@@ -119,17 +119,19 @@ def draw_gumbel(probs: Tensor, gumbel: Tensor) -> Tensor:
     return (probs.log() + gumbel).argmax(-1)
 
 
-def accept_prob(p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
-    """Return min(1, p / q) of each draft token; q None is one-hot: p, q [..., V], token [...] -> [...].
-
-    Speculative sampling (Leviathan et al., arXiv 2211.17192).
-    """
+def likelihood_ratio(p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+    """Return p / q of each draft token; q None is one-hot: p, q [..., V], token [...] -> [...]."""
     p = p.gather(-1, token[..., None])[..., 0]
     if q is None:
         return p
     q = q.gather(-1, token[..., None])[..., 0]
     # q = 0 happens only for draft tokens that are no draws from q (rule=paper): min(1, p / 0) is 1, and 0 where p is 0 too
-    return torch.where(q > 0, p / q, (p > 0).to(p)).clamp(max=1)
+    return torch.where(q > 0, p / q, (p > 0).to(p))
+
+
+def accept_prob(p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
+    """Return min(1, p / q) of each draft token: speculative sampling (Leviathan et al., arXiv 2211.17192)."""
+    return likelihood_ratio(p, q, token).clamp(max=1)
 
 
 def residual(p: Tensor, q: Tensor | None, token: Tensor) -> Tensor:
