@@ -21,37 +21,11 @@ from sjd2.decoding.verify import Exact, Verification
 from sjd2.denoising.denoise import Denoise
 from sjd2.errors import UserError
 from sjd2.front.front_drafter import Front
+from tests.helpers.chains import CODES, DRAFTS, ar_probs, chains, judge
 from tests.helpers.decoders import AR, CUT, FORCED, GRID, GUIDED, LINE, PATHS, SAMPLING, decode, sjd
 from tests.helpers.enumeration import is_caught, z_score
 from tests.helpers.tiers import by_default
 from tests.helpers.toy import Toy, adapted_toy
-
-CODES, DRAFTS = 3, 3
-
-
-def chains(seed: int, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Enumerate all drafts of a random causal model: tokens [n, 3], p [n, 4, V] at each slot, q [n, 3, V].
-
-    joint: q depends on the draft tokens before, as a draft model's does; else only on its position, as in a Jacobi window.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def tables(depth: int, lacks: int) -> Tensor:
-        x = (torch.randn(CODES**depth, CODES, generator=generator).double() * 1.5).exp()
-        x[depth::2, lacks] = 0  # some distributions lack a code
-        return x / x.sum(-1, keepdim=True)
-
-    tokens = torch.tensor(list(itertools.product(range(CODES), repeat=DRAFTS)))
-    history = [(tokens[:, :k] * CODES ** torch.arange(k)).sum(1) for k in range(DRAFTS + 1)]
-    p = torch.stack([tables(k, 0)[history[k]] for k in range(DRAFTS + 1)], 1)
-    q = torch.stack([tables(k, 1)[history[k] if joint else history[k] * 0] for k in range(DRAFTS)], 1)
-    return tokens, p, q
-
-
-def judge(verifier: Exact, tokens: Tensor, p: Tensor, q: Tensor | None, **more: Tensor) -> Judgement:
-    never = torch.zeros_like(tokens, dtype=torch.bool)
-    fields = {"certain": never, "inside": None, "coin": torch.full_like(p[:, :-1, 0], 0.5)} | more
-    return verifier.judge(DraftRun(p=p[:, :-1], q=q, token=tokens, depth=torch.arange(1, DRAFTS + 1), **fields))
 
 
 def lengths(judged: Judgement | Verification, joint: bool) -> Tensor:
@@ -64,7 +38,7 @@ def lengths(judged: Judgement | Verification, joint: bool) -> Tensor:
     return h[:, :-1].cumprod(1) * (1 - h[:, 1:])
 
 
-def law(tokens: Tensor, p: Tensor, q: Tensor, length: Tensor, weight: Tensor) -> Tensor:
+def committed_probs(tokens: Tensor, p: Tensor, q: Tensor, length: Tensor, weight: Tensor) -> Tensor:
     """Return the distribution of four committed tokens [3^4]: accepted ones, the next one, and AR's after these."""
     drawn = q.gather(-1, tokens[..., None])[..., 0].prod(1)
     out = torch.zeros((CODES,) * (DRAFTS + 1), dtype=p.dtype)
@@ -83,22 +57,17 @@ def law(tokens: Tensor, p: Tensor, q: Tensor, length: Tensor, weight: Tensor) ->
     return out
 
 
-def ar_law(tokens: Tensor, p: Tensor) -> Tensor:
-    prefix = p[:, :-1].gather(-1, tokens[..., None])[..., 0].prod(1)
-    return (prefix[:, None] * p[:, -1]).view((CODES,) * (DRAFTS + 1))
-
-
 @pytest.mark.parametrize("joint", [True, False], ids=["draft model", "jacobi"])
 def test_the_decision_has_the_target_distribution_and_is_never_shorter(joint: bool) -> None:
     broken, gains = 0.0, []
     for seed in range(3):
         tokens, p, q = chains(seed, joint)
-        judged, target = judge(Block(), tokens, p, q), ar_law(tokens, p)
+        judged, target = judge(Block(), tokens, p, q), ar_probs(tokens, p)
         length = lengths(judged, joint=True)
         assert float((length.sum(1) - 1).abs().max()) < 1e-12
-        assert float((law(tokens, p, q, length, judged.weight) - target).abs().max()) < 1e-12
+        assert float((committed_probs(tokens, p, q, length, judged.weight) - target).abs().max()) < 1e-12
         # negative control: the residual of one token by itself, after a joint decision
-        own = law(tokens, p, q, length, torch.ones_like(judged.weight))
+        own = committed_probs(tokens, p, q, length, torch.ones_like(judged.weight))
         broken = max(broken, float((own - target).abs().max()))
         drawn = q.gather(-1, tokens[..., None])[..., 0].prod(1)
         by_token = lengths(judge(Exact(), tokens, p, q), joint=False)

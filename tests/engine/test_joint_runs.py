@@ -21,8 +21,7 @@ from sjd2.decoding.interfaces import Verifier
 from sjd2.decoding.verify import Exact
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
-from tests.engine.test_block import CODES, DRAFTS, ar_law, chains, judge
-from tests.engine.test_relaxed import distance, distributions, output
+from tests.helpers.chains import CODES, DRAFTS, ar_probs, chains, distance, distributions, judge, output
 from tests.helpers.decoders import GUIDED, sjd
 from tests.helpers.enumeration import is_caught, z_score
 from tests.helpers.tiers import by_default
@@ -89,7 +88,7 @@ def test_smallest_settings_are_exact_verification(verifier: Verifier) -> None:
 # ---- runs: the whole distribution of four committed tokens
 
 
-def runs_law(case: tuple[Tensor, Tensor, Tensor], linked) -> Tensor:
+def runs_probs(case: tuple[Tensor, Tensor, Tensor], linked) -> Tensor:
     """Work out the output distribution in plain loops: all draft tokens, all decisions, AR after the drawn token."""
     tokens, p, q = case
     target = {tuple(t[:k].tolist()): p[n, k].tolist() for n, t in enumerate(tokens) for k in range(DRAFTS + 1)}
@@ -117,7 +116,7 @@ def runs_law(case: tuple[Tensor, Tensor, Tensor], linked) -> Tensor:
     return out
 
 
-def engine_law(case: tuple[Tensor, Tensor, Tensor], verifier: JointRuns) -> Tensor:
+def engine_probs(case: tuple[Tensor, Tensor, Tensor], verifier: JointRuns) -> Tensor:
     """The same from what the verifier decides, with the coin of each slot low or high."""
     tokens, p, q = case
     prob = judge(verifier, *case).accept_prob
@@ -127,8 +126,8 @@ def engine_law(case: tuple[Tensor, Tensor, Tensor], verifier: JointRuns) -> Tens
         low = torch.tensor(coins)
         coin = torch.where(low, prob / 2, (1 + prob) / 2).where(prob < 1, torch.full_like(prob, 0.5))
         length = judge(verifier, *case, coin=coin).accepted.cumprod(1).sum(1)
-        chance = torch.where(low, prob, 1 - prob).prod(1)
-        lengths.scatter_add_(1, length[:, None], chance[:, None])
+        share = torch.where(low, prob, 1 - prob).prod(1)
+        lengths.scatter_add_(1, length[:, None], share[:, None])
     target = {tuple(t[:k].tolist()): p[n, k] for n, t in enumerate(tokens) for k in range(DRAFTS + 1)}
     out = torch.zeros((CODES,) * (DRAFTS + 1), dtype=p.dtype)
     for n, k in itertools.product(range(len(tokens)), range(DRAFTS + 1)):
@@ -168,9 +167,9 @@ def test_runs_have_their_own_distribution(kind: str, tmp_path) -> None:
     for seed in range(2):
         case = chains(seed, joint=seed == 0)
         verifier = RisingRuns(alpha=0.3) if kind == "runs" else phrases(tmp_path).bind(small, 4)
-        wanted = runs_law(case, rising if kind == "runs" else in_library)
-        assert float((wanted - engine_law(case, verifier)).abs().max()) < 1e-12
-        moved = max(moved, float((wanted - ar_law(case[0], case[1])).abs().sum() / 2))
+        wanted = runs_probs(case, rising if kind == "runs" else in_library)
+        assert float((wanted - engine_probs(case, verifier)).abs().max()) < 1e-12
+        moved = max(moved, float((wanted - ar_probs(case[0], case[1])).abs().sum() / 2))
     assert moved > 0.003  # lossy
 
 

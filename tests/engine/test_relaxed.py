@@ -21,6 +21,7 @@ from sjd2.decoding.sampling import CdfSampler, SamplingParams, draw
 from sjd2.decoding.verify import Exact, residual
 from sjd2.errors import UserError
 from sjd2.models.layout import TokenGrid
+from tests.helpers.chains import distance, distributions, output
 from tests.helpers.decoders import CUT, GUIDED, decode, sjd
 from tests.helpers.enumeration import is_caught, z_score
 from tests.helpers.toy import Toy, chi_square_z
@@ -39,13 +40,6 @@ def model(vocabulary: int, seed: int = 0, width: int = 3, codebook: Tensor | Non
     return SimpleNamespace(codebook=table, device=torch.device("cpu"), embed=lambda tokens: table[tokens])
 
 
-def distributions(vocabulary: int, seed: int, sharpness: float = 1.5) -> tuple[Tensor, Tensor]:
-    """Two random distributions in float64; each lacks a code."""
-    p, q = (torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(seed)).double() * sharpness).exp()
-    p[seed % vocabulary], q[(3 * seed + 1) % vocabulary] = 0, 0
-    return p / p.sum(), q / q.sum()
-
-
 def rule(verifier: object, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return acceptance probabilities [V] and residuals [V, V] of all draft tokens, from one batched call of odd shape."""
     v = len(p)
@@ -54,15 +48,6 @@ def rule(verifier: object, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]
     other = None if q is None else q.expand(1, v, 1, v)
     left = verifier.residual(wide, other, token)[0, :, 0]
     return verifier.accept_prob(wide, other, token)[0, :, 0], left / left.sum(-1, keepdim=True)
-
-
-def output(p: Tensor, q: Tensor, accept_prob: Tensor, left: Tensor) -> Tensor:
-    """Return the distribution of the committed token: sum over x of q(x) [a(x) 1_x + (1 - a(x)) left(.|x)], a: accept_prob."""
-    return q * accept_prob + ((q * (1 - accept_prob))[:, None] * left).sum(0)
-
-
-def distance(p: Tensor, q: Tensor) -> float:
-    return float((p - q).abs().sum() / 2)
 
 
 def lantern(
