@@ -105,7 +105,9 @@ def test_every_pair_of_parts_is_built_or_refused_with_a_reason(decoder: str) -> 
     parts = groups(decoder)
     for chosen in itertools.product(*([None, *OPTIONS[part]] for part in parts)):
         node = own | {part: option and of_part(part, option) for part, option in zip(parts, chosen, strict=True)}
-        exact = not {"grouped", "relaxed", "all", "keep", "annealed", "entropy", "runs", "phrases"} & set(chosen)
+        exact = not {"grouped", "relaxed", "all", "keep", "annealed", "entropy", "runs", "phrases", "cross_path"} & set(
+            chosen
+        )
         reason = refusal(node | {"lossless": exact and own["lossless"]})
         assert reason is None or (reason.endswith(".") and ". " not in reason.replace("e.g. ", ""))  # one sentence
         outcomes.add(reason is None)
