@@ -16,13 +16,19 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration, GlmIm
 
 from sjd2 import api
 from sjd2.config import instantiate
+from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import generate
+from sjd2.decoding.jacobi import Jacobi
+from sjd2.decoding.refine import Coupled
 from sjd2.decoding.sampling import SamplingParams
+from sjd2.decoding.verify import Exact
 from sjd2.errors import UserError
 from sjd2.models import glm_image
 from sjd2.models.glm_image import START, GlmImage, grid, preview
+from sjd2.models.layout import TokenGrid
 from tests.helpers import checkpoints_glm_image
 from tests.helpers.public_names import KEYS
+from tests.helpers.toy import Toy
 
 PROMPTS = ["a red fox under the bridge", "two dogs", " a cat and a bad hand, lowres "]  # of different lengths
 SIZES = ("160x128", "32x2080")  # 238 + 20 and 128 + 65 codes
@@ -133,6 +139,35 @@ def test_the_public_sizes() -> None:
     assert grid("1152x768") == (24, 36)
     assert preview(24, 36, "1152x768") == (13, 19)
     assert spec.sampling == {"guidance_scale": 1.0, "temperature": 0.9, "top_k": 0, "top_p": 0.75, "min_p": 0.0}
+
+
+# ---- the layout
+def test_a_preview_comes_before_the_grid() -> None:
+    layout = TokenGrid(2, 3, 9, suffix=(20,), preview=(2, 2))
+    assert (layout.length, layout.num_codes, layout.begin) == (11, 10, 4)
+    assert layout.free.tolist() == [True] * 10 + [False]
+    assert layout.shown.tolist() == [False] * 4 + [True] * 6 + [False]
+    tokens = layout.tokens(torch.arange(10)[None] % 9)
+    assert layout.codes(tokens).tolist() == [[[4, 5, 6], [7, 8, 0]]]
+    place = torch.arange(11)
+    above = place - layout.strides(place)
+    above = torch.where(above < layout.tops(place), -1, above)
+    assert above[:10].tolist() == [-1, -1, 0, 1, -1, -1, -1, 4, 5, 6]  # the first row of the grid has nothing above it
+    with pytest.raises(UserError, match="cannot have row ends"):
+        TokenGrid(2, 3, 9, row_end=20, preview=(2, 2))
+
+
+@pytest.mark.parametrize("init", ["left", "up"])
+def test_copies_stay_within_their_grid(init: str) -> None:
+    toy = Toy(TokenGrid(3, 3, 12, suffix=(20,), preview=(2, 2)), dtype=torch.float64)
+    sampling = SamplingParams(sampler="gumbel")
+    drafting = Decoder(
+        name=init, window=6, lossless=True, drafter=Jacobi(init=init), verifier=Exact(), refiner=Coupled()
+    )
+    found, ar = (
+        generate(toy, d, toy.encode(["a", "b"]), [1, 2], sampling=sampling) for d in (drafting, api.decoder("ar"))
+    )
+    assert torch.equal(found.tokens, ar.tokens)
 
 
 # ---- the image tokeniser
