@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,22 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
+def read_torchscript(path: Path, key: str) -> dict[str, Tensor]:
+    """Read the tensors of a TorchScript file, in memory of the host; the program inside is not run.
+
+    Raises `UserError` if it cannot be read.
+    """
+    check_pointer(path, key)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # deprecated, but the files are published in this format only
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{key}={path} cannot be read as TorchScript: {first_line(error)}") from error
+
+
 def load_exactly(
     module: nn.Module, tensors: dict[str, Tensor], what: str, stored_name: Callable[[str], str] = str
 ) -> None:
@@ -74,10 +91,9 @@ def read_header(file: Path, key: str) -> dict[str, Any]:
 
     Raises `UserError` if the file is not one.
     """
+    check_pointer(file, key)
     size = header_size(file)
     with file.open("rb") as handle:
-        if handle.read(20) == b"version https://git-":
-            raise UserError(f"{key}: {file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
         handle.seek(8)
         try:
             return json.loads(handle.read(size) if 0 < size < 2**28 else b"")
@@ -85,6 +101,13 @@ def read_header(file: Path, key: str) -> dict[str, Any]:
             raise UserError(
                 f"{key}: {file} is not a safetensors file, or a damaged one; copy or download it again."
             ) from error
+
+
+def check_pointer(file: Path, key: str) -> None:
+    """Raise `UserError` if a file is what `git clone` leaves in place of weights without Git LFS."""
+    with file.open("rb") as handle:
+        if handle.read(20) == b"version https://git-":
+            raise UserError(f"{key}: {file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
 
 
 def header_size(file: Path) -> int:

@@ -18,6 +18,7 @@ from tests.helpers import (
     checkpoints_glm_image,
     checkpoints_janus,
     checkpoints_lumina2,
+    checkpoints_simplear,
     family_checks,
 )
 
@@ -47,6 +48,7 @@ FAMILIES = [
     Family("janus", checkpoints_janus, 5.0),
     Family("glm-image", checkpoints_glm_image, 1.0),
     pytest.param(Family("lumina2", checkpoints_lumina2, 4.0), marks=pytest.mark.full),
+    pytest.param(Family("simplear", checkpoints_simplear, 2.0), marks=pytest.mark.full),
 ]
 
 
