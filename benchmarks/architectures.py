@@ -24,8 +24,10 @@ from sjd2.models.layout import TokenGrid
 from sjd2.models.llamagen import CAPTION_POSITIONS, GridRotary, LlamaGen
 from sjd2.models.lumina2 import END, ROW_END, START, Lumina2
 from sjd2.models.lumina2 import FIRST_CODE as LUMINA2_CODE
+from sjd2.models.simplear import SimpleAR, image_rows
 
-FIRST_CODE = {"chameleon": 4, "emu3": 151854, "lumina2": LUMINA2_CODE}  # the model's id of code 0
+# the model's id of code 0
+FIRST_CODE = {"chameleon": 4, "emu3": 151854, "lumina2": LUMINA2_CODE, "simplear": 151672}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Architecture:
             "janus": RandomJanus,
             "llamagen": RandomLlamaGen,
             "lumina2": RandomLumina2,
+            "simplear": RandomSimpleAR,
         }
         torch.manual_seed(0)
         with torch.device(device):
@@ -69,10 +72,12 @@ class Architecture:
         """Return the same architecture, narrow and shallow, with the same vocabularies and forced tokens."""
         heads = min(4, self.sizes["num_attention_heads"] // self.sizes["num_key_value_heads"])
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4 // heads}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": max(1, 4 // heads)}
         pixels = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
         if self.family in ("emu3", "lumina2"):  # has attention at its fourth level, with the width of that level
             pixels |= {"channel_multiplier": [1, 1, 1, 1], "hidden_size": 32}
+        if self.family == "simplear":
+            pixels = {"width": 32, "factors": (1, 1, 1), "blocks": 1}
         layout = replace(self.layout, rows=4, columns=4, preview=self.layout.preview and (2, 2))
         sizes, pixels = self.sizes | sizes, self.pixels | pixels
         title = f"{self.title}, narrow"
@@ -225,6 +230,23 @@ class RandomLlamaGen(LlamaGen):
         self.vq = VQ16(JanusVQVAEConfig(double_latent=False, **plan.pixels))
 
 
+class RandomSimpleAR(SimpleAR):
+    """SimpleAR with random weights."""
+
+    def __init__(self, plan: Architecture, dtype: torch.dtype) -> None:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        from sjd2.models.cosmos import CosmosTokenizer
+
+        config: Any = Qwen2Config(**_text(plan.sizes))
+        self.full = Qwen2ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        ImageModel.__init__(self, self.full.get_decoder(), plan.layout)
+        self.first_code = FIRST_CODE[plan.family]
+        self.full.lm_head = image_rows(self.full.lm_head, self.first_code, plan.layout.vocabulary)
+        self.head_module = self.full.lm_head
+        self.vq = CosmosTokenizer((8, 8, 8, 5, 5, 5), **plan.pixels)
+
+
 def _ids(layout: TokenGrid, first: int) -> torch.Tensor:
     """Return the model's id of each local id: [V + F]."""
     return torch.cat(
@@ -266,6 +288,7 @@ def _bytes(module: nn.Module) -> int:
 
 SEVEN = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
 CHAMELEON = SEVEN | {"intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 65536, "rms_norm_eps": 1e-5}
+QWEN = {"vocab_size": 151672 + 64000, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 JANUS = {"vocab_size": 102400, "rms_norm_eps": 1e-6, "max_position_embeddings": 16384}
 # sizes as in the published configs, prompts of one sentence, sampling parameters as in conf/model
 ARCHITECTURES = {
@@ -317,6 +340,18 @@ ARCHITECTURES = {
             sizes=SEVEN | {"num_key_value_heads": 2, "intermediate_size": 13696, "num_hidden_layers": 40}
             | {"vocab_size": 168064, "vision_vocab_size": 16512, "rms_norm_eps": 1e-5},
             pixels={}, prompt=40, nothing=13, window=96, guidance=1.0, top_k=0,
+        ),
+        Architecture(
+            name="simplear-0.5b", title="SimpleAR 0.5B, 1024 px", family="simplear", layout=TokenGrid(64, 64, 64000),
+            sizes=QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+            | {"num_attention_heads": 14},
+            pixels={}, prompt=24, nothing=34, window=96, guidance=6.0, top_k=0,
+        ),
+        Architecture(
+            name="simplear-1.5b", title="SimpleAR 1.5B, 1024 px", family="simplear", layout=TokenGrid(64, 64, 64000),
+            sizes=QWEN | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+            | {"num_attention_heads": 12},
+            pixels={}, prompt=24, nothing=34, window=96, guidance=6.0, top_k=0,
         ),
     )
 }  # fmt: skip

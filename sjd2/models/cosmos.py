@@ -50,10 +50,10 @@ class CosmosTokenizer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         widths = [width * factor for factor in factors]
-        self.encoder = Encoder(width, widths, blocks, latent)
+        self.encoder = FrameEncoder(width, widths, blocks, latent)
         self.quant_conv = nn.Conv2d(latent, len(levels), 1)
         self.post_quant_conv = nn.Conv2d(len(levels), latent, 1)
-        self.decoder = Decoder(widths, blocks, latent)
+        self.decoder = FrameDecoder(widths, blocks, latent)
         self.register_buffer("steps", torch.tensor(levels), persistent=False)
         self.register_buffer("codebook", code_vectors(levels), persistent=False)
 
@@ -140,7 +140,7 @@ def _sizes(tensors: dict[str, Tensor], folder: Path) -> dict:
 # ---- the network; attribute names are those of the published tensors
 
 
-class Encoder(nn.Module):
+class FrameEncoder(nn.Module):
     """[B, 3, H, W] -> [B, latent, h, w]; widths: of the three levels, the finest first."""
 
     def __init__(self, width: int, widths: list[int], blocks: int, latent: int) -> None:
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class FrameDecoder(nn.Module):
     """[B, latent, h, w] -> [B, 3, H, W]; widths: of the three levels, the finest first."""
 
     def __init__(self, widths: list[int], blocks: int, latent: int) -> None:

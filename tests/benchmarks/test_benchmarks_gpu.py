@@ -89,6 +89,8 @@ def test_full_sizes_are_the_published_ones(name: str) -> None:
         "janus-7b": (6.07, 491520, 576, 4096 * 4096 + 4096 + (4096 + 1) * 16384),
         "llamagen": (0.731, 184320, 1024, 16384 * 1280),
         "glm-image": (8.16, 40960, 1281, 16384 * 4096),
+        "simplear-0.5b": (0.358, 12288, 4096, 64000 * 896),
+        "simplear-1.5b": (1.310, 28672, 4096, 64000 * 1536),
     }[name]
     model = ARCHITECTURES[name].build(torch.device("meta"), torch.bfloat16)
     weights = weight_bytes(model)
@@ -100,7 +102,7 @@ def test_full_sizes_are_the_published_ones(name: str) -> None:
     assert all(p.device.type == "meta" for part in (model.full, model.vq) for p in part.parameters())
 
 
-@pytest.mark.parametrize("name", ["lumina", "lumina2", "llamagen"])
+@pytest.mark.parametrize("name", ["lumina", "lumina2", "llamagen", "simplear-0.5b"])
 def test_narrow_models_draw_whole_images(name: str) -> None:
     plan = ARCHITECTURES[name].small()
     model = plan.build(CPU, torch.float32)

@@ -115,7 +115,7 @@ def test_random_numbers_are_the_cpus() -> None:
     assert torch.allclose(here.normal(place, 30), there.normal(place.cuda(), 30).cpu(), atol=1e-4)
 
 
-@pytest.mark.parametrize("vocabulary", [512, 8192, 16384, 32768])
+@pytest.mark.parametrize("vocabulary", [512, 8192, 16384, 32768, 64000])
 def test_distributions_and_draws_of_large_vocabularies_are_the_cpus(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 33, vocabulary, generator=generator, dtype=torch.float64) * 4

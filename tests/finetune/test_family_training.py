@@ -23,11 +23,12 @@ from tests.helpers import (
     checkpoints_janus,
     checkpoints_llamagen,
     checkpoints_lumina2,
+    checkpoints_simplear,
 )
 from tests.helpers.small_training import VARIANTS, Words, recipe, tokens
 from tests.helpers.tiers import by_default
 
-FAMILIES = ("lumina", "emu3", "janus", "llamagen", "lumina2", "glm-image")
+FAMILIES = ("lumina", "emu3", "janus", "llamagen", "lumina2", "glm-image", "simplear")
 
 
 def family(name: str, folder: Path, dtype: str) -> object:
@@ -49,6 +50,7 @@ def family(name: str, folder: Path, dtype: str) -> object:
             "janus": checkpoints_janus,
             "lumina2": checkpoints_lumina2,
             "glm-image": checkpoints_glm_image,
+            "simplear": checkpoints_simplear,
         }[name]
         given = made.settings(folder if folder.exists() else made.write(folder))
     return api.load(name, dtype=dtype, **given)

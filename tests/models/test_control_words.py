@@ -16,6 +16,7 @@ from tests.helpers import (
     checkpoints_glm_image,
     checkpoints_janus,
     checkpoints_lumina2,
+    checkpoints_simplear,
 )
 
 NAMED = "becomes that token"
@@ -28,7 +29,9 @@ def pieces(family: str, text: str, folder: Path) -> list[str]:
     if family in ("emu3", "glm-image"):
         {"emu3": checkpoints_emu3, "glm-image": checkpoints_glm_image}[family].write_tokenizer(folder, 64)
     else:
-        {"janus": checkpoints_janus, "lumina2": checkpoints_lumina2}[family].write_tokenizer(folder)
+        {"janus": checkpoints_janus, "lumina2": checkpoints_lumina2, "simplear": checkpoints_simplear}[
+            family
+        ].write_tokenizer(folder)
     tokenizer = load_tokenizer(folder, "model.weights")
     if family == "emu3":
         split_as_published(tokenizer)
@@ -44,6 +47,7 @@ def pieces(family: str, text: str, folder: Path) -> list[str]:
         ("emu3", ("<|image start|>", "<|extra_203|>", "<image>", "<|endoftext|>"), ("</s>",)),
         ("glm-image", ("<sop>", "<eop>", "<|endoftext|>", "<|dit_token_0|>"), ("<image>", "</s>")),
         ("janus", ("<begin_of_image>", "<image_placeholder>", "<|User|>"), ("<image>", "</s>")),
+        ("simplear", ("<|t2i|>", "<|soi|>", "<|vtokens|>", "<|im_end|>", "<|endoftext|>"), ("<image>", "</s>")),
     ],
 )
 def test_control_words(family: str, words: tuple[str, ...], others: tuple[str, ...], tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_public_size_is_4096_tokens() -> None:
     layout = spec().layout
     assert (layout.rows, layout.columns, layout.length, layout.forced_ids) == (64, 64, 4096, ())
     assert layout.vocabulary == 64000
-    assert spec().sampling == {"guidance_scale": 6.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert spec().sampling == {"guidance_scale": 6.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     assert f"<|t2i|>{spec().negative}<|soi|>" == NEGATIVE
     assert spec().prefix == "A highly realistic image of "
 
