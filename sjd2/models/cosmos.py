@@ -146,21 +146,17 @@ class FrameEncoder(nn.Module):
     def __init__(self, width: int, widths: list[int], blocks: int, latent: int) -> None:
         super().__init__()
         self.conv_in = _pair(3 * PATCH**3, width)
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
-            part = nn.Module()
-            part.block = nn.Sequential(*(Block(after if k else before, after) for k in range(blocks)))
-            part.downsample = Downsample(after, temporal=level == 0) if level < 2 else nn.Identity()
-            self.down.append(part)
+            change = Downsample(after, temporal=level == 0) if level < 2 else nn.Identity()
+            self.down.append(NetworkLevel(before, after, blocks, downsample=change))
         self.mid = Middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = _pair(widths[-1], latent)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(wavelets(wavelets(images)))
-        for part in self.down:
-            x = part.downsample(part.block(x))
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(self.down(self.conv_in(wavelets(wavelets(images)))))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class FrameDecoder(nn.Module):
@@ -172,18 +168,26 @@ class FrameDecoder(nn.Module):
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList()
         for level, (after, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
-            part = nn.Module()
-            part.block = nn.Sequential(*(Block(after if k else before, after) for k in range(blocks + 1)))
-            part.upsample = Upsample(after, temporal=level == 1) if level > 0 else nn.Identity()
-            self.up.append(part)
+            change = Upsample(after, temporal=level == 1) if level > 0 else nn.Identity()
+            self.up.append(NetworkLevel(before, after, blocks + 1, upsample=change))
         self.norm_out = _norm(widths[0])
         self.conv_out = _pair(widths[0], 3 * PATCH**3)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid(self.conv_in(latents))
-        for part in reversed(self.up):
-            x = part.upsample(part.block(x))
+        for level in reversed(self.up):
+            x = level(x)
         return last_frame(last_frame(self.conv_out(F.silu(self.norm_out(x)))))
+
+
+class NetworkLevel(nn.Sequential):
+    """Residual blocks and the change of size after them, under its published name."""
+
+    def __init__(self, before: int, after: int, blocks: int, **change: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.Sequential(*(Block(after if k else before, after) for k in range(blocks)))
+        for name, module in change.items():
+            self.add_module(name, module)
 
 
 class Block(nn.Module):

@@ -143,7 +143,7 @@ class SimpleAR(ImageModel):
         return torch.cat([self.vq.decode(images) for images in codes.split(CHUNK)])
 
 
-def image_rows(head: nn.Module, first: int, count: int) -> nn.Linear:
+def image_rows(head: nn.Linear, first: int, count: int) -> nn.Linear:
     """Return a head of rows first..first + count - 1 of another, as a copy of its own.
 
     The public head is the input table itself: fine-tunings train both, and one tensor cannot be sharded or saved twice.
