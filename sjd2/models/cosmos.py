@@ -185,12 +185,12 @@ class NetworkLevel(nn.Sequential):
 
     def __init__(self, before: int, after: int, blocks: int, **change: nn.Module) -> None:
         super().__init__()
-        self.block = nn.Sequential(*(Block(after if k else before, after) for k in range(blocks)))
+        self.block = nn.Sequential(*(SpaceTimeBlock(after if k else before, after) for k in range(blocks)))
         for name, module in change.items():
             self.add_module(name, module)
 
 
-class Block(nn.Module):
+class SpaceTimeBlock(nn.Module):
     """A residual block: [B, before, H, W] -> [B, after, H, W]."""
 
     def __init__(self, before: int, after: int) -> None:
@@ -209,7 +209,7 @@ class Middle(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.block_1, self.block_2 = Block(width, width), Block(width, width)
+        self.block_1, self.block_2 = SpaceTimeBlock(width, width), SpaceTimeBlock(width, width)
         self.attn_1 = nn.Sequential(SpaceAttention(width), TimeAttention(width))
 
     def forward(self, x: Tensor) -> Tensor:
