@@ -84,7 +84,7 @@ class ZipEngine(Engine):
         self.size = min(layout.rows, layout.columns // self.delay + 1)
         self.header = torch.arange(len(layout.prefix), device=device)
         self.last = len(layout.prefix) + layout.columns - 1 + layout.stride * torch.arange(layout.rows, device=device)
-        self.capacity = self.prompt + self.total + self.size  # idle slots write after everything
+        self.capacity = self.prompt + self.total + self.size * decoder.drafts  # idle slots write after everything
         self.cache = RasterCache(len(model.cache(1, 1).layers), self.branches * rows, self.capacity, device)
         common = self.empty_rows(slack=0)
         self.state = Board(
@@ -125,7 +125,7 @@ class ZipEngine(Engine):
     def step(self) -> None:
         """Run one pass over all samples: plan its slots, forward, draw, test a row's first code, commit."""
         plan = self._plan()
-        p = self._forward(plan)
+        p = self._forward(plan.feed, plan.token, plan.real, plan.feed)
         drawn = self.state.sampler.draw(p, plan.aim, Purpose.SAMPLE)
         taken = plan.grows | plan.opens
         if self.decoder.adaptive:
@@ -134,8 +134,7 @@ class ZipEngine(Engine):
 
     def _plan(self) -> PassPlan:
         state, layout = self.state, self.model.layout
-        low = state.fed[:, self.last].sum(1, keepdim=True)  # rows above are done: their last keys are stored
-        row = low + torch.arange(self.size, device=low.device)
+        row = self._low() + torch.arange(self.size, device=state.fed.device)
         alive = (row < layout.rows) & (state.committed < self.total)[:, None]
         row = row.clamp(max=layout.rows - 1)
         drawn, above = state.drawn.gather(1, row), state.drawn.gather(1, (row - 1).clamp(min=0))
@@ -156,6 +155,10 @@ class ZipEngine(Engine):
         feed = torch.where(grows | closes | opens, feed, -1)
         return PassPlan(row, feed, token, real, aim, grows, opens, whole)
 
+    def _low(self) -> Tensor:
+        """Return the first grid row that is not done, as its last keys are not stored: [B, 1]."""
+        return self.state.fed[:, self.last].sum(1, keepdim=True)
+
     def _stand_in(self, row: Tensor) -> Tensor:
         """Return the position whose token stands in for the missing last token of the row above: [B, S] -> [B, S].
 
@@ -165,26 +168,29 @@ class ZipEngine(Engine):
         source = (row - 2).clamp(min=0)
         return len(layout.prefix) + source * layout.stride + self.state.drawn.gather(1, source) - 1
 
-    def _forward(self, plan: PassPlan) -> Tensor:
-        """Run the slots of a pass and return the next-token distribution at each: [B, S, V]."""
-        state, count = self.state, self.branches
+    def _forward(self, feed: Tensor, token: Tensor, real: Tensor, since: Tensor) -> Tensor:
+        """Run the slots of a pass and return the next-token distribution at each: [B, S, V].
+
+        feed, token, real [B, S] as in `PassPlan`; since [B, S]: from there to its own place a slot sees what the pass feeds.
+        """
+        state, count, slots = self.state, self.branches, feed.shape[1]
         fed = pad(state.fed, (0, 1))  # a place for what is not real
-        fed = fed.scatter(1, torch.where(plan.real, plan.feed, self.total), True)[:, : self.total]
+        fed = fed.scatter(1, torch.where(real, feed, self.total), True)[:, : self.total]
         place = torch.arange(self.total, device=fed.device)
-        feed = plan.feed[..., None]
-        seen = ((place < feed) & fed[:, None]) | (place == feed)  # [B, S, N]; a stand-in is seen by itself alone
+        at = feed[..., None]
+        seen = ((place < at) & fed[:, None]) | ((place >= since[..., None]) & (place <= at))  # [B, S, N]
         state.fed = fed
-        entry, feed = state.image_entry[:, None], plan.feed.repeat(count, 1)
-        idle = self.prompt + self.total + torch.arange(self.size, device=fed.device)
+        entry, feed = state.image_entry[:, None], feed.repeat(count, 1)
+        idle = self.prompt + self.total + torch.arange(slots, device=fed.device)
         self.cache.entries = torch.where(feed < 0, idle, entry + feed)
         span = self.prompt + self.total
         if self.cache.reads:  # a device would have to be asked, and every span is a shape of its own
             span = int((entry + feed.clamp(min=0)).max()) + 1
         column = torch.arange(span, device=fed.device) - entry  # [R, span] position of each entry, < 0: the prompt
         inside = ((column >= 0) & (column < self.total))[:, None]
-        seen = seen.repeat(count, 1, 1).gather(2, column.clamp(0, self.total - 1)[:, None].expand(-1, self.size, -1))
+        seen = seen.repeat(count, 1, 1).gather(2, column.clamp(0, self.total - 1)[:, None].expand(-1, slots, -1))
         attn_mask = (seen & inside) | (column < 0)[:, None]
-        x = self.model.embed(plan.token).repeat(count, 1, 1)
+        x = self.model.embed(token).repeat(count, 1, 1)
         hidden = self.model.forward(x, state.image_start[:, None] + feed.clamp(min=0), self.cache, attn_mask)
         return self.probs(self.model.logits(hidden))
 
@@ -243,6 +249,7 @@ class ZipAR(BaseDecoder):
     lossless: bool
     window_size: int
     adaptive: bool = True
+    drafts: ClassVar[int] = 1  # slots of each row in a pass
     engine: ClassVar[type[Engine]] = ZipEngine
 
     def __post_init__(self) -> None:

@@ -148,7 +148,7 @@ def machine_name(hardware: str | None, threads: int | None) -> str:
 
 
 def _many_rows(run: Run) -> bool:
-    return str(run.config["decoder"].get("_target_", "")).startswith("baselines.zipar.")
+    return str(run.config["decoder"].get("_target_", "")).startswith(("baselines.zipar.", "baselines.pjd."))
 
 
 def _grown(rows: Sequence[Sequence[int]], columns: int) -> tuple[list[int], list[int]]:
