@@ -94,6 +94,15 @@ def test_no_shell_variable_holds_several_words(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_sweeps_flag_stands_before_its_settings(page: Path) -> None:
+    """Hydra takes no -m after a setting, those of a shell function included."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    assert not re.findall(r"^ *(?:python run\.py|sjd2|run) +[^-\s][^\n]* -m\b", text, re.MULTILINE)
+    for name in re.findall(r"^ *(\w+)\(\) *\{ *python run\.py +[^-\"\s]", text, re.MULTILINE):
+        assert not re.findall(rf"^ *{name} +-m\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_the_documentation_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = [name for name in NAMED.findall(text) if name not in FILES and not any(ROOT.glob(name.rstrip("/")))]
