@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from sjd2.errors import UserError, first_line
 from sjd2.models.base import Condition, ImageModel
-from sjd2.models.glm_image_pixels import DiffusionSettings, DiffusionStage, pixel_sources
+from sjd2.models.glm_image_pixels import SCHEDULER, DiffusionSettings, DiffusionStage, pixel_sources
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, read_config
@@ -45,6 +45,7 @@ PREVIEW = 16  # side of a square preview in codes
 START = 1 << 20
 # transformers' values where a generation_config.json has none
 UNSET = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+TEMPLATE = "chat_template.jinja"
 logger = logging.getLogger(__name__)
 
 
@@ -104,11 +105,18 @@ class GlmImageSpec(ModelSpec):
             ),
             WeightSource(
                 **common,
-                required=("tokenizer.json", "preprocessor_config.json"),
+                required=("tokenizer.json",),  # the image processor's settings have had two file names
                 patterns=("*.json", "*.jinja"),
                 subfolder="processor",
             ),
         ]
+
+    def hashed_files(self) -> list[Path]:
+        """Return the chat template and the scheduler's settings: edited ones make other images, so another run."""
+        files = [locate(self.ar_sources()[1]) / TEMPLATE]
+        if self.pixels != "none":
+            files.append(locate(pixel_sources(self.weights, self.revision)[0]) / SCHEDULER)
+        return [file for file in files if file.is_file()]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> GlmImage:
         return GlmImage(self, device, dtype)
@@ -298,7 +306,7 @@ def load_processor(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"model.weights: {folder} holds no processor of GLM-Image: {first_line(error)}") from error
     if processor.chat_template is None:
-        raise UserError(f"model.weights: {folder} has no chat_template.jinja; copy or download it again.")
+        raise UserError(f"model.weights: {folder} has no {TEMPLATE}; copy or download it again.")
     return processor
 
 

@@ -25,7 +25,8 @@ from sjd2.models.tensors import stored_bytes
 
 KEY = "model.weights"
 NETWORKS = ("text_encoder", "transformer", "vae")  # folders of the pipeline with weights, but for the AR stage's
-INDEX = ("model_index.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json")
+SCHEDULER = "scheduler/scheduler_config.json"
+INDEX = ("model_index.json", "tokenizer/tokenizer_config.json", SCHEDULER)
 CODE = 32  # pixels of a code's side
 WARM_UP_STEPS = 2
 

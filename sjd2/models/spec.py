@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -49,6 +50,10 @@ class ModelSpec:
         """Return where each part of the weights is, the language model first."""
         raise NotImplementedError
 
+    def hashed_files(self) -> list[Path]:
+        """Return further files that decide tokens or pixels: of folders, the digest reads weights and JSON files alone."""
+        return []
+
     def build(self, device: torch.device, dtype: torch.dtype) -> ImageModel:
         """Load everything but the adapter."""
         raise NotImplementedError
@@ -72,7 +77,8 @@ class ModelSpec:
 
     def digest(self) -> str:
         """Return 12 hex digits over all weights and the adapter; fetches what is not on this machine."""
-        return digest(*map(locate, self.sources()), locate_part(self._adapter_source()) if self.adapter else None)
+        adapter = locate_part(self._adapter_source()) if self.adapter else None
+        return digest(*map(locate, self.sources()), *self.hashed_files(), adapter)
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> ImageModel:
         """Load all weights; dtype: a torch dtype's name. Raises `UserError` if a file does not fit."""

@@ -71,6 +71,11 @@ def test_prompts_are_the_processors(model: GlmImage) -> None:
         ids = inputs["input_ids"][row][inputs["attention_mask"][row] > 0]
         assert len(ids) == length
         assert torch.equal(condition.embeds[row, :length], table(ids))
+    message = [{"role": "user", "content": [{"type": "text", "text": PROMPTS[-1]}]}]
+    sides = {"target_h": 128, "target_w": 160}  # in one call, as diffusers' pipeline has it
+    assert model.processor.apply_chat_template(message, tokenize=True, return_dict=True, **sides)["input_ids"] == [
+        ids.tolist()
+    ]
     words = model.processor.tokenizer.convert_ids_to_tokens(ids)
     assert "".join(words).endswith("<sop>4Ġ5<eop><sop>14Ġ17<eop><|dit_token_64|>")
 
@@ -186,6 +191,22 @@ def test_images_become_the_codes_of_transformers(model: GlmImage, reference: Any
     assert wanted.unique().numel() > 4
     assert torch.equal(model.layout.codes(model.layout.tokens(codes))[0].flatten(), wanted)
     assert torch.equal(model.layout.all_codes(model.layout.tokens(codes)), codes)
+
+
+def test_what_decides_images_is_in_the_digest(folder: Path, tmp_path: Path) -> None:
+    """The chat template and the scheduler are no weights; what transformers' own save writes is a processor too."""
+    there = tmp_path / "there"
+    shutil.copytree(folder, there)
+    spec = instantiate(api._compose("model", "glm-image", checkpoints_glm_image.settings(there)))
+    before = spec.digest()
+    glm_image.load_processor(there / "processor").save_pretrained(tmp_path / "saved")
+    (there / "processor" / "preprocessor_config.json").unlink()
+    shutil.copy(tmp_path / "saved" / "processor_config.json", there / "processor")
+    spec.check()
+    assert glm_image.load_processor(there / "processor").image_processor.patch_size == 16
+    saved = spec.digest()
+    (there / "processor" / "chat_template.jinja").write_text("{{ messages[0]['content'][0]['text'] }}!")
+    assert len({before, saved, spec.digest()}) == 3
 
 
 # ---- what is refused
