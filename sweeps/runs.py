@@ -97,6 +97,12 @@ class Run:
         return self.config["model"].get("adapter")
 
     @property
+    def placement(self) -> tuple[str, str]:
+        """Where a diffusion stage ran, which decides its seconds and no image."""
+        model = self.config["model"]
+        return str(model.get("diffusion_device")), str(model.get("diffusion_offload"))
+
+    @property
     def files(self) -> dict[str, str]:
         """The weights' hub ids or paths as the command gave them, without the adapter's."""
         return {key: str(value) for key, value in self.config["model"].items() if str(key).endswith("weights")}

@@ -82,6 +82,8 @@ def speed_up(run: Run, other: Run, machine: Machine | None, seconds: Seconds = l
     """Return how much faster `run` is than `other`, or why no speed-up may be given."""
     if reasons := obstacles(run, other, machine):
         return f"not the same {', '.join(reasons)}"
+    if seconds is whole and run.placement != other.placement:
+        return "not the same device or offloading of the diffusion stage"
     pairs, paired = comparable_timings(run, other, machine)
     if reason := disturbances(run, other, pairs):
         return reason

@@ -137,7 +137,7 @@ def _unequal(first: Mapping[str, Any], second: Mapping[str, Any], nothing: Any) 
 
 
 def _canvas(run: Run) -> tuple[Any, ...]:
-    return tuple(run.identity["model"].get(key) for key in ("name", "rows", "columns", "vocabulary"))
+    return tuple(run.identity["model"].get(key) for key in ("name", "size", "rows", "columns", "vocabulary"))
 
 
 def _tokens(first: Run, second: Run, common: set[Id]) -> TokenMatch:

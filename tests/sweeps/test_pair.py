@@ -102,11 +102,15 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     assert found["skipped"] == ["images: the runs have none in common"]
     assert "Not compared: images: the runs have none in common." in text
     third = make(tmp_path, "scd", seed=4, digest="retrained")
+    config = OmegaConf.load(tmp_path / "runs" / third / "config.yaml")
+    config.identity.model.size = "64x96"
+    OmegaConf.save(config, tmp_path / "runs" / third / "config.yaml")
     for name, digest in ((first, "a"), (third, "b")):
         keep_scores(RunFolder(tmp_path / "runs" / name), {"clip": {(i, 0): float(i) for i in range(N)}})
         (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps({"protocol": {"clip": digest}}))
     _, found = compared(tmp_path, first, third)
     assert "clip: not measured with the same protocol" in found["skipped"]
+    assert "tokens: the models differ" in found["skipped"]  # images of another size
     assert any(reason.startswith("latency: not the same model weights") for reason in found["skipped"])
 
 
