@@ -91,6 +91,8 @@ def check_settings(cfg: DictConfig) -> None:
     _check_values(cfg, TYPES, groups=GROUPS)
     _check_values(cfg.runtime, RUNTIME, prefix="runtime.")
     _check_values(cfg.bounds, BOUNDS, prefix="bounds.")
+    if endless := [key for key, bound in cfg.bounds.items() if bound == float("inf")]:
+        raise UserError(f"bounds.{endless[0]}=inf holds nothing; write bounds.{endless[0]}=null.")
     choose("stage", cfg.stage, STAGES)
     choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
     choose("device", cfg.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))  # likewise
@@ -130,7 +132,7 @@ def _check_values(
             raise UserError(f"{name} is missing; it must be {describe(kind)}.")
         if not fits(node[key], kind):
             raise UserError(f"{name} must be {describe(kind)}, got {node[key]!r}.")
-        if node[key] is not None and name in AT_LEAST and node[key] < AT_LEAST[name]:
+        if node[key] is not None and name in AT_LEAST and not node[key] >= AT_LEAST[name]:  # nan is not
             raise UserError(f"{name} must be {AT_LEAST[name]} or more, got {node[key]}.")
 
 

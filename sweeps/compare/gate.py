@@ -6,6 +6,7 @@ change that is proven but small ends a command. Values of single images are comp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,16 +22,18 @@ from evaluation.identity import difference, same
 from evaluation.run_folder import Id, RunFolder, run_folders
 from evaluation.statistics import paired
 from harness.console import say
+from harness.settings import check_writable
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sweeps.compare.saved import ImageResult, SavedRun, read_baseline, take, write_baseline
-from sweeps.runs import read_run, read_runs, with_baselines
+from sweeps.runs import UNREADABLE, read_run, read_runs, with_baselines
 from sweeps.tables.formats import Table, markdown
 from sweeps.tables.terminal import show
 
 Bounds = Mapping[str, float | None]
 Values = tuple[dict[Id, float], dict[Id, float]]  # of the baseline and of the run
-DISTANCES = {"fid": "FID", "kid": "KID"}
+DISTANCES = {"fid": ("FID", "fid"), "kid": ("KID", "fid"), "cmmd": ("CMMD", "cmmd")}  # title, and whose keys it shares
+FEWEST_PROMPTS = 6  # of one sign have a chance of 2^-5 by noise alone; below them nothing is proven at 95 %
 HELD, OPEN, BROKEN = "held", "held?", "**broken**"
 
 
@@ -108,8 +111,8 @@ def _paired(name: str, setting: str, values: Values, *, worse: int = 1, relative
     """Return a check of the paired difference; worse: 1 where more is worse, -1 where less is, 0 where either is."""
     base, ours = values
     about: dict[str, Any] = {"name": name, "setting": setting, "images": len(base), "relative": relative}
-    if len({key[0] for key in base}) < 2:
-        return Check(**about, reason="fewer than two common prompts have it")
+    if len({key[0] for key in base}) < FEWEST_PROMPTS:
+        return Check(**about, reason=f"fewer than {FEWEST_PROMPTS} common prompts have it")
     means = [sum(side.values()) / len(side) for side in values]
     gap = paired(base, ours)
     unit = abs(means[0]) if relative and means[0] else 1.0
@@ -138,6 +141,12 @@ def _likelihood(run: SavedRun, saved: SavedRun, common: list[Id]) -> Check:
     for key, what in (("digest", "weights"), ("law", "sampling parameters")):
         if run.identity.get(key) != saved.identity.get(key):
             return Check(name="NLL per token", setting="nll", relative=False, reason=f"other {what}")
+    lost = sum(run.images[key].nll is None and saved.images[key].nll is not None for key in common)
+    if lost:  # the worst change of all, which a mean over the others would hide
+        return Check(
+            name="images without a finite NLL", setting="nll", baseline=0.0, run=float(lost), change=float(lost),
+            relative=False, images=len(common),
+        )  # fmt: skip
     per_token = _values(saved, run, common, lambda image: None if image.nll is None else image.nll / image.tokens)
     return _paired("NLL per token", "nll", per_token, worse=0, relative=False)
 
@@ -156,17 +165,21 @@ def _scores(run: SavedRun, saved: SavedRun, common: list[Id]) -> Iterator[Check]
 
 
 def _distances(run: SavedRun, saved: SavedRun) -> Iterator[Check]:
-    for key, title in DISTANCES.items():
+    for key, (title, kind) in DISTANCES.items():
         if key not in saved.metrics:
             continue
-        alike = ("n_images", "fid_extractor", "fid_reference")
+        alike = ("n_images", f"{kind}_extractor", f"{kind}_reference")
         if key not in run.metrics or any(run.metrics.get(k) != saved.metrics.get(k) for k in alike):
             yield Check(name=title, setting="distances", reason="other N, extractor or reference, or too few images")
             continue
         base, ours = float(saved.metrics[key]), float(run.metrics[key])
-        change = (ours - base) / (abs(base) or 1.0)
-        count = int(saved.metrics["n_images"])
-        yield Check(name=title, setting="distances", baseline=base, run=ours, change=change, images=count)
+        unit, ends = abs(base) or 1.0, (None, None)
+        change = (ours - base) / unit
+        if all(f"{key}_std" in side.metrics for side in (saved, run)):  # over subsets, so more than that of the mean
+            half = 1.96 * math.hypot(*(float(side.metrics[f"{key}_std"]) for side in (saved, run))) / unit
+            ends = (change - half, change + half)
+        yield Check(name=title, setting="distances", baseline=base, run=ours, change=change, low=ends[0], high=ends[1],
+                    images=int(saved.metrics["n_images"]))  # fmt: skip
 
 
 def _speedup(run: SavedRun, saved: SavedRun) -> Check:
@@ -176,6 +189,8 @@ def _speedup(run: SavedRun, saved: SavedRun) -> Check:
         return Check(**about, reason="the run has none" if first else "the baseline has none")
     if reason := _elsewhere(run, saved):
         return Check(**about, reason=reason)
+    if not (first.paired and second.paired):
+        return Check(**about, reason=f"{'the run' if first.paired else 'the baseline'} and AR were not timed in turns")
     change, low, high = 1 - second.ratio / first.ratio, None, None
     if None not in (first.low, first.high, second.low, second.high):
         # the logarithms of both ratios are about normal, with half the interval as 1.96 standard errors
@@ -221,6 +236,10 @@ def gate_table(checks: list[Check], run: SavedRun, saved: SavedRun) -> Table:
     header = ["held to the baseline", "bound", "baseline", "run", "worse by (95 %)", "verdict", "N"]
     notes = [f"Run {run.name}, baseline of {saved.name}.", verdict(checks)]
     notes += [f"{check.name}, {check.verdict}." for check in checks if check.reason]
+    if lacking := len(saved.images.keys() - run.images.keys()):
+        notes.append(
+            f"{lacking} of the baseline's {len(saved.images)} images are not in the run; N counts what was held."
+        )
     if any(check.undecided for check in checks):
         notes.append("held?: the interval reaches beyond the bound; more images would decide.")
     notes += [
@@ -275,7 +294,12 @@ def write_gate(checks: list[Check], run: SavedRun, saved: SavedRun, out: Path) -
 
 
 def report_broken(checks: list[Check]) -> None:
-    """Raise UserError, which ends the command with exit code 1, if a bound is broken."""
+    """Raise UserError, which ends the command with exit code 1, if a bound is broken, or none could be held."""
+    if all(check.reason for check in checks):
+        raise UserError(
+            f"none of the {len(checks)} bounds could be held, so nothing is known of this run: "
+            f"{'; '.join(f'{check.name}: {check.reason}' for check in checks)}."
+        )
     if broken := [check for check in checks if check.broken]:
         settings = ", ".join(dict.fromkeys(f"bounds.{check.setting}" for check in broken))
         raise UserError(
@@ -294,6 +318,7 @@ def save(cfg: DictConfig) -> Path:
     path, file = RunFolder.open(cfg.run_dir).path, Path(cfg.save_baseline)
     if file.is_dir():
         raise UserError(f"save_baseline={file} is a folder; give a file, e.g. {file / 'baseline.json'}.")
+    check_writable(file.parent, "save_baseline")
     saved = _taken(path)
     write_baseline(saved, file)
     say(f"baseline of {len(saved.images)} images: {file}")
@@ -324,8 +349,9 @@ def _taken(path: Path) -> SavedRun:
 def _of_settings(runs_dir: str, saved: SavedRun) -> Path:
     """Return the run folder with the settings of a baseline."""
     for path in run_folders(runs_dir):
-        if same(RunFolder(path).identity, saved.identity):
-            return path
+        with contextlib.suppress(*UNREADABLE):  # a damaged folder is not the one
+            if same(RunFolder(path).identity, saved.identity):
+                return path
     raise UserError(
         f"no run in runs_dir={runs_dir} has the settings of the baseline ({saved.name}); make it again, or name another run "
         "with run_dir=FOLDER."

@@ -7,6 +7,7 @@ neither the run folder nor its images.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def read_baseline(path: Path) -> SavedRun:
         if content["sjd2_baseline"] != FORMAT:
             raise UserError(f"{path} was saved by another release; save it again: {made}")
         images = {(i["id"][0], i["id"][1]): {k: v for k, v in i.items() if k != "id"} for i in content["images"]}
-        return SavedRun(
+        saved = SavedRun(
             **{
                 key: content[key]
                 for key in ("name", "identity", "made_on", "torch", "disturbed", "metrics", "protocols")
@@ -123,7 +124,23 @@ def read_baseline(path: Path) -> SavedRun:
             speedup=content["speedup"] and SpeedUp(**content["speedup"]),
             images={key: ImageResult(**image) for key, image in images.items()},
         )
-    except (json.JSONDecodeError, LookupError, TypeError, ValueError) as error:
+        _check_values(saved)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no baseline file ({first_line(error)}); save one with: {made}") from error
+    return saved
+
+
+def _check_values(saved: SavedRun) -> None:
+    """Raise an error of Python's if a number is none, or the settings name no prompts."""
+    if not all(isinstance(part, dict) for part in (saved.metrics, saved.protocols)):
+        raise ValueError("its metrics are no mapping")
+    if not saved.identity["prompts"]["digest"]:
+        raise ValueError("it names no prompts")
+    for image in saved.images.values():
+        values = (image.tokens, image.forwards, image.nll or 0.0, *image.scores.values())
+        if min(image.tokens, image.forwards) < 1 or not all(map(math.isfinite, values)):
+            raise ValueError("an image has no tokens, no passes, or a number that is not finite")
+    if not all(seconds > 0 and images > 0 for seconds, images in saved.timings):
+        raise ValueError("a timing is not positive")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from evaluation.run_folder import RunFolder
 from evaluation.score import keep_scores
 from harness.settings import BOUNDS
 from sjd2.errors import UserError
-from sweeps.compare.gate import Check, hold, report_broken
+from sweeps.compare.gate import Check, gate_table, hold, report_broken
 from sweeps.compare.group import stage
 from sweeps.compare.saved import SavedRun, read_baseline, take, write_baseline
 from sweeps.runs import read_run
+from sweeps.speedup import SpeedUp
 from tests.helpers.cli import Cli
 from tests.helpers.compared_runs import N, make
 
@@ -97,6 +100,47 @@ def test_a_copy_holds_and_each_regression_breaks_its_own_bound(tmp_path: Path) -
     assert broken(held(tmp_path, "copy", name)) == []
 
 
+def test_images_without_a_finite_likelihood_are_broken(tmp_path: Path) -> None:
+    name = make(tmp_path, "sjd", seed=2)
+    changed(copy(tmp_path, name), lambda r: {k: v for k, v in r.items() if k != "nll" or r["id"][0] != 3})
+    assert broken(held(tmp_path, "copy", name)) == ["images without a finite NLL"]
+
+
+def test_few_prompts_prove_nothing_and_a_gate_that_holds_nothing_is_no_success(tmp_path: Path) -> None:
+    name = make(tmp_path, "sjd", seed=2, ids=range(5))
+    changed(copy(tmp_path, name), lambda record: record | {"forwards": record["forwards"] + 1})
+    checks = held(tmp_path, "copy", name)
+    assert checks["passes per image"].reason == "fewer than 6 common prompts have it"
+    report_broken(list(checks.values()))
+    with pytest.raises(UserError, match=r"none of the 5 bounds could be held.*passes per image: fewer than 6 common"):
+        report_broken(list(held(tmp_path, "copy", name, **dict.fromkeys(BOUNDS)).values()))
+    larger = make(tmp_path, "scd", seed=2)
+    few = taken(tmp_path / "runs" / make(tmp_path, "scd", seed=4, ids=range(8)))
+    base = saved(tmp_path, larger)
+    notes = gate_table(hold(few, base, LIMITS), few, base).notes
+    assert f"{N - 8} of the baseline's {N} images are not in the run; N counts what was held." in notes
+
+
+def test_a_speed_up_that_was_not_timed_in_turns_is_not_held(tmp_path: Path) -> None:
+    name = make(tmp_path, "sjd", seed=2)
+    fast = SpeedUp(ratio=4.0, low=3.9, high=4.1, images=N, timings=N, paired=True)
+    base = replace(saved(tmp_path, name), speedup=fast)
+
+    def check(**change: Any) -> Check:
+        run = replace(taken(tmp_path / "runs" / name), speedup=replace(fast, **change))
+        (found,) = [check for check in hold(run, base, LIMITS) if check.setting == "speedup"]
+        return found
+
+    slow = check(ratio=2.0, low=1.9, high=2.1)
+    assert slow.broken
+    assert slow.change == pytest.approx(0.5)
+    # the logarithms' errors add up in squares
+    half = math.hypot(math.log(4.1 / 3.9), math.log(2.1 / 1.9)) / 2
+    assert (slow.low, slow.high) == pytest.approx((1 - 0.5 * math.exp(half), 1 - 0.5 * math.exp(-half)))
+    assert not check(ratio=4.4, low=4.3, high=4.5).broken
+    assert check(ratio=2.0, paired=False).reason == "the run and AR were not timed in turns"
+
+
 def test_noise_and_a_small_proven_change_hold(tmp_path: Path) -> None:
     name = make(tmp_path, "sjd", seed=2)
     path = copy(tmp_path, name)
@@ -139,15 +183,36 @@ def test_distances_are_held_at_equal_n(tmp_path: Path) -> None:
     for change, verdict in (({"kid": 0.0104}, "held"), ({"kid": 0.011}, "**broken**"), ({"n_images": 150}, "not held")):
         (path / "metrics.json").write_text(json.dumps(scores | change))
         assert held(tmp_path, "copy", name)["KID"].verdict.startswith(verdict)
+    cmmd = {"n_images": 60, "cmmd": 0.5, "cmmd_extractor": "c", "cmmd_reference": "r", "protocol": {}}
+    (tmp_path / "runs" / name / "metrics.json").write_text(
+        json.dumps(scores | cmmd | {"n_images": 200, "kid_std": 0.001})
+    )
+    changes = {"cmmd": 0.6, "kid": 0.0104, "kid_std": 0.001}
+    (path / "metrics.json").write_text(json.dumps(scores | cmmd | {"n_images": 200} | changes))
+    checks = held(tmp_path, "copy", name, distances=0.01)
+    assert checks["CMMD"].broken
+    assert checks["KID"].verdict == "held?"  # well within its spread over subsets
+    assert checks["KID"].low == pytest.approx(0.04 - 1.96 * 2**0.5 * 0.1)
 
 
 def test_other_prompts_and_files_that_are_none(tmp_path: Path) -> None:
     run, other = make(tmp_path, "sjd", seed=2), make(tmp_path, "scd", seed=3, ids=range(40, 45))
     with pytest.raises(UserError, match="no image of the same prompts in common"):
         held(tmp_path, run, other)
+    saved(tmp_path, run)
+
+    def damaged(run: str, images: list[dict] | None = None, **change: Any) -> str:
+        content = json.loads((tmp_path / "baseline.json").read_text())
+        whole = [content["images"][0] | image for image in images or [{}]]
+        return json.dumps(content | change | {"images": whole})
+
     for content, message in (
         ("{", "is no baseline file"), ("[]", "is no baseline file"), ('{"sjd2_baseline": 0}', "another release"),
         ('{"sjd2_baseline": 1}', "is no baseline file"),
+        (damaged(run, identity={}), "is no baseline file .*prompts"), (damaged(run, identity=3), "is no baseline file"),
+        (damaged(run, metrics=[]), "is no baseline file"), (damaged(run, timings=[["x", 1]]), "is no baseline file"),
+        (damaged(run, images=[{"forwards": "x"}]), "is no baseline file"),
+        (damaged(run, images=[{"tokens": 0}]), "no baseline file .an image has no tokens"),
     ):  # fmt: skip
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -160,6 +225,9 @@ def test_the_commands(cli: Cli, tmp_path: Path) -> None:
     run, file = tmp_path / "runs" / make(tmp_path, "scd", seed=2), cli.runs_dir / "ci" / "baseline.json"
     assert cli("stage=compare", f"run_dir={run}", f"save_baseline={file}") == 0, cli.err
     assert f"baseline of {N} images" in cli.out
+    (cli.runs_dir / "a-damaged-neighbour").mkdir()
+    (cli.runs_dir / "a-damaged-neighbour" / "config.yaml").write_text("identity: [1")
+    (cli.runs_dir / "a-damaged-neighbour" / "samples.jsonl").write_text("{}\n")
     assert cli("stage=compare", f"against={file}", "output=json") == 0, cli.err  # the run of the same settings
     assert not json.loads(cli.out)["broken"]
     content = json.loads(file.read_text())
@@ -170,8 +238,13 @@ def test_the_commands(cli: Cli, tmp_path: Path) -> None:
     assert "| passes per image | 2 % |" in cli.out
     assert "| **broken** |" in cli.out
     assert "bounds are broken: passes per image" in cli.err
-    assert cli("stage=compare", "against=/nope.json", "bounds.passes=0.1") == 1
-    assert "neither a run folder nor a baseline file" in cli.err
+    for arguments, message in (
+        (("against=/nope.json", "bounds.passes=0.1"), "neither a run folder nor a baseline file"),
+        (("against=/nope.json", "bounds.passes=nan"), "bounds.passes must be 0 or more, got nan"),
+        (("against=/nope.json", "bounds.nll=inf"), "bounds.nll=inf holds nothing; write bounds.nll=null"),
+    ):
+        assert cli("stage=compare", *arguments) == 1
+        assert message in cli.err
 
 
 def test_wrong_settings_are_one_sentence(tmp_path: Path) -> None:
@@ -180,6 +253,10 @@ def test_wrong_settings_are_one_sentence(tmp_path: Path) -> None:
     cfg = {"runs_dir": str(tmp_path / "empty"), "run_dir": None, "against": None, "bounds": LIMITS, "output": "auto"}
     for change, message in (
         ({"save_baseline": "b.json"}, "give its folder"),
+        (
+            {"save_baseline": "/proc/x/b.json", "run_dir": str(tmp_path / "runs" / name)},
+            "save_baseline=.* cannot be written",
+        ),
         ({"save_baseline": str(tmp_path), "run_dir": str(tmp_path / "runs" / name)}, "is a folder"),
         ({"against": str(tmp_path / "baseline.json")}, "no run in runs_dir=.* has the settings of the baseline"),
     ):
