@@ -13,11 +13,11 @@ from evaluation.run_folder import Id
 from evaluation.score import MetricInfo
 
 NEAREST = 5  # K of Naeem et al. 2020
-FEWEST_COUNTED = 500  # images below which a share of them has an error of more than 2 %
+FEWEST_COUNTED = 500  # images of which a share has a standard error of up to 2.2 %
 FEWEST_OF_PROMPTS = 32  # images below which the distances of single prompts decide their mean
 BLOCK = 512  # rows of distances held at once
 
-WHY = "too few for shares whose error is below 2 %"
+WHY = "whose shares have standard errors above 2 %"
 NUMBERS = (
     *(
         MetricInfo(
@@ -107,7 +107,7 @@ def diversity(
     """Return the numbers that these images allow, and the values of single images.
 
     Without features of a reference, or with K images or fewer, there is no precision; with one image per prompt there is no
-    distance within prompts, whose mean is over prompts.
+    distance within prompts, whose mean is over prompts; nor where the run is large enough and few of its images share one.
     """
     out: dict[str, float] = {}
     if reference is not None and min(len(features), len(reference)) > NEAREST:
@@ -117,5 +117,7 @@ def diversity(
     prompts: dict[int, list[float]] = {}
     for (prompt, _), distance in within.items():
         prompts.setdefault(prompt, []).append(distance)
-    out["prompt_distance"] = float(np.mean([np.mean(values) for values in prompts.values()]))
+    # that the run is large says nothing where few of its images share a prompt
+    if len(within) >= FEWEST_OF_PROMPTS or len(ids) < FEWEST_OF_PROMPTS:
+        out["prompt_distance"] = float(np.mean([np.mean(values) for values in prompts.values()]))
     return out, {"prompt_distance": within}

@@ -165,12 +165,17 @@ class CompBenchExport(Export):
         """Write the images, numbered within their category, those of one prompt after each other."""
         folder = (run.path / "t2i_compbench").absolute()
         counts: dict[str, int] = {}
+        stale = set(folder.glob("*/samples/*.png"))  # a run that has grown since numbers its images otherwise
         for record in run.records:
             category = str(facts[record["id"][0]]["category"])
             number = counts[category] = counts.get(category, -1) + 1
             # the scorers take what stands before the first underscore for the prompt
             text = record["prompt"].strip().replace("/", " ").replace("_", " ")
-            link_or_copy(run.path / record["image"], folder / category / "samples" / f"{text}_{number:06d}.png")
+            target = folder / category / "samples" / f"{text}_{number:06d}.png"
+            link_or_copy(run.path / record["image"], target)
+            stale.discard(target)
+        for file in stale:  # the scorers would count these images twice
+            file.unlink()
         return [
             ["python", script, argument, str(folder / category)]
             for category in sorted(counts)

@@ -33,7 +33,9 @@ class Breakdown:
 
     def heading(self, name: str) -> str:
         """Return a group's heading: its name, what it is, and its number of prompts."""
-        return f"{name} ({', '.join(filter(None, (self.about.get(name), f'{len(self.groups[name])} prompts')))})"
+        count = len(self.groups[name])
+        parts = (self.about.get(name), f"{count} prompt" + "s" * (count != 1))
+        return f"{name} ({', '.join(filter(None, parts))})"
 
 
 def breakdowns(rows: Sequence[Row]) -> list[Breakdown]:

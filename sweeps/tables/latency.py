@@ -12,6 +12,7 @@ from sjd2.errors import UserError
 from sweeps.runs import ImageCost, Run
 
 PERCENTILES = (95, 99)
+FEWEST = {95: 20, 99: 100}  # timed images below which the percentile is the slowest image, or nearly
 
 
 def percentiles(images: Mapping[Id, ImageCost]) -> dict[int, float]:

@@ -8,6 +8,7 @@ from evaluation.declared import declared
 from evaluation.timings import disturbance
 from sweeps.runs import Machine, torch_versions
 from sweeps.speedup import TIMINGS
+from sweeps.tables.latency import FEWEST
 from sweeps.tables.rows import FEWEST_PROMPTS, Row
 
 COUNTS = (
@@ -51,6 +52,8 @@ def notes(rows: Sequence[Row], machine: Machine | None, *, detail: bool = False)
         found.append(LOSSY)
     if any(row.nll_difference or row.compression_error or "kid_std" in row.metrics for row in rows):
         found.append(INTERVALS)
+    if detail:
+        found += _few_timed(rows)
     found += _scores(rows) + withheld_reasons(rows, detail=detail)
     if any(row.other_adapter for row in rows):
         found.append(ADAPTER)
@@ -115,6 +118,13 @@ def _scores(rows: Sequence[Row]) -> list[str]:
     if known:
         found.append(f"Alignment, the share of the caption's attributes found in the image: {', '.join(known)}.")
     return list(dict.fromkeys(found))
+
+
+def _few_timed(rows: Sequence[Row]) -> list[str]:
+    """Return why percentiles of the latency are dashes."""
+    fewest = {share: need for share, need in FEWEST.items() if any(0 < row.timed < need for row in rows)}
+    named = "; ".join(f"p{share} below {need} timed images" for share, need in fewest.items())
+    return [f"– for {named}: it would be the slowest image, or nearly."] if fewest else []
 
 
 def withheld_reasons(rows: Sequence[Row], *, detail: bool = False) -> list[str]:

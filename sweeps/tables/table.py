@@ -32,6 +32,7 @@ from sweeps.tables.breakdown import breakdown_lines, breakdown_tables
 from sweeps.tables.by_batch import batch_table
 from sweeps.tables.depths import depth_lines
 from sweeps.tables.formats import Table, latex, markdown
+from sweeps.tables.latency import FEWEST
 from sweeps.tables.notes import has_forced_tokens, notes, shared_value
 from sweeps.tables.paper import make_paper_table
 from sweeps.tables.published import Published, select
@@ -100,9 +101,10 @@ def _difference(gap: Difference) -> str:
 
 
 def _percentile(share: int) -> Column:
-    return Column(
-        f"p{share} s", lambda row: _significant(row.latency_percentiles.get(share)), f"latency_s_p{share}", detail=True
-    )
+    def text(row: Row) -> str:
+        return _significant(row.latency_percentiles.get(share)) if row.timed >= FEWEST[share] else "–" * bool(row.timed)
+
+    return Column(f"p{share} s", text, f"latency_s_p{share}", detail=True)
 
 
 def columns(rows: Sequence[Row], *, detail: bool = False) -> list[Column]:
@@ -284,7 +286,7 @@ def csv_row(row: Row, machine: Machine | None) -> dict[str, Any]:
         "latency_s_median": row.latency_s,
         "latency_s_std": row.latency_error_s,
         "latency_s_p95": row.latency_percentiles.get(95),
-        "latency_s_p99": row.latency_percentiles.get(99),
+        "latency_s_p99": row.latency_percentiles.get(99) if row.timed >= FEWEST[99] else None,
         "first_row_s_median": row.first_row_s,
         "images_per_s": row.images_per_s,
         "energy_j_mean": row.energy_j,

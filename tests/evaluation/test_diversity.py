@@ -81,6 +81,10 @@ def test_distances_within_prompts() -> None:
     assert values == {"prompt_distance": pytest.approx(6)}  # the mean over prompts that have several
     assert images["prompt_distance"] == found
     assert diversity.diversity(features, None, [(i, 0) for i in range(4)]) == ({}, {})
+    many, ids = gaussian(40, 2), [(i, 0) for i in range(38)] + [(0, 1), (1, 1)]
+    values, images = diversity.diversity(many, None, ids)  # 40 images, of which 4 share a prompt
+    assert values == {}
+    assert len(images["prompt_distance"]) == 4
 
 
 def distance(tmp_path: Path) -> FeatureDistance:
@@ -96,7 +100,7 @@ def test_a_run_has_them_and_too_few_images_are_a_dash(tmp_path: Path) -> None:
     names = {"precision", "recall", "density", "coverage", "prompt_distance"}
     assert names <= values.keys()
     assert len(read_scores(run)) == 10  # two images of each of five prompts
-    assert withheld(values, known)["recall"] == "fewer than 500 images, too few for shares whose error is below 2 %"
+    assert withheld(values, known)["recall"] == "fewer than 500 images, whose shares have standard errors above 2 %"
     assert "prompt_distance" in withheld(values, known)
     assert not names & shown(values, known).keys()
     assert names <= shown(values | {"n_images": 500}, known).keys()
@@ -110,7 +114,8 @@ def test_a_run_has_them_and_too_few_images_are_a_dash(tmp_path: Path) -> None:
 # ---- distances for few images
 
 
-def test_cmmd_is_the_unbiased_estimate_of_the_authors_formula() -> None:
+def test_cmmd_is_the_unbiased_estimate_of_the_authors_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.metrics.cmmd.BLOCK", 5)  # several blocks, the last one shorter
     a, b = gaussian(12, 5, 1) / 3, gaussian(9, 5, 2, 0.5) / 3
 
     def kernel(x: np.ndarray, y: np.ndarray) -> float:

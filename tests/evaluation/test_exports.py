@@ -72,6 +72,9 @@ def test_compbench_names_files_after_their_prompts(tmp_path: Path, caplog: pytes
         "color/samples/a blue bowl_000002.png", "color/samples/a green bench_000000.png",
         "color/samples/a green bench_000001.png", "complex/samples/a b c_000000.png",
     ]  # fmt: skip
+    (folder / "color" / "samples" / "a blue bowl_000001.png").write_bytes(b"")  # its number before the run grew
+    score(run, {"t2i_compbench": CompBenchExport()})
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png")) == names
     assert "python BLIPvqa_eval/BLIP_vqa.py --out_dir" in caplog.text
     assert "python 3_in_1_eval/3_in_1.py --outpath" in caplog.text
 

@@ -39,12 +39,14 @@ def test_all_columns_of_a_run_and_of_an_old_one(tmp_path: Path) -> None:
     shown, old = cells(text, "sjd"), cells(text, "ar")
     assert shown["accept rate"] == "0.667"  # 4 of 6
     assert shown["accept length"] == "5.00"  # 1 + 12 accepted in 3 passes after the prefill
-    assert (shown["p95 s"], shown["p99 s"]) == ("2", "2")
+    assert (shown["p95 s"], shown["p99 s"]) == ("–", "–")
+    assert "p95 below 20 timed images; p99 below 100 timed images" in text
     assert shown["J/image"] == "12.5"
     assert [old[key] for key in HEADINGS[:2]] == ["", ""]
     assert old["J/image"] == "–"
     assert float(ours["accept_rate"]) == pytest.approx(4 / 6)
-    assert float(ours["latency_s_p99"]) == 2
+    assert float(ours["latency_s_p95"]) == 2
+    assert "latency_s_p99" not in ours
     assert float(ours["energy_j_mean"]) == 12.5
     assert base["accept_rate"] == base["energy_j_mean"] == ""
     depths = list(csv.DictReader((tmp_path / "out" / "depths.csv").open()))
@@ -55,6 +57,12 @@ def test_all_columns_of_a_run_and_of_an_old_one(tmp_path: Path) -> None:
     assert not set(HEADINGS) & cells(usual, "sjd").keys()
     grid = main_grid(make_rows([read_run(new)], ("Some CPU, 2 threads", 2)), None)
     assert set(HEADINGS) <= set(grid.header)
+
+
+def test_percentiles_are_shown_of_enough_images(tmp_path: Path) -> None:
+    text, _ = table(tmp_path, make(tmp_path, "sjd", n=20, latency=[2.0] * 10), detail=True)
+    assert (cells(text, "sjd")["p95 s"], cells(text, "sjd")["p99 s"]) == ("2", "–")
+    assert "p95 below" not in text
 
 
 def test_the_first_row_takes_its_share_of_the_passes(tmp_path: Path) -> None:
