@@ -239,7 +239,6 @@ def test_the_commands(cli: Cli, tmp_path: Path) -> None:
     assert "| **broken** |" in cli.out
     assert "bounds are broken: passes per image" in cli.err
     for arguments, message in (
-        (("against=/nope.json", "bounds.passes=0.1"), "neither a run folder nor a baseline file"),
         (("against=/nope.json", "bounds.passes=nan"), "bounds.passes must be 0 or more, got nan"),
         (("against=/nope.json", "bounds.nll=inf"), "bounds.nll=inf holds nothing; write bounds.nll=null"),
     ):
