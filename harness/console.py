@@ -220,9 +220,10 @@ def _unknown_key(key: str) -> str:
     if found := re.fullmatch(r"decoder/(\w+)@.*", key):
         return f"this decoder chooses a part inside its {found[1]}, which therefore stays; start from another decoder."
     if found := re.fullmatch(r"decoder/(\w+)", key):
-        return (
-            f"this decoder is one piece, without a {found[1]} to choose; decoder=sjd takes any that conf/decoder/ has."
-        )
+        parts = {part.name for folder in conf_folders() for part in (folder / "decoder").glob("*/")}
+        if found[1] not in parts:
+            return str(unknown("part of a decoder", found[1], parts))
+        return f"this decoder is one piece, without a {found[1]} to choose; decoder=sjd takes any of conf/{key}/."
     keys = [k for k in setting_names(sys.argv[1:], without=key) if not k.endswith("_target_")]
     parent, _, leaf = key.rpartition(".")
     while parent and not any(k.startswith(f"{parent}.") for k in keys):  # the nearest part of the key that exists

@@ -70,7 +70,7 @@ def _of_models(key: str) -> str:
     }
     usual = max(values.values(), key=list(values.values()).count)
     named = [f"{name} {value:g}" for name, value in values.items() if value != usual]
-    return f"default: {', '.join([*named, 'others' if named else 'every model'])} {usual:g}"
+    return f"default: {', '.join([*named, f'others {usual:g}'])}" if named else f"default: {usual:g}"
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> str:

@@ -13,11 +13,12 @@ from sweeps.tables.rows import FEWEST_PROMPTS, Row
 
 COUNTS = (
     "Passes are forward passes of the target model, including the prefill, which yields the first token. Step "
-    "compression is the mean over images of tokens / passes, slightly more than mean tokens / mean passes. Counts include "
-    "forced tokens (row ends, headers), each a pass of its own for AR; "
+    "compression is the mean over images of tokens / passes, slightly more than mean tokens / mean passes."
 )
-FREE = "the step compression in parentheses excludes them."
-NO_FORCED = "step_compression_free in the CSV excludes them."
+FORCED = (
+    " Counts include forced tokens (row ends, headers), each a pass of its own for AR; the step compression in "
+    "parentheses excludes them."
+)
 LOSSY = (
     "**lossy**: the decoder does not sample from the model's own distribution (rule=paper, relaxed or grouped "
     "acceptance), so it trades quality for speed."
@@ -35,7 +36,7 @@ STAGES = (
     "measured as that of the AR stage is."
 )
 TOKENS_ONLY = (
-    "Tokens only: model.pixels=none turns no tokens into images; images/s counts images whose tokens are complete."
+    "Tokens only: with model.pixels=none no image is decoded from its tokens; images/s counts complete token sequences."
 )
 SHORT = 3  # up to so many rows a note names them one by one even if it means all
 ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same model without one."
@@ -43,7 +44,7 @@ ADAPTER = "† The run has a fine-tuned adapter; its AR baseline is the same mod
 
 def notes(rows: Sequence[Row], machine: Machine | None, *, detail: bool = False) -> list[str]:
     """Return the notes below a table, warnings last; detail: of a table with all columns."""
-    found = [_times(rows, machine), COUNTS + (FREE if has_forced_tokens(rows) else NO_FORCED)]
+    found = [_times(rows, machine), COUNTS + (FORCED if has_forced_tokens(rows) else "")]
     if any(row.whole_s is not None for row in rows):
         found.append(STAGES)
     if not all(row.run.drawn for row in rows):

@@ -154,6 +154,8 @@ def test_a_senseless_pair_has_a_reason(words: str, message: str) -> None:
 def test_a_decoder_of_one_piece_has_a_reason(cli: Cli) -> None:
     assert cli("decoder=zipar", "decoder/verifier=exact") != 0
     assert "this decoder is one piece, without a verifier to choose" in cli.err
+    assert cli("decoder=scd", "decoder/verfier=block") != 0
+    assert "unknown part of a decoder 'verfier', did you mean 'verifier'? Valid: drafter, refiner, verifier." in cli.err
 
 
 def test_the_settings_shown_are_those_of_the_run() -> None:

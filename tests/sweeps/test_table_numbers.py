@@ -93,7 +93,7 @@ def test_tokens_without_images_have_a_table_of_their_own(tmp_path: Path) -> None
     )
     assert text.count("## toy on shapes") == text.count("## toy, tokens only, on shapes") == 1
     assert [row["speedup"] for row in rows] == ["1.0", "3.0"] * 2
-    assert text.count("Tokens only: model.pixels=none") == 1
+    assert text.count("Tokens only: with model.pixels=none") == 1
 
 
 def test_standard_error_counts_repeats_of_a_prompt_once() -> None:
