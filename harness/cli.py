@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness.console import answer, guarded, show_logs, spoken
+from harness.console import answer, guarded, say, show_logs, spoken
 from harness.home import ensure_home
 from harness.ranks import takes_part
 from harness.recompose import settled
@@ -52,8 +52,21 @@ def command(cfg: DictConfig) -> None:
     """Run one command, or one job of a multirun."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         resolve("sweeps.multirun.jobs.run_job")(dispatch, cfg)
-    elif code := guarded(lambda: dispatch(cfg)):
+        return
+    if cfg.get("stage") in ("sample", "finetune") and (left_out := _sweep_left_out()):
+        say(left_out)
+    if code := guarded(lambda: dispatch(cfg)):
         sys.exit(code)  # Hydra adds nothing to a SystemExit
+
+
+def _sweep_left_out() -> str | None:
+    """Return the line for a sweep that only -m runs, e.g. that of an experiment; None where each key has one value."""
+    hydra_cfg = HydraConfig.get()
+    given = {word.partition("=")[0].lstrip("+") for word in hydra_cfg.overrides.task}
+    swept = [f"{key}={values}" for key, values in (hydra_cfg.sweeper.get("params") or {}).items() if key not in given]
+    if not (swept := [setting for setting in swept if "," in setting]):
+        return None
+    return f"one job only; add -m to run every combination of {' '.join(swept)}."
 
 
 def dispatch(cfg: DictConfig) -> Path:

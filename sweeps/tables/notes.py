@@ -20,7 +20,7 @@ FORCED = (
     "parentheses excludes them."
 )
 LOSSY = (
-    "**lossy**: the decoder does not sample from the model's own distribution (rule=paper, relaxed or grouped "
+    "**lossy**: the decoder does not sample from the model's own distribution (e.g. rule=paper, relaxed or grouped "
     "acceptance), so it trades quality for speed."
 )
 INTERVALS = (

@@ -155,6 +155,13 @@ def test_bad_input_ends_in_one_sentence_before_weights_load(cli: Cli, arguments:
     assert not cli.runs_dir.exists()
 
 
+def test_an_experiment_without_m_reports_the_jobs_it_leaves_out(cli: Cli) -> None:
+    assert cli("experiment=batches", "limit=0") != 0  # the toy's own settings have a batch_size
+    assert "one job only; add -m to run every combination of decoder=ar,scd,sjd2." in cli.out
+    assert cli("experiment=batches", "limit=0", "decoder=ar") != 0
+    assert "one job only" not in cli.out
+
+
 def test_the_stack_is_shown_when_asked_for(cli: Cli) -> None:
     assert cli("decoder=sjd", "decoder.window=0", "debug=trace") == 1
     assert "Traceback" in cli.err
