@@ -41,7 +41,7 @@ HELD, OPEN, BROKEN = "held", "held?", "**broken**"
 class Check:
     """One bound, what both sides came to, and how far the run is beyond: `change` and its interval, as the bound counts it.
 
-    setting: the key under bounds. relative: change is a share of the baseline's value. reason: why it is not held.
+    setting: the key under bounds. relative: change is a share of the baseline's value. reason: why it is not checked.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Check:
     def verdict(self) -> str:
         """What a reader sees."""
         if self.reason:
-            return f"not held: {self.reason}"
+            return f"not checked: {self.reason}"
         return BROKEN if self.broken else OPEN if self.undecided else HELD
 
 
@@ -252,14 +252,14 @@ def gate_table(checks: list[Check], run: SavedRun, saved: SavedRun) -> Table:
 
 
 def verdict(checks: list[Check]) -> str:
-    """Return how many bounds held, were broken and could not be held, in one sentence."""
+    """Return how many bounds held, were broken and could not be checked, in one sentence."""
     broken = [check.name for check in checks if check.broken]
     left = sum(bool(check.reason) for check in checks)
     unsure = sum(check.undecided for check in checks)
     words = [f"{len(checks) - len(broken) - left} bounds held{f' ({unsure} undecided)' * bool(unsure)}"]
     words.append(f"{len(broken)} broken")
     named = f" ({', '.join(broken)})" if broken else ""
-    return f"{', '.join(words)}{named}, {left} not held."
+    return f"{', '.join(words)}{named}, {left} not checked."
 
 
 def _cells(check: Check) -> list[str]:
@@ -274,7 +274,7 @@ def _cells(check: Check) -> list[str]:
     bound = "" if check.bound is None else (f"{100 * check.bound:g} %" if percent else f"{check.bound:g}")
     interval = "" if check.low is None else f" [{text(check.low)}, {text(check.high)}]"
     sides = ["" if value is None else f"{value:.4g}" for value in (check.baseline, check.run)]
-    short = "not held" if check.reason else check.verdict
+    short = "not checked" if check.reason else check.verdict
     return [check.name, bound, *sides, f"{text(check.change)}{interval}", short, str(check.images or "")]
 
 
@@ -303,8 +303,8 @@ def report_broken(checks: list[Check]) -> None:
     if broken := [check for check in checks if check.broken]:
         settings = ", ".join(dict.fromkeys(f"bounds.{check.setting}" for check in broken))
         raise UserError(
-            f"{len(broken)} of {len(checks)} bounds are broken: {', '.join(check.name for check in broken)}; if that is "
-            f"meant, raise {settings}, or save a new baseline."
+            f"{len(broken)} of {len(checks)} bounds are broken: {', '.join(check.name for check in broken)}; if "
+            f"that is intended, raise {settings}, or save a new baseline."
         )
 
 
