@@ -294,10 +294,10 @@ def write_gate(checks: list[Check], run: SavedRun, saved: SavedRun, out: Path) -
 
 
 def report_broken(checks: list[Check]) -> None:
-    """Raise UserError, which ends the command with exit code 1, if a bound is broken, or none could be held."""
+    """Raise UserError, which ends the command with exit code 1, if a bound is broken, or none could be checked."""
     if all(check.reason for check in checks):
         raise UserError(
-            f"none of the {len(checks)} bounds could be held, so nothing is known of this run: "
+            f"none of the {len(checks)} bounds could be checked, so nothing is known of this run: "
             f"{'; '.join(f'{check.name}: {check.reason}' for check in checks)}."
         )
     if broken := [check for check in checks if check.broken]:
