@@ -19,6 +19,8 @@ CALLED = {  # column of table.csv -> field of `Published` where the two names di
     "speedup": "latency_speedup",
     "peak_memory_gb": "memory_gb",
 }
+# names in papers that begin like those of an older family -> names that do not
+FAMILIES = {"lumina mgpt 2 0": "lumina2", "emu3 5": "emu35"}
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,21 @@ def _method(text: str) -> str:
     return _squash(re.sub(r"\s*\(.*|\s+\S+=\S+.*", "", text))
 
 
+def _family(model: str) -> str:
+    """Return the first word of a model's name: 'Lumina-mGPT (768 px)' -> 'lumina', 'Lumina-mGPT-2.0-7B 768' -> 'lumina2'."""
+    name = _squash(model)
+    return next((own for printed, own in FAMILIES.items() if name.startswith(printed)), name.split(" ")[0])
+
+
 def select(model: str, decoders: Iterable[str], rows: Iterable[Published] | None = None) -> list[Published]:
     """Return the rows of this model (`lumina`, `emu3` ...) and these decoders, without those of a single image."""
     names = {_squash(name.removesuffix("-paper")) for name in decoders}  # `sjd2-paper` is what papers call SJD2
-    key = _squash(model).split(" ")[0]
+    key = _family(model)
     kept = [
         row
         for row in (read() if rows is None else rows)
         if key
-        and _squash(row.model).startswith(key)
+        and _family(row.model) == key
         and _method(row.method) in names
         and row.dataset != "single prompt"
     ]

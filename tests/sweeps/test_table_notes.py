@@ -155,6 +155,9 @@ def test_published_figures_are_read() -> None:
     assert any(row.step_compression == 4.02 and row.fid == 31.4 for row in found)
     assert not any("single prompt" in row.dataset or row.method.startswith("SJD +") for row in found)
     assert published.select("tiny", ["sjd2"]) == []
+    assert not any("2.0" in row.model for row in published.select("lumina", ["ar", "sjd"]))
+    assert {row.latency_s for row in published.select("lumina2", ["ar", "sjd"])} == {694, 324}
+    assert {row.geneval_overall for row in published.select("simplear-1.5b", ["ar"])} >= {0.61, 0.63}
 
 
 def test_published_figures_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
