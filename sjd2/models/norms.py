@@ -15,7 +15,7 @@ from torch.nn.functional import layer_norm, rms_norm
 from sjd2.models.base import ImageModel
 
 # in float32, the weight applied after the rounding
-RMS = ("LlamaRMSNorm", "ChameleonRMSNorm", "Emu3RMSNorm", "GlmImageRMSNorm")
+RMS = ("LlamaRMSNorm", "ChameleonRMSNorm", "Emu3RMSNorm", "GlmImageRMSNorm", "Qwen2RMSNorm")
 PER_HEAD = "ChameleonLayerNorm"  # of queries and keys
 PER_HEAD_EPS = 1e-5  # written into that class
 
