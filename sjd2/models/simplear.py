@@ -7,6 +7,7 @@ Prompts, guidance and sampling are those of generate.py in wdrink/SimpleAR; the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,19 @@ def image_rows(head: nn.Linear, first: int, count: int) -> nn.Linear:
     """Return a head of rows first..first + count - 1 of another, as a copy of its own.
 
     The public head is the input table itself: fine-tunings train both, and one tensor cannot be sharded or saved twice.
+    Rows that device_map has left in the host's memory or on disk are read from there.
     """
-    weight = head.weight[first : first + count].detach().clone()
+    with _present(head):
+        weight = head.weight[first : first + count].detach().clone()
     rows = nn.Linear(weight.shape[1], count, bias=False, device="meta")
     rows.weight = nn.Parameter(weight, requires_grad=False)
     return rows
+
+
+def _present(head: nn.Linear) -> contextlib.AbstractContextManager[Any]:
+    """Let a head that accelerate keeps elsewhere have its numbers for a moment."""
+    if head.weight.device.type != "meta":
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(head)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -17,7 +18,7 @@ from sjd2.errors import UserError
 from sjd2.files import ROOT
 from sjd2.models.cosmos import UNUSED, CosmosTokenizer, one_frame, one_frame_name
 from sjd2.models.hub import locate
-from sjd2.models.simplear import SimpleAR, SimpleARSpec
+from sjd2.models.simplear import SimpleAR, SimpleARSpec, image_rows
 from sjd2.models.tensors import load_exactly
 from tests.helpers import checkpoints_simplear, family_checks
 from tests.helpers.checkpoints_simplear import LEVELS, write_cosmos
@@ -113,6 +114,14 @@ def test_a_head_of_its_own_is_taken(tmp_path: Path) -> None:
     untied = load("simplear", dtype="float64", **checkpoints_simplear.settings(there))
     stored = load_file(there / "model.safetensors")["lm_head.weight"].double()
     assert torch.equal(untied.head_module.weight, stored[-64:])
+
+
+def test_a_head_that_device_map_left_on_the_host_is_read_from_there() -> None:
+    head = torch.nn.Linear(4, 6, bias=False)
+    wanted = head.weight[2:5].clone()
+    cpu_offload(head, execution_device=torch.device("cpu"))
+    assert head.weight.device.type == "meta"
+    assert torch.equal(image_rows(head, 2, 3).weight, wanted)
 
 
 def test_the_public_size_is_4096_tokens() -> None:
