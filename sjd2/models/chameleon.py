@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sjd2.errors import UserError
 from sjd2.files import find
-from sjd2.models.base import Condition, ImageModel
+from sjd2.models.base import Condition
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained
-from sjd2.models.shared import image_logits, pad_right
+from sjd2.models.shared import CodesAmongWords, pad_right
 from sjd2.models.spec import ModelSpec
 from sjd2.models.tensors import stored_shape
 
@@ -82,7 +82,7 @@ class ChameleonSpec(ModelSpec):
         return Chameleon(self, device, dtype)
 
 
-class Chameleon(ImageModel):
+class Chameleon(CodesAmongWords):
     """A loaded Chameleon text-to-image model (contract: `ImageModel`)."""
 
     spec: ChameleonSpec
@@ -131,11 +131,6 @@ class Chameleon(ImageModel):
                 )
         return torch.tensor(ids + list(self.spec.layout.forced_ids))
 
-    @property
-    def codebook(self) -> Tensor:
-        """The VQ code vectors [V, C]."""
-        return self.vq.codebook
-
     def token_ids(self, names: tuple[str, ...]) -> list[int]:
         """Look up tokens by name. Raises `UserError` if the tokenizer lacks one."""
         ids = {name: self.tokenizer.token_to_id(name) for name in names}
@@ -181,18 +176,6 @@ class Chameleon(ImageModel):
         table = self.full.get_input_embeddings()
         empty = torch.tensor([nothing or [0]], device=self.device)  # one row of padding where there is no prompt
         return Condition(table(padded), lengths, table(empty), torch.tensor([len(nothing)], device=self.device))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up model inputs: local ids [B, S] -> [B, S, D]."""
-        return self.full.get_input_embeddings()(self.ids[tokens])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
-        return image_logits(self.full.lm_head, hidden, self.first_code, self.layout.vocabulary)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Decode whole token sequences to images: [B, N] -> uint8 [B, 3, H, W]."""
-        return self.vq.decode(self.layout.codes(tokens.to(self.device)))
 
 
 def read_tokenizer(file: Path) -> Tokenizer:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sjd2.errors import UserError, choose
-from sjd2.models.base import Condition, ImageModel
+from sjd2.models.base import Condition
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
-from sjd2.models.shared import image_logits, pad_right, to_bytes
+from sjd2.models.shared import CodesAmongWords, pad_right, to_bytes
 from sjd2.models.spec import ModelSpec
 from sjd2.models.tensors import load_exactly
 
@@ -104,7 +104,7 @@ def split_as_published(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
 
 
-class Emu3(ImageModel):
+class Emu3(CodesAmongWords):
     """A loaded Emu3-Gen (contract: `ImageModel`)."""
 
     spec: Emu3Spec
@@ -151,11 +151,6 @@ class Emu3(ImageModel):
             )
         return [*codes, *spec.layout.forced_ids]
 
-    @property
-    def codebook(self) -> Tensor:
-        """The VQ code vectors [V, C]."""
-        return self.vq.codebook
-
     def encode(self, prompts: list[str]) -> Condition:
         """Tokenise and embed both guidance branches; the unconditional one, the negative text, is the same for all."""
         frame = f"{START}{self.layout.rows}*{self.layout.columns}{IMAGE}"
@@ -165,14 +160,6 @@ class Emu3(ImageModel):
         negative, negative_length = pad_right(ids[-1:], self.device)
         table = self.full.get_input_embeddings()
         return Condition(table(padded), lengths, table(negative), negative_length)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up model inputs: local ids [B, S] -> [B, S, D]."""
-        return self.full.get_input_embeddings()(self.ids[tokens])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
-        return image_logits(self.full.lm_head, hidden, self.first_code, self.layout.vocabulary)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Decode whole token sequences to images, one at a time: [B, N] -> uint8 [B, 3, H, W]."""

@@ -3,7 +3,7 @@
 Prompt: beginning of text, instruction with the size, text, end of turn. Image: start, height, width, rows of codes with an
 end of row each, end of image. Ids and prompts as in item_processor.py and inference_solver.py of Alpha-VLLM/Lumina-mGPT-2.0.
 
-# B samples, S slots of a pass, V image vocabulary, C width of a code, D width, N image-phase tokens
+# V image vocabulary, F forced ids
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sjd2.errors import UserError
-from sjd2.models.base import Condition, ImageModel
+from sjd2.models.base import Condition
 from sjd2.models.chameleon import norm_rows
 from sjd2.models.hub import WeightSource, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, load_tokenizer, read_config
 from sjd2.models.lumina import CELL, parse_size
-from sjd2.models.shared import image_logits, pad_right
+from sjd2.models.shared import CodesAmongWords, pad_right
 from sjd2.models.spec import ModelSpec
 
 DOWN = 8  # pixels per code, each way
@@ -83,7 +82,7 @@ def cells(size: int | str, trained_size: int) -> tuple[int, int]:
     return height, width
 
 
-class Lumina2(ImageModel):
+class Lumina2(CodesAmongWords):
     """A loaded Lumina-mGPT 2.0 (contract: `ImageModel`)."""
 
     spec: Lumina2Spec
@@ -134,11 +133,6 @@ class Lumina2(ImageModel):
             raise UserError(f"the tokenizer of {spec.weights} has no token {TURN}; use weights of model={spec.name}.")
         return [*codes, *(names[name] for name in wanted.values())]
 
-    @property
-    def codebook(self) -> Tensor:
-        """The VQ code vectors [V, C]."""
-        return self.vq.codebook
-
     def prompt_ids(self, prompts: list[str]) -> list[list[int]]:
         """Return the token ids of the conditional prompts; the unconditional one is empty."""
         width, height = parse_size(self.spec.size)
@@ -154,15 +148,3 @@ class Lumina2(ImageModel):
         table = self.full.get_input_embeddings()
         nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)  # one row of padding
         return Condition(table(padded), lengths, table(nothing), nothing[0])
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up model inputs: local ids [B, S] -> [B, S, D]."""
-        return self.full.get_input_embeddings()(self.ids[tokens])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
-        return image_logits(self.full.lm_head, hidden, self.first_code, self.layout.vocabulary)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Decode whole token sequences to images: [B, N] -> uint8 [B, 3, H, W]."""
-        return self.vq.decode(self.layout.codes(tokens.to(self.device)))

@@ -1,6 +1,7 @@
-"""What the families share: right-padded prompts, the image rows of an output head, pixels as bytes.
+"""What the families share: right-padded prompts, codes among the words, the image rows of a head, pixels as bytes.
 
-# B samples, P prompt tokens, D width, V image vocabulary
+# B samples, S slots of a pass, P prompt tokens, N image-phase tokens, D width
+# V image vocabulary, F forced ids, C width of a code
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sjd2.errors import UserError
+from sjd2.models.base import ImageModel
 
 
 def pad_right(rows: list[list[int]], device: torch.device, pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -49,3 +51,30 @@ def to_bytes(pixels: Tensor, *, rounded: bool) -> Tensor:
         )
     grey = (float32_at_least(pixels) + 1) * 127.5
     return (grey.round() if rounded else grey).clamp(0, 255).to(torch.uint8)
+
+
+class CodesAmongWords(ImageModel):
+    """A model whose codes and forced tokens are words of its language model: one table of inputs, one head for all.
+
+    ids: [V + F], the model's id of each local id. first_code: that of code 0; those of the other codes follow.
+    """
+
+    ids: Tensor
+    first_code: int
+
+    @property
+    def codebook(self) -> Tensor:
+        """The image tokeniser's code vectors: [V, C]."""
+        return self.vq.codebook
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up model inputs: local ids [B, S] -> [B, S, D]."""
+        return self.full.get_input_embeddings()(self.ids[tokens])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the image rows of the head, in float32 at least: [..., D] -> [..., V]."""
+        return image_logits(self.full.lm_head, hidden, self.first_code, self.layout.vocabulary)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Decode whole token sequences to images: [B, N] -> uint8 [B, 3, H, W]."""
+        return self.vq.decode(self.layout.codes(tokens.to(self.device)))
