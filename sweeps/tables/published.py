@@ -119,9 +119,6 @@ def select(model: str, decoders: Iterable[str], rows: Iterable[Published] | None
     kept = [
         row
         for row in (read() if rows is None else rows)
-        if key
-        and _family(row.model) == key
-        and _method(row.method) in names
-        and row.dataset != "single prompt"
+        if key and _family(row.model) == key and _method(row.method) in names and row.dataset != "single prompt"
     ]
     return sorted(kept, key=lambda row: (row.dataset, row.arxiv, row.table))
