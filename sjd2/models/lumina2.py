@@ -112,11 +112,10 @@ class Lumina2(CodesAmongWords):
         spec = self.spec
         codes = list(range(FIRST_CODE, FIRST_CODE + spec.vocabulary))
         vocabulary = settings.get("vocabulary_map")
-        named = sorted(
-            i for name, i in (vocabulary if isinstance(vocabulary, dict) else names).items() if name.startswith(CODE)
-        )
+        table = vocabulary if isinstance(vocabulary, dict) else names
+        named = {i for name, i in table.items() if name.startswith(CODE)}
         size = settings.get("vocab_size")
-        if (named and named != codes) or not isinstance(size, int) or codes[-1] >= size:
+        if (named and not named.issuperset(codes)) or not isinstance(size, int) or codes[-1] >= size:
             raise UserError(
                 f"{spec.weights} does not have {spec.vocabulary} image codes from id {FIRST_CODE} on; check model.vocabulary, "
                 f"and that the weights are {HUB}."

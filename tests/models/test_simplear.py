@@ -119,7 +119,7 @@ def test_a_head_of_its_own_is_taken(tmp_path: Path) -> None:
 def test_a_head_that_device_map_left_on_the_host_is_read_from_there() -> None:
     head = torch.nn.Linear(4, 6, bias=False)
     wanted = head.weight[2:5].clone()
-    cpu_offload(head, execution_device=torch.device("cpu"))
+    cpu_offload(torch.nn.Sequential(head), execution_device=torch.device("cpu"))
     assert head.weight.device.type == "meta"
     assert torch.equal(image_rows(head, 2, 3).weight, wanted)
 
