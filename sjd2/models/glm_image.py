@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from sjd2.errors import UserError, first_line
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.glm_image_pixels import SCHEDULER, DiffusionSettings, DiffusionStage, pixel_sources
-from sjd2.models.hub import WeightSource, locate
+from sjd2.models.hub import WeightSource, check_source, locate
 from sjd2.models.layout import TokenGrid
 from sjd2.models.loading import load_pretrained, read_config
 from sjd2.models.shared import image_logits, pad_right
@@ -84,9 +84,18 @@ class GlmImageSpec(ModelSpec):
 
     def check(self) -> None:
         """Raise `UserError` if a setting is wrong, or a library or weights are missing; takes seconds."""
-        if self.pixels != "none":
-            self.diffusion.check()
-        super().check()
+        if self.pixels != "decode":
+            super().check()
+            return
+        self.diffusion.check()
+        replace(self, pixels="none").check()
+        for source in pixel_sources(self.weights, self.revision):
+            try:
+                check_source(source)
+            except UserError as error:
+                raise UserError(
+                    f"{str(error).rstrip('.')}; model.pixels=none does without the diffusion stage."
+                ) from error
 
     def sources(self) -> list[WeightSource]:
         """Return the AR stage and its processor, then the diffusion stage if pixels are wanted."""

@@ -218,6 +218,8 @@ def test_what_decides_images_is_in_the_digest(folder: Path, tmp_path: Path) -> N
         ({"size": "32x8224"}, "preview would have no row or column"),
         ({"vocabulary": 65}, "has 64 image codes, but model.vocabulary is 65"),
         ({"end": 70}, "ends images with token 65, but model.end is 70"),
+        ({"pixels": "decode"}, "no model_index.json.*; model.pixels=none does without the diffusion stage"),
+        ({"pixels": "nothing"}, "unknown model.pixels 'nothing'. Valid: decode, none"),
     ],
 )
 def test_settings_that_do_not_fit(folder: Path, settings: dict[str, Any], words: str) -> None:
