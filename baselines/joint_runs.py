@@ -93,13 +93,15 @@ class Phrases(JointRuns):
         if self.library is None:
             raise UserError(
                 "decoder=sjd-phrases needs a library: sample images (decoder=ar), then python -m baselines.mine_phrases RUN "
-                "FILE, and give FILE as decoder.verifier.library=."
+                f"FILE --vocabulary {vocabulary}, and give FILE as decoder.verifier.library=."
             )
         file = find(self.library)
         try:
             pairs = np.load(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"decoder.verifier.library={self.library} cannot be read: {error}.") from error
+        if not isinstance(pairs, np.ndarray):
+            raise UserError(f"decoder.verifier.library={self.library} is a .npz; give the .npy of a library.")
         if pairs.ndim != 2 or pairs.shape[1] != 2 or (pairs.size and not 0 <= pairs.min() <= pairs.max() < vocabulary):
             raise UserError(
                 f"decoder.verifier.library={self.library} holds no pairs of codes below {vocabulary}; mine it from a run of "
@@ -112,17 +114,18 @@ class Phrases(JointRuns):
 
 
 class PhraseVerifier(JointRuns):
-    """`Phrases` on a model, with its table of pairs."""
+    """`Phrases` on a model, with its pairs as sorted numbers: a table of all pairs takes gigabytes at 64,000 codes."""
 
     def __init__(self, pairs: np.ndarray, model: ImageModel) -> None:
-        vocabulary = model.layout.vocabulary
-        table = torch.zeros(vocabulary, vocabulary, dtype=torch.bool)
-        table[tuple(torch.from_numpy(pairs.astype(np.int64)).T)] = True
-        self.table = table.to(model.device)  # [V, V]
+        self.vocabulary = model.layout.vocabulary
+        wide = pairs.astype(np.int64)
+        known = np.unique(np.append(wide[:, 0] * self.vocabulary + wide[:, 1], -1))  # -1 is no pair: never empty
+        self.known = torch.from_numpy(known).to(model.device)  # [n + 1]
 
     def linked(self, run: DraftRun, ratio: Tensor) -> Tensor:
-        known = self.table[run.token[:, :-1], run.token[:, 1:]]
-        return torch.nn.functional.pad(known, (1, 0))
+        pair = run.token[:, :-1] * self.vocabulary + run.token[:, 1:]
+        place = torch.searchsorted(self.known, pair).clamp(max=len(self.known) - 1)
+        return torch.nn.functional.pad(self.known[place] == pair, (1, 0))
 
 
 def mine(tokens: np.ndarray, vocabulary: int, count: int) -> np.ndarray:

@@ -26,7 +26,8 @@ def main() -> None:
         pairs = mine_run(settings.run, settings.vocabulary, settings.count)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
-    np.save(settings.file, pairs)
+    with settings.file.open("wb") as file:  # np.save by itself would add .npy to the name
+        np.save(file, pairs)
     print(f"{len(pairs)} pairs in {settings.file}")
 
 

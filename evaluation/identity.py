@@ -13,7 +13,7 @@ from typing import Any
 from sjd2.config import PACKAGES
 from sjd2.files import digest, find
 
-PATH_KEYS = ("weights", "adapter")  # settings that name files: the files' digest counts, not where they lie
+PATH_KEYS = ("weights", "adapter", "library")  # settings that name files: the files' digest counts, not where they lie
 
 # modules of release 0.1 and where their classes are now: run folders keep the names that they were written with
 MOVED = {

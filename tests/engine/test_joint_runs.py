@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from baselines import mine_phrases
 from baselines.annealed import Annealed
 from baselines.entropy_aware import EntropyAware
-from baselines.joint_runs import JointRuns, Phrases, RisingRuns, mine
+from baselines.joint_runs import JointRuns, Phrases, PhraseVerifier, RisingRuns, mine
 from baselines.rising import Rising
 from sjd2.decoding.block import Block
 from sjd2.decoding.interfaces import Verifier
@@ -185,6 +186,24 @@ def test_the_library_is_the_most_frequent_pairs(tmp_path) -> None:
     tokens = np.array([[0, 1, 0, 1, 9, 2, 1], [0, 1, 2, 2, 9, 2, 1]])  # 9 is a row end
     assert mine(tokens, 3, 2).tolist() == [[0, 1], [2, 1]]
     assert phrases(tmp_path, count=2).pairs(3).tolist() == PAIRS[:2].tolist()
+
+
+def test_a_library_is_written_where_the_command_names_it(tmp_path, monkeypatch) -> None:
+    (tmp_path / "tokens").mkdir()
+    np.save(tmp_path / "tokens" / "a.npy", np.array([0, 1, 0, 1]))
+    file = tmp_path / "library"  # no .npy
+    monkeypatch.setattr("sys.argv", ["mine_phrases", str(tmp_path), str(file), "--vocabulary", "3"])
+    mine_phrases.main()
+    assert Phrases(library=str(file)).pairs(3).tolist() == [[0, 1], [1, 0]]
+
+
+def test_pairs_are_found_without_a_table_of_all_codes() -> None:
+    # 64,000 codes squared would take 4 GB
+    wide = SimpleNamespace(layout=TokenGrid(1, 4, 64_000), device=torch.device("cpu"))
+    token = torch.tensor([[63_999, 5, 63_999, 63_999], [0, 0, 5, 0]])
+    for pairs, wanted in (([[63_999, 5], [0, 0]], [[0, 1, 0, 0], [0, 1, 0, 0]]), ([], [[0] * 4] * 2)):
+        verifier = PhraseVerifier(np.array(pairs, dtype=np.int32).reshape(-1, 2), wide)
+        assert verifier.linked(SimpleNamespace(token=token), token).int().tolist() == wanted
 
 
 # ---- rising: another draft distribution, recorded

@@ -79,6 +79,8 @@ def test_files_count_by_content(tmp_path: Path) -> None:
     (tmp_path / "b" / "head.bin").write_bytes(b"other")
     assert by_content(b) != before
     assert by_content({"weights": "hub/id"}) == {"weights": "hub/id"}
+    library = {"verifier": {"library": str(tmp_path / "a" / "head.bin")}}  # mined again, it is another run's
+    assert by_content(library) != library
 
 
 def test_claim_refuses_the_folder_of_another_run(tmp_path: Path) -> None:
