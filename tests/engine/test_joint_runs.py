@@ -41,9 +41,14 @@ def entropy(p: list, q: list, x: int, depth: int) -> float:
     return sum(p[x] / q[x] > h / 2 * (0.5 + (u - 0.5) * (1 - h / 6)) for u in grid) / len(grid)
 
 
+def released_entropy(p: list, q: list, x: int, depth: int) -> float:
+    return min(1.0, p[x] / q[x] * 2 / -sum(z * math.log(z) for z in p if z))
+
+
 RULES = {
     "annealed": (Annealed(delta=1.5, decay=0.7), annealed, 1e-12),
     "entropy": (EntropyAware(scale=2, width=6), entropy, 1e-4),
+    "released entropy": (EntropyAware(scale=2, width=None), released_entropy, 1e-12),
 }
 
 
