@@ -25,7 +25,6 @@ from sjd2.models.layout import TokenGrid
 from tests.helpers.chains import CODES, DRAFTS, ar_probs, chains, distance, distributions, judge, output
 from tests.helpers.decoders import GUIDED, sjd
 from tests.helpers.enumeration import is_caught, z_score
-from tests.helpers.tiers import by_default
 
 # ---- one draft token: acceptance and the distribution of the committed token
 
@@ -228,7 +227,8 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", by_default(EXACT, ["coupled"]))
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXACT)
 def test_rising_keeps_the_distribution(name: str) -> None:
     assert abs(z_score(EXACT[name], GUIDED)) < 5
 
