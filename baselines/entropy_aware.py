@@ -20,10 +20,10 @@ from sjd2.errors import UserError
 class EntropyAware(Verifier):
     """Accept draft token x if p(x) / q(x) > (H / scale) (1/2 + (u - 1/2) (1 - H / width)), u uniform (arXiv 2510.09012).
 
-    H: entropy of p in nats. scale: e of the paper, 8; width: its lambda, 16; null leaves the second factor out, as the released
-    code does (krennic999/ARsample 1a2dfb9: u H / 8 <= p / q; for Lumina u (H / 9 + 0.05)). Where H is small nearly all is
-    accepted; where it is large the coin is drawn together around 1/2. On rejection the ordinary residual max(0, p - q). The
-    formula is known from notes on the paper: that lambda divides is a guess.
+    H: entropy of p in nats. scale: e of the paper, 8; width: its lambda, 16; null leaves the second factor out, as the
+    released code does (krennic999/ARsample 1a2dfb9: u H / 8 <= p / q; for Lumina u (H / 9 + 0.05)). Where H is small nearly
+    all is accepted; where it is large the coin is drawn together around 1/2. On rejection the ordinary residual max(0, p - q).
+    The formula is known from notes on the paper: that lambda divides is a guess.
     """
 
     scale: float = 8.0
