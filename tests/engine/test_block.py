@@ -184,7 +184,7 @@ FULL = ("scd", "scd forced", "sjd2 slot", "sjd-fc", "eagle")
 @pytest.mark.parametrize(
     "name",
     [
-        *by_default(FULL, ["scd"]),
+        *by_default(FULL, []),
         *(pytest.param(name, marks=pytest.mark.slow) for name in LOSSLESS if name not in FULL),
     ],
 )
