@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from baselines.zipar import Board, PassPlan, ZipEngine
-from sjd2.decoding.decoder import BaseDecoder
+from baselines.zipar import Board, PassPlan, RowsDecoder, ZipEngine
 from sjd2.decoding.engine import Engine, Prompt
 from sjd2.decoding.noise import Purpose
 from sjd2.decoding.sampling import SamplingParams
@@ -157,7 +156,7 @@ class ParallelJacobiEngine(ZipEngine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelJacobi(BaseDecoder):
+class ParallelJacobi(RowsDecoder):
     """The settings of PJD.
 
     context: tokens of a row that must be committed before the next row begins (c, T_ctx); from `columns` on it is exact.
@@ -168,7 +167,6 @@ class ParallelJacobi(BaseDecoder):
     lossless: bool
     context: int
     drafts: int
-    adaptive: ClassVar[bool] = False
     engine: ClassVar[type[Engine]] = ParallelJacobiEngine
 
     def __post_init__(self) -> None:
@@ -179,9 +177,12 @@ class ParallelJacobi(BaseDecoder):
             raise UserError("PJD draws tokens before their context is complete; set decoder.lossless=false.")
 
     @property
-    def window_size(self) -> int:
-        """Return how far a row is behind the one above when it begins."""
+    def delay(self) -> int:
         return self.context
+
+    @property
+    def slots(self) -> int:
+        return self.drafts
 
     @property
     def window(self) -> int:

@@ -75,16 +75,18 @@ class ZipEngine(Engine):
     state: Board
 
     @torch.inference_mode()
-    def __init__(self, model: ImageModel, decoder: ZipAR, rows: int, prompt: int, sampling: SamplingParams) -> None:
+    def __init__(
+        self, model: ImageModel, decoder: RowsDecoder, rows: int, prompt: int, sampling: SamplingParams
+    ) -> None:
         layout, device = model.layout, model.device
         super().__init__(model, decoder, rows, prompt + len(layout.prefix), sampling)
         self.first = len(layout.prefix)  # the header is prefilled
-        self.delay = min(decoder.window_size, layout.columns)
+        self.delay = min(decoder.delay, layout.columns)
         # a row is `delay` columns shorter than the one above, and one more pass stores the keys of its last token
         self.size = min(layout.rows, layout.columns // self.delay + 1)
         self.header = torch.arange(len(layout.prefix), device=device)
         self.last = len(layout.prefix) + layout.columns - 1 + layout.stride * torch.arange(layout.rows, device=device)
-        self.capacity = self.prompt + self.total + self.size * decoder.drafts  # idle slots write after everything
+        self.capacity = self.prompt + self.total + self.size * decoder.slots  # idle slots write after everything
         self.cache = RasterCache(len(model.cache(1, 1).layers), self.branches * rows, self.capacity, device)
         common = self.empty_rows(slack=0)
         self.state = Board(
@@ -236,8 +238,20 @@ class ZipEngine(Engine):
         return {"rows": self.state.drawn}
 
 
+class RowsDecoder(BaseDecoder):
+    """Decoders whose grid rows grow at once: `delay` tokens behind the row above at least, `slots` each in a pass."""
+
+    @property
+    def delay(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def slots(self) -> int:
+        return 1
+
+
 @dataclass(frozen=True, kw_only=True)
-class ZipAR(BaseDecoder):
+class ZipAR(RowsDecoder):
     """The settings of ZipAR.
 
     window_size: tokens of a row that must be there before the next row starts; from `columns` on it is plain AR.
@@ -249,7 +263,6 @@ class ZipAR(BaseDecoder):
     lossless: bool
     window_size: int
     adaptive: bool = True
-    drafts: ClassVar[int] = 1  # slots of each row in a pass
     engine: ClassVar[type[Engine]] = ZipEngine
 
     def __post_init__(self) -> None:
@@ -264,6 +277,10 @@ class ZipAR(BaseDecoder):
                 f"decoder '{self.name}' lets the rows of one grid overlap, and {spec.name} draws a preview before its grid; "
                 "use another decoder."
             )
+
+    @property
+    def delay(self) -> int:
+        return self.window_size
 
     @property
     def window(self) -> int:
