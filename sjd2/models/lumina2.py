@@ -67,6 +67,10 @@ class Lumina2Spec(ModelSpec):
 
 def cells(size: int | str, trained_size: int) -> tuple[int, int]:
     """Return height and width in cells of 32 pixels. Raises `UserError` for sizes that the model cannot draw."""
+    if not isinstance(trained_size, int) or trained_size < CELL or trained_size % CELL:
+        raise UserError(
+            f"model.trained_size must be a side in multiples of {CELL} pixels, e.g. 768, got {trained_size}."
+        )
     width, height = (side // CELL for side in parse_size(size))
     longest, area = LONGEST * min(width, height), (trained_size // CELL) ** 2
     if max(width, height) > longest:
@@ -96,7 +100,7 @@ class Lumina2(CodesAmongWords):
         self.spec = spec
         self.tokenizer = load_tokenizer(folder, "model.weights")
         names = self.tokenizer.get_vocab()
-        ids = self._model_ids(names, settings)
+        ids, self.begin = self._model_ids(names, settings), self._begin()
         config = lm_config(settings, names, norm_rows(folder, spec.weights))
         # float32 in every dtype; first, since the language model takes minutes and a wrong file shows at once
         self.vq = MoVQGAN.load(movqgan, spec.vocabulary)
@@ -132,14 +136,24 @@ class Lumina2(CodesAmongWords):
             raise UserError(f"the tokenizer of {spec.weights} has no token {TURN}; use weights of model={spec.name}.")
         return [*codes, *(names[name] for name in wanted.values())]
 
+    def _begin(self) -> int:
+        """Return the id that prompts begin with: the beginning of text, else the end. Raises `UserError` without either."""
+        tokenizer: Any = self.tokenizer
+        found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if found is None:
+            raise UserError(
+                f"the tokenizer of {self.spec.weights} names neither a bos_token nor an eos_token, which prompts begin with; "
+                "check its tokenizer_config.json."
+            )
+        return found
+
     def prompt_ids(self, prompts: list[str]) -> list[list[int]]:
         """Return the token ids of the conditional prompts; the unconditional one is empty."""
         width, height = parse_size(self.spec.size)
         instruction = f"Generate an image of {width}x{height} according to the following prompt:\n"
         tokenizer: Any = self.tokenizer
-        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         texts = [f"{instruction}{prompt}{TURN}" for prompt in prompts]
-        return [[begin, *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return [[self.begin, *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def encode(self, prompts: list[str]) -> Condition:
         """Tokenise and embed both guidance branches; the unconditional one begins with the image's start, at position 0."""

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,11 @@ def test_sizes_that_cannot_be_drawn_are_refused(published: Lumina2Spec, size: in
     raises_in_one_line(replace(published, size=size).check, words)
 
 
+@pytest.mark.parametrize("trained", ["large", 0, 700])
+def test_a_trained_size_that_is_no_side_is_refused(published: Lumina2Spec, trained: Any) -> None:
+    raises_in_one_line(replace(published, trained_size=trained).check, "trained_size must be a side in multiples of 32")
+
+
 def test_without_weights_the_command_that_fetches_them_is_told(published: Lumina2Spec, folder: Path) -> None:
     raises_in_one_line(published.check, "hf download Alpha-VLLM/Lumina-mGPT-2.0")
     raises_in_one_line(
@@ -246,3 +252,7 @@ def test_what_does_not_fit_the_checkpoint_is_refused(model: Lumina2, folder: Pat
             token["id"] = content["model"]["vocab"].get(token["content"], token["id"])
         (other / "tokenizer.json").write_text(json.dumps(content))
         raises_in_one_line(replace(model.spec, weights=str(other)).load, message)
+    (other / "tokenizer.json").write_text(words)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None, "eos_token": None}))
+    raises_in_one_line(replace(model.spec, weights=str(other)).load, "names neither a bos_token nor an eos_token")
