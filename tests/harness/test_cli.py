@@ -74,7 +74,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
     cfg = settings(f"decoder={decoder}", f"model={model}")
     assert OmegaConf.merge(cfg.decoder, OmegaConf.load(path).decoder) == cfg.decoder
     check_node(cfg.decoder)
-    width = next(key for key in ("window", "window_size") if key in cfg.decoder)
+    width = next(key for key in ("window", "window_size", "context") if key in cfg.decoder)
     assert settings(f"decoder={decoder}", f"model={model}", f"decoder.{width}=7").decoder[width] == 7
 
 
