@@ -178,16 +178,10 @@ LOSSLESS = {
 }
 
 
-FULL = ("scd", "scd forced", "sjd2 slot", "sjd-fc", "eagle")
+FULL = ("scd", "sjd2 slot")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *by_default(FULL, []),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in LOSSLESS if name not in FULL),
-    ],
-)
+@pytest.mark.parametrize("name", by_default(LOSSLESS, [], slow=LOSSLESS.keys() - FULL))
 def test_block_verification_has_the_enumerated_distribution(name: str, nets: dict[str, str]) -> None:
     make, sampling, grid = LOSSLESS[name]
     assert abs(z_score(make(nets), sampling, grid)) < 5

@@ -53,16 +53,17 @@ LOSSLESS = {
 
 
 DEFAULT = ("siblings", "paths", "corrected branches", "eagle chain", "eagle dynamic")
+SLOW = ("three paths resampled", "paths left", "paths reused")
 
 
-@pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT))
+@pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT, SLOW))
 def test_trees_have_the_enumerated_distribution(name: str, nets: dict[str, str]) -> None:
     make, sampling = LOSSLESS[name]
     assert abs(z_score(make(nets), sampling)) < 5
 
 
 @pytest.mark.parametrize(
-    "name", by_default(["corrected branches", "eagle static", "eagle dynamic", "paths"], ["eagle dynamic"])
+    "name", by_default(["corrected branches", "eagle static", "eagle dynamic", "paths"], ["eagle dynamic"], ["paths"])
 )
 def test_forced_tokens_in_trees_do_not_change_the_distribution(name: str, nets: dict[str, str]) -> None:
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5

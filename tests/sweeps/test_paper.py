@@ -126,7 +126,7 @@ def test_geneval_has_a_counterpart_on_the_embedded_model(tmp_path: Path) -> None
     assert "all attributes right, ours" not in cells("Table 2", [lumina(tmp_path / "runs", "ar")], tmp_path / "2")[0]
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_operations_are_those_of_the_weights_and_of_attention() -> None:
     model = sjd2.load("tiny", adapter=None)
     weights = sum(p.numel() for name, p in model.transformer.layers.named_parameters() if "norm" not in name)

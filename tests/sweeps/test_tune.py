@@ -147,7 +147,7 @@ def test_seconds_of_two_machines_do_not_mix(tmp_path: Path, objective: str, move
             studies.open_study(tmp_path, settings, ("run",), "another GPU")
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_search_from_start_to_decoder(cli: Cli) -> None:
     asked = (*BEATEN, "tune.judge=24")
     assert cli(*asked, "tune.trials=4") == 0, cli.err
