@@ -82,8 +82,10 @@ CASES = [(decoder, "tiny") for decoder in DECODERS if groups(decoder)]
 CASES += [(decoder, "lumina") for decoder in ("gsd", "lantern++", "sjd2")]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+FULL = [("scd", "tiny"), ("eagle", "tiny"), ("sjd2-fc", "tiny"), ("pathspec-relaxed", "tiny"), ("lantern++", "lumina")]
+
+
+@pytest.mark.parametrize("case", by_default(CASES, [], slow=[case for case in CASES if case not in FULL]), ids="-".join)
 def test_every_part_of_the_groups_replaces_another_whole(case: tuple[str, str]) -> None:
     decoder, model = case
     own = plain(composed(f"decoder={decoder}", f"model={model}"))
