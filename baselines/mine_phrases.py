@@ -26,8 +26,11 @@ def main() -> None:
         pairs = mine_run(settings.run, settings.vocabulary, settings.count)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
-    with settings.file.open("wb") as file:  # np.save by itself would add .npy to the name
-        np.save(file, pairs)
+    try:
+        with settings.file.open("wb") as file:  # np.save by itself would add .npy to the name
+            np.save(file, pairs)
+    except OSError as error:
+        parser.exit(1, f"error: {settings.file} cannot be written: {error.strerror}.\n")
     print(f"{len(pairs)} pairs in {settings.file}")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import first_gpu_run, gpu
 from benchmarks.architectures import ARCHITECTURES, entry_bytes, weight_bytes
-from benchmarks.roofline import Peaks, Work, free_window, work
+from benchmarks.roofline import SHEETS, Peaks, Work, free_window, work
 from benchmarks.timing import Budget, graphed, time_call
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import generate
@@ -19,6 +19,7 @@ from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
+from sjd2.files import ROOT
 
 CPU = torch.device("cpu")
 
@@ -139,6 +140,15 @@ def test_a_window_is_free_as_long_as_memory_binds() -> None:
         assert at.flops / sheet.flops <= at.bytes / sheet.bandwidth
         assert over.flops / sheet.flops > over.bytes / sheet.bandwidth
     assert slots == {"lumina": 155, "glm-image": 284}
+
+
+def test_the_page_has_the_free_windows_that_the_data_sheets_predict() -> None:
+    plan, page = ARCHITECTURES["glm-image"], (ROOT / "docs" / "models" / "glm-image.md").read_text()
+    model, context = plan.build(torch.device("meta"), torch.bfloat16), plan.prompt + plan.layout.length // 2
+    for card, name in (("H100", "H100"), ("H200", "H200"), ("A100", "A100-SXM4-80GB")):
+        peak = Peaks(*SHEETS[name], None, None)
+        slots = [free_window(model, peak, batch, context) for batch in (1, 4, 16)]
+        assert f"| {card} | {slots[0]} | {slots[1]} | {slots[2]} |" in page
 
 
 def test_times_are_medians_of_the_calls_asked_for() -> None:
