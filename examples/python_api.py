@@ -16,7 +16,7 @@ PROMPTS = [
 def main(folder: str) -> None:
     """Generate the prompts with AR and a faster decoder, and save images below `folder`."""
     print(f"sjd2 {sjd2.__version__}: models {', '.join(sjd2.list_models())}")
-    model = sjd2.load("tiny")  # on a GPU: sjd2.load("lumina", device="cuda", dtype="bfloat16")
+    model = sjd2.load("tiny")  # on a GPU: sjd2.load("lumina", device="cuda")
     ar = sjd2.generate(model, PROMPTS, decoder="ar")
     print(ar)
 

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ SEVERAL = "several choices need -m: python run.py -m {key}=a,b"
 LAUNCHERS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "joblib", "ray": "ray"}  # and their extras
 CHECKOUT = "python run.py"  # how messages name the command; shown as the user typed it
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
+PATIENCE_S = 3.0  # seconds without a line that need no explanation
 
 
 def program() -> str:
@@ -39,6 +41,20 @@ def program() -> str:
 def say(text: str) -> None:
     """Print one line at once, also through a pipe."""
     print(text.replace(CHECKOUT, program()), flush=True)
+
+
+@contextlib.contextmanager
+def patience(text: str, *, after: float = PATIENCE_S) -> Iterator[None]:
+    """Print `text` if what is done inside takes longer than `after` seconds, and at its end how long it took."""
+    begin, timer = time.monotonic(), threading.Timer(after, say, [f"{text} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if (seconds := time.monotonic() - begin) > after:
+        say(f"{text}: {seconds:.0f} s.")
 
 
 @contextlib.contextmanager

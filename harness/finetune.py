@@ -63,7 +63,7 @@ def _train(cfg: DictConfig, device: str) -> Path:
     folder = RunFolder(cfg.run_dir or Path(cfg.runs_dir) / f"finetune-{name}")
     check_writable(folder.path, "runs_dir")
     spec = _spec(cfg, recipe) if recipe.needs_model else None
-    dtype = resolve_dtype(cfg.dtype, device)
+    dtype = resolve_dtype(cfg.dtype or "float32", device)
     settings = _identity(cfg, spec, dtype)
     failed = True
     try:

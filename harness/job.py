@@ -30,7 +30,7 @@ from harness.ranks import ALONE, Ranks
 from harness.sample import Job, Retiming
 from harness.tracking import About, NoTracker, Tracker
 from harness.turns import make_images
-from sjd2.decoding.cuda_graph import Graphs, obstacle
+from sjd2.decoding.cuda_graph import Graphs, usual_graphs
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
 from sjd2.models.base import ImageModel
@@ -74,12 +74,10 @@ def recorder(cfg: DictConfig, plan: Plan) -> Graphs | None:
 
     runtime.graph=true records whatever can be tried, runtime.graph=false nothing.
     """
-    if cfg.runtime.graph is False or not plan.device.startswith("cuda"):
-        return None
-    why = None if cfg.runtime.graph else obstacle(plan.spec, plan.decoder)
-    if why is not None:
-        say(f"passes run as they are, not as CUDA graphs: {why}.")
-    return Graphs() if why is None else None
+    graphs, left_out = usual_graphs(plan.device, plan.spec, plan.decoder, cfg.runtime.graph)
+    if left_out is not None:
+        say(f"{left_out}.")
+    return graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +202,7 @@ def _claim(entry: Entry) -> DictConfig:
     settings = DictConfig(OmegaConf.to_container(entry.cfg, resolve=True))
     settings.identity = entry.plan.identity
     settings[KEPT] = part_names(settings.decoder)
+    settings.dtype = entry.plan.dtype  # what `auto` or a model's own came to
     entry.plan.run.claim(settings, entry.plan.identity)
     entry.plan.prompts.keep(entry.plan.run)
     return settings

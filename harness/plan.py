@@ -26,8 +26,18 @@ from sjd2.decoding.sampling import SamplingParams
 from sjd2.devices import resolve_device, resolve_dtype
 from sjd2.errors import UserError
 
-# the command line's sampling parameters count, the digest tells the revision, and where layers lie changes no token
-NO_IDENTITY = ("sampling", "revision", "device_map", "text_device", "pixels", "diffusion_device", "diffusion_offload")
+# the command line's sampling parameters count, the digest tells the revision, where layers lie changes no token, and the
+# dtype that a run has is a part of its own
+NO_IDENTITY = (
+    "sampling",
+    "revision",
+    "device_map",
+    "text_device",
+    "pixels",
+    "dtype",
+    "diffusion_device",
+    "diffusion_offload",
+)
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p", "sampler")
 
 
@@ -56,13 +66,13 @@ def set_threads(cfg: DictConfig) -> None:
 def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     """Build and cross-check everything a run needs but the weights; raises UserError."""
     device = ranks.device(resolve_device(cfg.device))
-    dtype = resolve_dtype(cfg.dtype, device)
     if cfg.runtime.graph and not device.startswith("cuda"):
         raise UserError(f"runtime.graph=true needs a GPU, device is {device}; use device=cuda or runtime.graph=false.")
     prompts = instantiate(cfg.prompts)
     sampling = SamplingParams(**{key: cfg[key] for key in SAMPLING})
     decoder = instantiate(cfg.decoder)
     spec = instantiate(cfg.model)
+    dtype = resolve_dtype(cfg.dtype or getattr(spec, "dtype", "float32"), device)
     sampling.check(spec.vocabulary)
     spec.check_guidance(sampling.guidance_scale)
     _ = prompts.texts

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,14 +25,12 @@ from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.engine import Sample
 from sjd2.decoding.generate import StepInfo, generate, stream
+from sjd2.decoding.generate import warm_up as warm_up_passes
 from sjd2.decoding.likelihood import nll
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.base import Condition, ImageModel
-
-WARM_UP_PASSES = 3
-RECORDED_PASSES = 6  # where passes are replayed: enough to have one recorded before the first image is timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,22 +306,11 @@ class _Tracer:
         return trace, details
 
 
-class _Warm(Exception):
-    pass
-
-
 def warm_up(job: Job, model: ImageModel) -> None:
     """Run a few passes of the first batch and one decoding to pixels, unrecorded: first calls are slow."""
-    passes = WARM_UP_PASSES if job.graphs is None else RECORDED_PASSES
-
-    def few(step: StepInfo) -> None:
-        if step.pass_index >= passes:
-            raise _Warm
-
     batch = job.ids[: job.batch_size]
     cond = _encode(model, [job.prompts[p] for p, _ in batch])
-    with contextlib.suppress(_Warm):
-        generate(model, job.decoder, cond, [0] * len(batch), sampling=job.sampling, on_step=few, graphs=job.graphs)
+    warm_up_passes(model, job.decoder, cond, sampling=job.sampling, graphs=job.graphs)
     if job.pixels:
         with torch.inference_mode():
             model.warm_up_pixels(len(batch))

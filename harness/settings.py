@@ -68,7 +68,7 @@ TYPES: dict[str, Any] = {
     "save_baseline": str | None,
     "paper": str | None,
     "device": str,
-    "dtype": str,
+    "dtype": str | None,
     "output": str,
     "columns": str,
 }
@@ -94,7 +94,8 @@ def check_settings(cfg: DictConfig) -> None:
     if endless := [key for key, bound in cfg.bounds.items() if bound == float("inf")]:
         raise UserError(f"bounds.{endless[0]}=inf holds nothing; write bounds.{endless[0]}=null.")
     choose("stage", cfg.stage, STAGES)
-    choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
+    if cfg.dtype is not None:
+        choose("dtype", cfg.dtype, ("float32", "bfloat16", "float16", "float64", "auto"))  # sjd2.devices imports torch
     choose("device", cfg.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))  # likewise
     choose("sampler", cfg.sampler, SAMPLERS)
     check_sampling_ranges(**{key: cfg[key] for key in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from evaluation.run_folder import Id, Record
-from harness.console import Progress, say
+from harness.console import Progress, patience, say
 from harness.flops import gflops_per_token
 from harness.meter import GpuWatch, Meter
 from harness.provenance import start_entry
@@ -37,6 +37,7 @@ class Side:
     done: int
     total: int
     meter: Meter | None = None  # None where this rank makes nothing
+    warm_up_s: float = 0.0  # seconds before its first image: kernels compiled, passes recorded
 
     def keep(self, records: list[Record], rank: int | None) -> None:
         """Write what a turn made."""
@@ -156,14 +157,15 @@ def _make(sides: Sequence[Side], model: ImageModel, ranks: Ranks) -> None:
     finally:
         for side in sides:
             if ranks.main and side.meter is not None:
-                side.job.run.close_launch(side.launch, side.meter.entry() | watch.entry())
+                spent = {"warm_up_s": round(side.warm_up_s, 3)}
+                side.job.run.close_launch(side.launch, side.meter.entry() | watch.entry() | spent)
 
 
 def _warm_up(sides: Sequence[Side], model: ImageModel) -> bool:
     """Warm up all runs; return whether their replayed passes keep too much memory to stay there beside each other."""
     for side in sides:
         try:
-            warm_up(side.job, model)
+            _prepare(side, model)
         except torch.OutOfMemoryError:
             if not _others_hold(side, sides):
                 raise
@@ -171,9 +173,17 @@ def _warm_up(sides: Sequence[Side], model: ImageModel) -> bool:
             continue
         say("the keys and values of both runs do not fit beside each other: each turn makes its own anew, untimed.")
         _make_room(sides)
-        warm_up(side.job, model)
+        _prepare(side, model)
         return True
     return False
+
+
+def _prepare(side: Side, model: ImageModel) -> None:
+    """Warm up a run, before its time is measured; what takes long says so, and stands in provenance.jsonl."""
+    begin = time.perf_counter()
+    with patience(f"{side.job.run.path.name}: first passes, which load, compile and record, are not timed"):
+        warm_up(side.job, model)
+    side.warm_up_s += time.perf_counter() - begin
 
 
 def _others_hold(side: Side, sides: Sequence[Side]) -> bool:
@@ -247,7 +257,7 @@ def _ready(side: Side, sides: Sequence[Side], model: ImageModel, *, crowded: boo
     """Where memory is short, free what the other runs keep and record this run's passes anew, before its time runs."""
     if crowded and _others_hold(side, sides):
         _make_room(sides)
-        warm_up(side.job, model)
+        _prepare(side, model)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from sjd2.config import choices, compose, expand_home, instantiate
+from sjd2.decoding.cuda_graph import Graphs, usual_graphs
 from sjd2.decoding.decoder import BaseDecoder
-from sjd2.decoding.generate import CHECK_EVERY, StepInfo
+from sjd2.decoding.generate import CHECK_EVERY, StepInfo, warm_up
 from sjd2.decoding.generate import generate as run_decoder
 from sjd2.decoding.noise import sample_seed
 from sjd2.decoding.sampling import SamplingParams
@@ -34,7 +35,7 @@ from sjd2.part_choices import PARTS
 
 logger = logging.getLogger(__name__)
 # of `generate`, beside settings
-ARGUMENTS = ("decoder", "seed", "on_step", "progress", "threads")
+ARGUMENTS = ("decoder", "seed", "on_step", "progress", "threads", "graph")
 
 
 @dataclass(kw_only=True, repr=False)
@@ -111,19 +112,21 @@ def list_decoders() -> list[str]:
 
 
 def load(
-    name: str = "tiny", *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", **settings: Any
+    name: str = "tiny", *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None, **settings: Any
 ) -> ImageModel:
     """Load a model of conf/model; `settings` are keys of its yaml, e.g. adapter=None, weights="FOLDER".
 
-    device: cpu, cuda, cuda:1, mps, or auto. dtype: a torch dtype, its name, or auto: bfloat16 on cuda, else float32.
+    device: cpu, cuda, cuda:1, mps, or auto. dtype: a torch dtype, its name, or auto: bfloat16 on cuda, else float32. None: the
+    model's own, which is auto for published models and float32 for the embedded one.
     On a GPU the passes of a decoder attend in one kernel where that is possible; a warning says where it is not.
     Raises `UserError` for an unknown name, a wrong setting, a device that is not available, or missing weights.
     """
     from sjd2.models.fusion import fuse  # imports half of transformers
 
     device = resolve_device(device)
-    dtype = resolve_dtype(dtype, device)
-    model = instantiate(_compose("model", name, settings)).load(device, dtype)
+    spec = instantiate(_compose("model", name, settings))
+    dtype = resolve_dtype(getattr(spec, "dtype", "float32") if dtype is None else dtype, device)
+    model = spec.load(device, dtype)
     for sentence in fuse(model):
         logger.warning("%s.", sentence)
     return model
@@ -149,6 +152,7 @@ def generate(
     on_step: Callable[[StepInfo], None] | None = None,
     progress: bool = True,
     threads: int | None = 1,
+    graph: bool | None = None,
     **settings: Any,
 ) -> Images:
     """Generate one image per prompt, all in one batch.
@@ -158,7 +162,9 @@ def generate(
     name (window=16). on_step: called after every forward pass with a `StepInfo` (pass_index; committed [B] tokens so far;
     accepted [B] in this pass; tokens, the live buffer), tensors on the model's device that nobody has waited for. progress:
     a bar on stderr where that is a terminal. threads: of torch while a CPU generates; one is the fastest for small models,
-    None keeps torch's setting.
+    None keeps torch's setting. graph: whether passes are recorded and replayed as CUDA graphs (None: on a GPU, where a warning
+    says why not). The first call for a decoder and a number of prompts records them, outside the seconds that are returned;
+    the model keeps them, with their keys and values, until a call for others.
 
     Prompt i of a list always gets the same random numbers, so its image does not depend on the other prompts (in float64
     token for token). Raises `UserError` for settings that do not fit.
@@ -185,8 +191,12 @@ def generate(
     decoder.check_sampling(sampling)
     sampling.check(model.layout.vocabulary)
     seeds = [sample_seed(seed, index, 0) for index in range(len(prompts))]
+    graphs = _graphs(model, decoder, graph)
     with _threads(model, threads), _bar(model, len(prompts), on_step, shown=progress) as watch:
-        result = run_decoder(model, decoder, model.encode(prompts), seeds, sampling=sampling, on_step=watch)
+        condition = model.encode(prompts)
+        if graphs is not None and not graphs.refused and not graphs.holds(model, decoder, len(prompts), sampling):
+            warm_up(model, decoder, condition, sampling=sampling, graphs=graphs)
+        result = run_decoder(model, decoder, condition, seeds, sampling=sampling, on_step=watch, graphs=graphs)
         wanted = getattr(spec, "pixels", "decode") != "none"
         pixels = model.draw(result.tokens.to(model.device), prompts, seeds) if wanted else None
     return Images(
@@ -198,6 +208,17 @@ def generate(
         decoder=decoder.name,
         seed=seed,
     )
+
+
+def _graphs(model: ImageModel, decoder: BaseDecoder, wanted: bool | None) -> Graphs | None:
+    """Return what records and replays passes on the model's device, the same one in every call; None where nothing does."""
+    graphs, left_out = usual_graphs(str(model.device), model.spec, decoder, wanted)
+    if left_out is not None:
+        logger.warning("%s.", left_out)
+    model.graphs = (
+        None if graphs is None else model.graphs or graphs
+    )  # what it holds would be lost memory to eager passes
+    return model.graphs
 
 
 def _check_model(model: Any) -> None:

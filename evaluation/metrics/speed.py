@@ -129,7 +129,7 @@ class Speed(Metric):
         MetricInfo(name="peak_memory_gb", digits=1, higher_is_better=False, of_machine=True),
         MetricInfo(name="gflops_per_token", higher_is_better=False),
     )
-    details = ("accepted_per_forward_hist", "accept_rate_by_depth", "nll_missing", "hardware")
+    details = ("accepted_per_forward_hist", "accept_rate_by_depth", "nll_missing", "hardware", "dtype")
     # as it stands in run folders, word for word
     protocol = (
         "step_compression: mean over images of tokens / target-model passes, the prefill counted as the pass of the "
@@ -152,6 +152,8 @@ class Speed(Metric):
             "step_compression": fmean(map(step_compression, records)),
             "accepted_per_forward_hist": accepted_histogram(records),
         }
+        if (dtype := run.folder.identity.get("dtype")) is not None:
+            out["dtype"] = dtype  # the resolved one: `auto` and a model's own differ by device
         if missing := sum("nll" not in record for record in records):
             out["nll_missing"] = missing  # they were not finite: no mean without them
         else:

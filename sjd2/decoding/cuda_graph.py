@@ -148,8 +148,8 @@ class Replayed(Engine):
             yield from _tensors(self, name)
 
     def serves(self, model: ImageModel, decoder: BaseDecoder, rows: int, sampling: SamplingParams) -> bool:
-        """Return whether this is an engine of just these."""
-        same = self.model is model and self.adapter is model.adapter and self.decoder is decoder
+        """Return whether this is an engine of just these; a decoder built again from equal settings is the same one."""
+        same = self.model is model and self.adapter is model.adapter and self.decoder == decoder
         same = same and self.cache.fused == model.fused
         return same and self.num_rows == rows and self.sampling == sampling
 
@@ -170,12 +170,26 @@ def _tensors(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
             yield from _tensors(value, field.name)
 
 
-def obstacle(spec: ModelSpec, decoder: BaseDecoder) -> str | None:
+def usual_graphs(
+    device: str, spec: ModelSpec | None, decoder: BaseDecoder, wanted: bool | None = None
+) -> tuple[Graphs | None, str | None]:
+    """Return what records the passes of a decoder on this device, and the sentence that says why nothing does.
+
+    wanted: True records whatever can be tried, False nothing, None what has been tested. Off CUDA there is nothing to record,
+    and nothing to say of it.
+    """
+    if wanted is False or not device.startswith("cuda"):
+        return None, None
+    why = None if wanted else obstacle(spec, decoder)
+    return (Graphs(), None) if why is None else (None, f"passes run as they are, not as CUDA graphs: {why}")
+
+
+def obstacle(spec: ModelSpec | None, decoder: BaseDecoder) -> str | None:
     """Return why the passes of a decoder cannot be recorded on a GPU, or None."""
     if getattr(spec, "device_map", None) is not None:
         return "model.device_map may spread the layers over several devices"
-    if getattr(spec, "quantisation", None) is not None:
-        return f"the layers of model.quantisation={spec.quantisation} have not been recorded yet"
+    if (quantisation := getattr(spec, "quantisation", None)) is not None:
+        return f"the layers of model.quantisation={quantisation} have not been recorded yet"
     if not engine_class(decoder).replayable:
         return f"{decoder.name} plans its passes on the host"
     return None
@@ -194,6 +208,10 @@ class Graphs:
         if self.kept is not None:
             self.kept.graphs.clear()  # a refused pass refers to its engine, which would stay until Python looks for cycles
         self.kept = None
+
+    def holds(self, model: ImageModel, decoder: BaseDecoder, rows: int, sampling: SamplingParams) -> bool:
+        """Return whether `start` would hand out the last engine, with what it has recorded."""
+        return self.kept is not None and self.kept.serves(model, decoder, rows, sampling)
 
     def start(
         self, model: ImageModel, decoder: BaseDecoder, rows: int, prompt: int, sampling: SamplingParams

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import UserError
 from sjd2.models.base import Condition, ImageModel
 
+WARM_UP_PASSES = 3
+RECORDED_PASSES = 6  # where passes are replayed: enough to have one recorded before the first image is timed
 CHECK_EVERY = 8  # passes between two reads of the rows' lengths from a GPU; on a CPU they are read after every pass
 
 
@@ -86,6 +89,32 @@ def generate(
         _report(engine, on_step, passes)
     engine.seconds["decode"] = engine.now() - begin
     return DecodeResult([engine.collect(row) for row in range(rows)], engine.seconds)
+
+
+class _Enough(Exception):
+    """Enough passes have run."""
+
+
+def warm_up(
+    model: ImageModel,
+    decoder: BaseDecoder,
+    condition: Condition,
+    *,
+    sampling: SamplingParams,
+    graphs: Graphs | None = None,
+) -> None:
+    """Run the first passes of a batch and drop them: first calls load kernels, compile, and record.
+
+    Afterwards `graphs` holds what the next batch of as many rows replays.
+    """
+    passes = WARM_UP_PASSES if graphs is None else RECORDED_PASSES
+
+    def few(info: StepInfo) -> None:
+        if info.pass_index >= passes:
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        generate(model, decoder, condition, [0] * len(condition), sampling=sampling, on_step=few, graphs=graphs)
 
 
 def stream(

@@ -60,6 +60,9 @@ class ImageModel:
         self.layout = layout
         self.adapter: Adapter | None = None  # where a fine-tuning is loaded
         self.fused = False  # whether passes over a cache attend in one kernel (window_attention.py)
+        self.graphs: Any = (
+            None  # of sjd2.generate: recorded passes, with keys and values, that its next call may replay
+        )
         self.head_module: nn.Module | None = None  # output weights, for fine-tunings that change all weights
 
     def __repr__(self) -> str:

@@ -62,6 +62,7 @@ def lumina(
     device_map: str | None = None,
     quantisation: str | None = None,
     pixels: str = "decode",
+    dtype: str = "float32",
 ) -> ChameleonSpec:
     """Describe a Lumina-mGPT checkpoint at one size.
 
@@ -96,5 +97,6 @@ def lumina(
         device_map=device_map,
         quantisation=quantisation,
         pixels=pixels,
+        dtype=dtype,
         sampling=sampling,
     )

@@ -25,7 +25,8 @@ class ModelSpec:
 
     weights: local folder or hub id. vocabulary: V. adapter: folder or hub id of an SJD2 fine-tuning. attention: kernel of
     transformers. revision: of `weights` on the hub. device_map, quantisation: how transformers loads (null: all on one
-    device, in `dtype`). pixels: decode, or none to sample tokens only. sampling: the model's customary sampling parameters.
+    device, in `dtype`). pixels: decode, or none to sample tokens only. dtype: what to sample in where the command names none
+    (auto: bfloat16 on cuda, else float32). sampling: the model's customary sampling parameters.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelSpec:
     device_map: str | None = None
     quantisation: str | None = None
     pixels: str = "decode"
+    dtype: str = "float32"
     sampling: dict[str, float] = field(default_factory=dict)
 
     can_guide: ClassVar[bool] = True  # whether it has an unconditional prompt

@@ -16,8 +16,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 import sjd2
+from sjd2.config import compose, instantiate
+from sjd2.decoding.cuda_graph import Graphs, usual_graphs
+from sjd2.decoding.generate import warm_up
+from sjd2.devices import resolve_dtype
 from sjd2.errors import UserError
 from sjd2.files import ROOT
+from tests.helpers import tape
+from tests.helpers.bounded_spans import as_on_a_gpu
 
 PROMPTS = [
     "a large red circle above a small blue square on a plain teal background",
@@ -223,3 +229,33 @@ def test_the_notebook_runs_from_top_to_bottom() -> None:
             assert cell["outputs"] == []  # committed without results
             exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
     assert sum(b - a for a, b in zip([0, *names["committed"]], names["committed"], strict=False)) == 144
+
+
+def test_a_model_has_a_dtype_of_its_own_and_the_command_wins() -> None:
+    lumina = compose(["model=lumina", "model.weights=x"]).model
+    assert instantiate(lumina).dtype == "auto"
+    assert instantiate(compose(["model=tiny"]).model).dtype == "float32"
+    assert {resolve_dtype("auto", device) for device in ("cuda", "cuda:1")} == {"bfloat16"}
+    assert resolve_dtype("auto", "cpu") == "float32"
+    assert sjd2.load("tiny").dtype == torch.float32
+    assert sjd2.load("tiny", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_passes_are_recorded_once_and_replayed_by_the_next_call(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with a tape in place of CUDA graphs."""
+    plain = sjd2.generate(model, PROMPTS[:1], decoder="scd", window=12)
+    monkeypatch.setattr("sjd2.api.usual_graphs", lambda *_: (Graphs(tape.record), None))
+    warm: list[int] = []
+    monkeypatch.setattr("sjd2.api.warm_up", lambda *args, **more: (warm.append(1), warm_up(*args, **more)))
+    with as_on_a_gpu():
+        first = sjd2.generate(model, PROMPTS[:1], decoder="scd", window=12)
+        kept = model.graphs.kept
+        assert any(kept.graphs.values())
+        again = sjd2.generate(model, PROMPTS[:1], decoder="scd", window=12)
+    assert model.graphs.kept is kept
+    assert warm == [1]  # nothing is recorded in the second call
+    assert torch.equal(first.tokens, plain.tokens)
+    assert torch.equal(again.tokens, plain.tokens)
+    monkeypatch.setattr("sjd2.api.usual_graphs", usual_graphs)
+    sjd2.generate(model, PROMPTS[:1], decoder="scd", window=12)
+    assert model.graphs is None  # eager passes: the recorded ones' keys and values are let go

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from evaluation.run_folder import RunFolder, run_folders
 from harness import sample as sampling
 from harness.grids import waiting
 from harness.meter import Meter
-from sjd2.decoding.generate import generate
+from sjd2.decoding.generate import WARM_UP_PASSES, generate
 from sjd2.files import ROOT
 from tests.helpers.cli import Cli
 
@@ -252,9 +253,12 @@ def test_the_warm_up_is_short_and_leaves_no_record(cli: Cli, monkeypatch: pytest
         return generate(model, decoder, cond, seeds, sampling=sampling, on_step=count, graphs=graphs)
 
     monkeypatch.setattr(sampling, "generate", spy)
+    monkeypatch.setattr(importlib.import_module("sjd2.decoding.generate"), "generate", spy)  # of the warm-up
     assert cli("decoder=ar", "limit=6") == 0
-    assert passes == [sampling.WARM_UP_PASSES, 15, 15]  # the first token comes from the prefill
+    assert passes == [WARM_UP_PASSES, 15, 15]  # the first token comes from the prefill
     assert len(cli.run("ar").records()) == 6
+    assert cli.run("ar").provenance()[0]["warm_up_s"] > 0
+    assert cli.run("ar").metrics["dtype"] == cli.run("ar").settings["dtype"] == "float32"
 
 
 def test_waiting_passes() -> None:

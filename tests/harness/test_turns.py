@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -267,7 +268,9 @@ def test_runs_that_do_not_fit_beside_each_other_free_what_they_keep(monkeypatch:
     sides = []
     for _ in range(2):
         graphs = Graphs(lambda work: work)
-        job = SimpleNamespace(graphs=graphs, refill=False, numbers=lambda share: [0, 1])
+        job = SimpleNamespace(
+            run=SimpleNamespace(path=Path("run")), graphs=graphs, refill=False, numbers=lambda share: [0, 1]
+        )
         sides.append(Side(job=job, share=[], launch=0, done=0, total=2, meter=contextlib.nullcontext()))
     kept = []
 
