@@ -63,7 +63,7 @@ def test_a_higher_limit_continues_the_folders(finished: Cli) -> None:
     before = {path.name: content(path) for path in finished.runs_dir.iterdir()}
     assert finished(*TINY, "evaluation=none", "limit=4") == 0, finished.err
     after = {path.name: content(path) for path in run_folders(finished.runs_dir)}
-    assert after.keys() == before.keys()
+    assert after.keys() == before.keys() | {"dtype"}  # which later releases add
     for name, files in before.items():
         assert after[name]["samples.jsonl"].startswith(files.pop("samples.jsonl"))
         assert files.items() <= after[name].items()
