@@ -22,9 +22,9 @@ from sjd2.decoding.cuda_graph import WARM, Graphs
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine
-from sjd2.decoding.interfaces import State
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import Noise, Purpose
+from sjd2.decoding.pass_cost import stand_at
 from sjd2.decoding.refine import Coupled, Resample
 from sjd2.decoding.sampling import SamplingParams, draw, draw_gumbel
 from sjd2.decoding.verify import Exact, residual
@@ -146,14 +146,8 @@ class Bench:
         engine.admit(rows, condition, rows)
         prompt = engine.cache.lengths.clone()
 
-        @torch.inference_mode()
         def hold() -> None:
-            engine.state.committed.fill_(self.half)
-            if isinstance(engine.state, State):  # the window's
-                engine.state.cached.fill_(self.half - 1)
-            engine.cache.lengths.copy_(prompt + self.half - 1)
-            engine.cache.bound = engine.prompt + self.half - 1
-            engine.history.clear()
+            stand_at(engine, self.half, prompt)
 
         found = time_call(self.device, engine.step, **(self.effort | {"warm": WARM + 2}), between=hold)
         prefill = time_call(self.device, lambda: engine.admit(rows, condition, rows), warm=1, most=5, least=2)

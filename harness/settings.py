@@ -38,7 +38,7 @@ STAGES = {
     ),
     "report": Stage("sweeps.report.page.stage", "one self-contained page: table, plots, images, a race of the traces"),
     "tune": Stage(
-        "sweeps.tune.search.stage",
+        "sweeps.tune.stage.stage",
         "a decoder's settings for least latency under a bound on quality: tune=NAME",
         tables=True,
     ),

@@ -6,7 +6,6 @@ result is judged on captions that the search never used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,10 @@ from evaluation.declared import declared, withheld
 from evaluation.metrics.speed import Speed
 from evaluation.run_folder import RunFolder
 from evaluation.score import Metric
-from harness import job
 from harness.console import say, sentence
-from harness.plan import build_metrics, draws, make_plan
+from harness.plan import make_plan
 from harness.provenance import hardware
-from harness.recompose import OWN, recompose
-from sjd2.config import choices, instantiate
+from sjd2.config import instantiate
 from sjd2.errors import UserError
 from sjd2.locks import lock
 from sweeps.tune.space import OBJECTIVES, QUALITIES, Tune, suggest
@@ -45,13 +42,13 @@ from sweeps.tune.study import (
     write_decoder,
     write_trials,
 )
+from sweeps.tune.trials import TrialRuns
 from sweeps.tune.verdict import UNTOLD, judged
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-TURNS = 4  # in which the finals and the judgement are run
 DRAWS = 20  # settings in a row that exclude each other, after which a search gives up
 
 
@@ -64,13 +61,13 @@ class TrialResult:
     lossless: bool
 
 
-class Search:
+class Search(TrialRuns):
     """One search: its settings, its study, and the model that all trials share."""
 
+    tune: Tune
+
     def __init__(self, cfg: DictConfig, tune: Tune, metrics: Mapping[str, Metric], out: Path) -> None:
-        self.cfg, self.tune, self.out = cfg, tune, out
-        self.metrics = {"speed": Speed(), **metrics}
-        self.models = job.Models()
+        super().__init__(cfg, tune, metrics, out)
         total = len(instantiate(cfg.prompts).texts)
         if tune.judge + tune.finals + tune.prompts > total:
             raise UserError(
@@ -80,30 +77,6 @@ class Search:
         # the search uses the last captions of the list, the finals those before; `total` excludes what the command skips
         last = cfg.prompts.get("skip", 0) + total - tune.prompts
         self.search_captions, self.final_captions = [f"prompts.skip={last}"], [f"prompts.skip={last - tune.finals}"]
-
-    def compose(self, *overrides: str, decoder: str | None = None, own: bool = False) -> DictConfig:
-        """Compose the command again with further settings.
-
-        decoder: replaces the command's decoder and its settings. own: the decoder as the command has it, without the
-        settings that tune.fixed gives it.
-        """
-        fixed = [word for word in self.tune.fixed if (decoder is None and not own) or not OWN.match(word)]
-        cfg = recompose([*fixed, "baseline=null", "run_dir=null", *overrides], decoder=decoder)
-        cfg.runs_dir = str(self.out / "runs")
-        return cfg
-
-    def make(self, cfg: DictConfig, limit: int, metrics: Mapping[str, Metric]) -> RunFolder:
-        """Make and score the first `limit` images of a run; existing ones are kept."""
-        cfg = cfg.copy()
-        cfg.limit = limit
-        nodes = cfg.evaluation.get("metrics") or {}
-        cfg.evaluation = {"metrics": {name: node for name, node in nodes.items() if name in metrics}}
-        plan = make_plan(cfg)
-        ids, known = plan.prompts.ids(limit), plan.run.metrics
-        scored = known.get("n_images", 0) >= len(ids) and metrics.keys() <= set(known.get("protocol", {}))
-        if plan.run.missing(ids) or not scored:
-            job.make_run(job.Entry(cfg=cfg, plan=plan), metrics=metrics, models=self.models, wait=True)
-        return plan.run
 
     def result(self, run: RunFolder, reference: RunFolder) -> TrialResult:
         """Compare a scored run with AR on the same captions."""
@@ -246,24 +219,6 @@ class Search:
             f"no trial is within tune.bound={self.tune.bound} on other captions; more tune.finals reduce the noise."
         )
 
-    def in_turns(self, cfgs: Sequence[DictConfig], images: int) -> list[RunFolder | str]:
-        """Make runs a part at a time, in turns, so that a machine that is slow for a while is slow for all.
-
-        Returns the runs, or the reason for one that could not be made.
-        """
-        runs: list[RunFolder | str] = [""] * len(cfgs)
-        batch = self.cfg.batch_size  # whole batches: half of one costs as much
-        parts = (math.ceil(images * part / TURNS / batch) * batch for part in range(1, TURNS + 1))
-        for limit in sorted({min(images, part) for part in parts}):
-            for place, cfg in enumerate(cfgs):
-                if isinstance(runs[place], str) and runs[place]:
-                    continue
-                try:
-                    runs[place] = self.make(cfg, limit, {"speed": Speed()})
-                except (UserError, torch.OutOfMemoryError) as error:
-                    runs[place] = sentence(error)
-        return runs
-
     def _rejection(self, cfg: DictConfig, captions: Sequence[str]) -> str:
         """Return by how much a run on these captions exceeds the bound, or why that is unknown; '' within it."""
         if cfg.decoder.lossless and self.tune.trust_lossless:
@@ -303,17 +258,8 @@ class Search:
                 "beyond noise and within the bound."
             )
             return self.out
-        file = write_decoder(best, overrides, self.out, self.tune)
-        say(f"best settings: {' '.join(overrides)}")
+        words = " ".join(overrides)
+        file = write_decoder(best, self.out, name=f"{best.decoder.name}-tuned", found=words)
+        say(f"best settings: {words}")
         say(f"as a decoder: python run.py --config-dir {self.out} decoder={file.stem}")
         return self.out
-
-
-def stage(cfg: DictConfig) -> Path:
-    """Run stage=tune: search the settings of decoder= as tune= defines."""
-    if cfg.get("tune") is None:
-        valid = choices("tune")
-        raise UserError(f"stage=tune needs a search: tune={' or tune='.join(valid) or 'NAME'}.")
-    tune, metrics = instantiate(cfg.tune), build_metrics(cfg, images=draws(cfg))
-    tune.check()
-    return Search(cfg, tune, metrics, Path(cfg.runs_dir) / f"tune-{tune.name}").run()

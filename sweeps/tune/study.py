@@ -223,13 +223,15 @@ def write_trials(study: Study, out: Path) -> None:
         pareto(panel, out / "pareto.png", caption=f"trials, {asked['objective']}")
 
 
-def write_decoder(cfg: DictConfig, overrides: list[str], out: Path, tune: Tune) -> Path:
-    """Write the settings found as a decoder yaml, which `--config-dir` adds to the choices of decoder=."""
-    name = f"{cfg.decoder.name}-tuned"
+def write_decoder(cfg: DictConfig, out: Path, *, name: str, found: str) -> Path:
+    """Write the settings of a command as a decoder yaml, which `--config-dir` adds to the choices of decoder=.
+
+    found: what stage=tune found, for the first line.
+    """
     file = out / "decoder" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     head = (
-        f"# decoder={cfg.decoder.name} with the settings that stage=tune found: {' '.join(overrides)}\n"
+        f"# decoder={cfg.decoder.name} with the settings that stage=tune found: {found}\n"
         f"#   python run.py --config-dir {out} decoder={name}\n"
     )
     write_atomically(file, (head + OmegaConf.to_yaml(cfg.decoder, resolve=True)).encode())
