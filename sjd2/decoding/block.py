@@ -1,11 +1,11 @@
-"""Block verification: one joint decision for all draft tokens of a chain (Sun et al., arXiv 2403.10444).
+"""Block verification: one joint decision for all draft tokens of a pass, a chain (Sun et al., arXiv 2403.10444) or a tree.
 
 # B samples, S slots of a pass, V image vocabulary
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sjd2.decoding.interfaces import DraftRun, Judgement
-from sjd2.decoding.sampling import likelihood_ratio
+from sjd2.decoding.sampling import TINY_MASS, likelihood_ratio, residual
+from sjd2.decoding.shapes import Tree
 from sjd2.decoding.verify import Exact
 
 
@@ -25,12 +26,20 @@ class Block(Exact):
     e = sum_x max(0, w_k p(x) - q(x)) at the next slot; the whole run with its w (algorithm 2). The accepted prefix is the
     longest that passes, with probability w_k at least k tokens; the recovered token is one of norm(max(0, w_k p - q)). In
     expectation never shorter than token by token, since w_k is at least the product of min(1, p / q).
+
+    On trees a draft token is decided on after all its children, these in their order: when a child was rejected with all below
+    it, its parent has weight e / (e + 1 - w) left, w its own before, and its next child is weighed on norm(max(0, w p - q)).
     """
 
     joint: ClassVar[bool] = True
+    joint_trees: ClassVar[bool] = True
 
     def judge(self, run: DraftRun) -> Judgement:
-        """Decide for all draft tokens of a chain at once."""
+        """Decide for all draft tokens of a pass at once."""
+        return self.judge_tree(run, run.shape) if isinstance(run.shape, Tree) else self.judge_chain(run)
+
+    def judge_chain(self, run: DraftRun) -> Judgement:
+        """Accept the longest prefix of a chain that passes."""
         survival = joint_weights(self.log_ratio(run))  # [B, S-1] w_k after each draft token
         inside = torch.ones_like(run.certain) if run.inside is None else run.inside
         weight = pad(survival[:, :-1], (1, 0), value=1.0) * inside
@@ -41,6 +50,47 @@ class Block(Exact):
         prob = torch.where(last, survival, prob) * inside
         passed = run.coin < prob
         return Judgement(passed.flip(1).cumsum(1).flip(1) > 0, prob, weight)
+
+    def judge_tree(self, run: DraftRun, tree: Tree) -> Judgement:
+        """Accept the path to the first slot that passes, every slot after its children."""
+        inside = torch.ones_like(run.certain) if run.inside is None else run.inside
+        weight, tested, survival = self.tree_weights(run, tree)
+        weight = weight * inside
+        excess = self.excess(replace(run, p=tested), weight)
+        # what is left of a slot after its last child
+        child = tree.last[0, 1:] - 1
+        last = child.clamp(min=0)
+        left = torch.where(weight < 1, excess / (excess + 1 - weight), 1.0)[:, last]
+        prob = torch.where((child >= 0) & inside[:, last], left, survival) * inside
+        assert tree.order is not None  # of static trees
+        never = torch.full_like(tree.order, len(tree.order))
+        place = torch.where(pad(run.coin < prob, (1, 0), value=True), tree.order, never)
+        return Judgement(tree.seen[0][place.argmin(1)][:, 1:], prob, weight, tested)
+
+    def tree_weights(self, run: DraftRun, tree: Tree) -> tuple[Tensor, Tensor, Tensor]:
+        """Weigh each draft token on what its parent has left after its earlier children.
+
+        Returns the parent's weight [B, S-1], its distribution [B, S-1, V], and the draft token's own weight [B, S-1].
+        """
+        assert tree.spine is not None  # of static trees
+        log_ratio, spine = self.log_ratio(run), tree.spine[1:] - 1
+        weight, survival, tested = torch.zeros_like(log_ratio), torch.zeros_like(log_ratio), run.p.clone()
+        survival[:, spine] = joint_weights(log_ratio[:, spine])
+        weight[:, spine] = pad(survival[:, spine[:-1]], (1, 0), value=1.0)
+        for wave in tree.waves:
+            slots, given = wave.slots - 1, wave.given - 1
+            if wave.first:
+                weight[:, slots] = survival[:, given]
+                survival[:, slots] = (weight[:, slots] * log_ratio[:, slots].exp()).clamp(max=1)
+                continue
+            before, w = run.at(given), weight[:, given]
+            p = tested[:, given]
+            excess = self.excess(replace(before, p=p), w)
+            left = residual(w[..., None] * p, before.q, before.token) / excess[..., None]
+            tested[:, slots] = p = torch.where(excess[..., None] > TINY_MASS, left, p)
+            weight[:, slots] = w = torch.where(w < 1, excess / (excess + 1 - w), 1.0)
+            survival[:, slots] = (w * self.log_ratio(replace(run.at(slots), p=p)).exp()).clamp(max=1)
+        return weight, tested, survival
 
     @staticmethod
     def log_ratio(run: DraftRun) -> Tensor:

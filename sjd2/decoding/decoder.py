@@ -121,9 +121,9 @@ class Decoder(BaseDecoder):
     def _check_joint(self, verifier: Verifier, drafter: Drafter) -> None:
         """Raise `UserError` where draft tokens cannot be judged together."""
         kind = type(verifier).__name__
-        if drafter.is_tree:
+        if drafter.is_tree and (not verifier.joint_trees or drafter.separated() is None):
             raise UserError(
-                f"verifier {kind} judges a chain of draft tokens together, and this drafter proposes a tree; use "
+                f"verifier {kind} judges a chain of draft tokens together, and not the tree of this drafter; use "
                 "decoder.drafter.shape=chain (eagle), decoder.drafter.siblings=[] (front), or decoder/verifier=exact."
             )
         if verifier.exact and self.rule == "paper":
@@ -177,6 +177,7 @@ class Decoder(BaseDecoder):
         key = (model, model.adapter)
         if key not in self._bound:
             self._bound.clear()
-            parts = (self.drafter, self.verifier, self.refiner or Redrafted())
+            drafter = (self.drafter.separated() if self.verifier.joint else None) or self.drafter
+            parts = (drafter, self.verifier, self.refiner or Redrafted())
             self._bound[key] = Parts(*(part.bind(model, self.window) for part in parts))
         return self._bound[key]

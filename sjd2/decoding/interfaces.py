@@ -8,7 +8,7 @@ token after it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -126,6 +126,7 @@ class DraftRun:
     p [B, S-1, V]: the target distribution of each, on trees what its earlier siblings have left; q [B, S-1, V]: its own (None:
     one-hot); token [B, S-1]; depth [b, S-1]: how many tokens after the last committed one; certain [B, S-1]: forced or
     committed already; inside [B, S-1]: may be committed (rule=exact: only clean inputs before it; None: all); coin [B, S-1].
+    shape: which slot follows which; for a joint decision on a tree p is what the model returned.
     """
 
     p: Tensor
@@ -135,6 +136,21 @@ class DraftRun:
     certain: Tensor
     inside: Tensor | None
     coin: Tensor
+    shape: Shape = CHAIN
+
+    def at(self, slots: Tensor) -> DraftRun:
+        """Return the draft tokens `slots` [n] alone, numbered from 0."""
+        q, inside = self.q, self.inside
+        return replace(
+            self,
+            p=self.p[:, slots],
+            q=None if q is None else q[:, slots],
+            token=self.token[:, slots],
+            depth=self.depth[..., slots],
+            certain=self.certain[:, slots],
+            inside=None if inside is None else inside[:, slots],
+            coin=self.coin[:, slots],
+        )
 
 
 @dataclass(frozen=True)
@@ -143,11 +159,13 @@ class Judgement:
 
     weight [B, S-1]: of a joint decision, what p is multiplied by before q is subtracted; the residual after a rejected draft
     token is that of weight p, and a draft token that was not accepted is one of norm(max(0, q - weight p)).
+    tested [B, S-1, V]: the p meant here, on trees what earlier siblings have left; None: as in `DraftRun`.
     """
 
     accepted: Tensor
     accept_prob: Tensor
     weight: Tensor | None = None
+    tested: Tensor | None = None
 
 
 class Part:
@@ -182,6 +200,10 @@ class Drafter(Part):
     def is_tree(self) -> bool:
         """Return whether a pass may hold several draft tokens for one position."""
         return False
+
+    def separated(self) -> Drafter | None:
+        """Return this drafter with a draw of its own at each slot, as joint decisions on trees need; None: it cannot."""
+        return None if self.is_tree else self
 
     def num_carried(self, window: int) -> int:
         """Return how many slots are carried from pass to pass: all of a chain; 1 is the last committed token alone."""
@@ -219,10 +241,12 @@ class Verifier(Part):
     """Tests draft tokens. On trees p is what earlier siblings have left: multi-round speculative sampling.
 
     Token by token: write `accept_prob` and `residual`. A verifier that judges the whole run of a pass overrides `judge` and
-    sets joint; it is refused on trees. Under sampler=gumbel draft tokens are matched with AR's and no verifier is asked.
+    sets joint; it is refused on trees unless it sets joint_trees. Under sampler=gumbel draft tokens are matched with AR's and
+    no verifier is asked.
     """
 
     joint: bool = False
+    joint_trees: bool = False
 
     def judge(self, run: DraftRun) -> Judgement:
         """Judge all draft tokens of a pass; a token counts if all before it on its path are accepted too."""

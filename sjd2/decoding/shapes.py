@@ -6,7 +6,9 @@ Slot 0 is the last committed token, parents stand before their children, sibling
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ class Chain:
     ranks = 1
     reorder_depth = 0
     sibling = None
+    number = None
     lane = None
 
     def depths(self, size: int, device: torch.device) -> Tensor:
@@ -59,6 +62,10 @@ class Chain:
         """Return which slots see which [B, S, S]; None: causally."""
         return None
 
+    def inside(self, clean: Tensor | None) -> Tensor | None:
+        """Return which draft tokens have only clean inputs before them: [B, S] -> [B, S-1]; None: all."""
+        return None if clean is None else torch.nn.functional.pad(clean[:, 1:-1].cumprod(1) > 0, (1, 0), value=True)
+
     def accepted_path(self, accepted: Tensor, clean: Tensor | None) -> AcceptedPath:
         """Follow accepted draft tokens [B, S - 1] from slot 0; stop after the first input that is not `clean` [B, S].
 
@@ -76,6 +83,17 @@ class Chain:
 CHAIN = Chain()
 
 
+class Wave(NamedTuple):
+    """Slots that a joint decision weighs at once, and what each is weighed given: slots, given [n].
+
+    first: first children, given their parents; else further children, given the sibling before.
+    """
+
+    slots: Tensor
+    given: Tensor
+    first: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Tree:
     """Several draft tokens for one position. Tensors have a leading 1 where all rows share the shape, else B.
@@ -85,7 +103,9 @@ class Tree:
     ranks: largest number of children, deepest: largest depth. groups: slots of each rank where the shape is static.
     follow [S, C]: the slot that continues a slot at each depth: first children, then the main chain; static only.
     reorder_depth: depths 1..reorder_depth hold slots whose number is not their depth. lanes [b, S]: which chain each slot
-    belongs to, where several chains live on from pass to pass.
+    belongs to, where several chains live on from pass to pass. spine [P]: the slots of first children from slot 0 downwards;
+    waves: all others, in an order in which joint decisions can weigh them; order [S]: children in their order, then their
+    parent; static only.
     """
 
     parents: Tensor
@@ -101,6 +121,9 @@ class Tree:
     follow: Tensor | None = None
     reorder_depth: int = 0
     lanes: Tensor | None = None
+    spine: Tensor | None = None
+    waves: tuple[Wave, ...] = ()
+    order: Tensor | None = None
 
     @classmethod
     def of(cls, parents: Tensor, *, ranks: int, deepest: int) -> Tree:
@@ -126,6 +149,7 @@ class Tree:
             depth[slot] = depth[parents[slot]] + 1
             children[parents[slot]].append(slot)
         ranks = max(map(len, children))
+        spine, waves = _waves(children)
         follow = [list(range(chain)) for _ in parents]
         for slot in range(len(parents)):
             node = slot
@@ -140,6 +164,12 @@ class Tree:
             follow=torch.tensor(follow, device=device),
             reorder_depth=max((d for slot, d in enumerate(depth) if d != slot), default=0),
             lanes=None if lanes is None else torch.tensor([lanes], device=device),
+            spine=torch.tensor(spine, device=device),
+            waves=tuple(
+                Wave(torch.tensor(slots, device=device), torch.tensor(given, device=device), first)
+                for slots, given, first in waves
+            ),
+            order=torch.tensor(_post_order(children), device=device),
         )
 
     @property
@@ -151,6 +181,11 @@ class Tree:
     def lane(self) -> Tensor | None:
         """Return the lane of each draft token: [b, S - 1]; None where only one chain is kept."""
         return None if self.lanes is None else self.lanes[:, 1:]
+
+    @property
+    def number(self) -> Tensor:
+        """Return what tells all draft tokens apart: [1, S - 1]."""
+        return torch.arange(1, self.parents.shape[1], device=self.parents.device)[None]
 
     def depths(self, size: int, device: torch.device) -> Tensor:
         return self.depth
@@ -172,15 +207,23 @@ class Tree:
     def attn_mask(self, rows: int) -> Tensor:
         return self.seen.expand(rows, -1, -1)
 
+    def _after_clean(self, clean: Tensor) -> Tensor:
+        """Return which slots have only clean inputs before them: [B, S] -> [B, S]."""
+        ancestors = self.seen & ~torch.eye(clean.shape[1], dtype=torch.bool, device=clean.device)
+        return (clean[:, None] | ~ancestors).all(-1)
+
+    def inside(self, clean: Tensor | None) -> Tensor | None:
+        return None if clean is None else self._after_clean(clean)[:, 1:]
+
     def accepted_path(self, accepted: Tensor, clean: Tensor | None) -> AcceptedPath:
         rows, size = len(accepted), accepted.shape[1] + 1
         slot = torch.arange(size, device=accepted.device)
         accepted = torch.nn.functional.pad(accepted, (1, 0), value=True)
-        first = accepted & ~(self.earlier & accepted[:, None]).any(-1)  # of its siblings, in the order of the tests
+        # of its siblings, in the order of the tests
+        first = accepted & ~(self.earlier & accepted[:, None]).any(-1)
         on_path = (first[:, None] | ~self.seen).all(-1)
         if clean is not None:
-            ancestors = self.seen & (slot != slot[:, None])
-            on_path &= (clean[:, None] | ~ancestors).all(-1)
+            on_path &= self._after_clean(clean)
         depth = self.depth.expand(rows, -1)
         end = (on_path * (depth + 1)).argmax(1)
         slots = torch.zeros(rows, self.deepest + 1, dtype=torch.long, device=accepted.device)
@@ -190,6 +233,37 @@ class Tree:
 
 
 Shape = Chain | Tree
+
+
+def _waves(children: list[list[int]]) -> tuple[list[int], list[tuple[list[int], list[int], bool]]]:
+    """Return the first children from slot 0 downwards; and waves: slots, what each is weighed given, its kind."""
+    spine = [0]
+    while children[spine[-1]]:
+        spine.append(children[spine[-1]][0])
+    before = {later: earlier for siblings in children for earlier, later in itertools.pairwise(siblings)}
+    above = {siblings[0]: slot for slot, siblings in enumerate(children) if siblings}
+    known, waves = set(spine), []
+    while len(known) < len(children):
+        first, slots = False, [slot for slot, b in before.items() if b in known and slot not in known]
+        if not slots:
+            first, slots = True, [slot for slot, a in above.items() if a in known and slot not in known]
+        known.update(slots)
+        given = above if first else before
+        waves.append((slots, [given[slot] for slot in slots], first))
+    return spine, waves
+
+
+def _post_order(children: list[list[int]]) -> list[int]:
+    """Return the place of each slot where every slot stands after its children."""
+    visit, stack = [], [0]
+    while stack:  # parents before children, later siblings first: backwards this is the order
+        slot = stack.pop()
+        visit.append(slot)
+        stack.extend(children[slot])
+    place = [0] * len(children)
+    for number, slot in enumerate(reversed(visit)):
+        place[slot] = number
+    return place
 
 
 def gather_slots(field: Tensor, slots: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Verification:
         q = self.draft.probs
         if q is None or self.weight is None:
             return q
-        left = residual(q, self.weight[..., None] * self.p, self.draft.codes(q.shape[-1]))
+        left = residual(q, self.weight[..., None] * self.tested, self.draft.codes(q.shape[-1]))
         return left / left.sum(-1, keepdim=True)
 
     def exact(self) -> Verification:
@@ -117,17 +117,26 @@ def verify(verifier: Verifier, draft: Draft, target: Tensor, state: State, clean
     """
     sampler, positions, noise = state.sampler, state.draft_positions(draft), state.noise
     p, token = draft.shape.parent_probs(target), draft.codes(target.shape[-1])
-    if verifier.joint and draft.shape.ranks > 1:
+    if verifier.joint and draft.shape.ranks > 1 and not verifier.joint_trees:
         raise UserError(f"{type(verifier).__name__} judges a chain of draft tokens, but this drafter returned a tree.")
-    tested = after_siblings(verifier, p, draft) if sampler.residuals else p
+    tested = after_siblings(verifier, p, draft) if sampler.residuals and not verifier.joint else p
     certain = (state.forced_at(positions) >= 0) | (positions < state.committed[:, None])
-    coin = noise.uniform(positions, Purpose.ACCEPT, state.iteration, draft.shape.sibling)
+    number = draft.shape.number if verifier.joint else draft.shape.sibling
+    coin = noise.uniform(positions, Purpose.ACCEPT, state.iteration, number)
     if sampler.residuals:
         depth = draft.shape.depths(draft.tokens.shape[1], p.device)[..., 1:]
         run = DraftRun(
-            p=tested, q=draft.probs, token=token, depth=depth, certain=certain, inside=_inside(clean), coin=coin
+            p=tested,
+            q=draft.probs,
+            token=token,
+            depth=depth,
+            certain=certain,
+            inside=draft.shape.inside(clean),
+            coin=coin,
+            shape=draft.shape,
         )
         judged = verifier.judge(run)
+        tested = tested if judged.tested is None else judged.tested
     else:
         prob = sampler.accept_prob(verifier, p, draft.probs, token, positions).masked_fill(certain, 1.0)
         judged = Judgement(coin < prob, prob)
@@ -147,11 +156,6 @@ def verify(verifier: Verifier, draft: Draft, target: Tensor, state: State, clean
         certain=certain,
         positions=positions,
     )
-
-
-def _inside(clean: Tensor | None) -> Tensor | None:
-    """Return which draft tokens of a chain have only clean inputs before them: [B, S] -> [B, S-1]."""
-    return None if clean is None else torch.nn.functional.pad(clean[:, 1:-1].cumprod(1) > 0, (1, 0), value=True)
 
 
 def after_siblings(verifier: Verifier, p: Tensor, draft: Draft) -> Tensor:

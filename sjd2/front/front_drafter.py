@@ -9,7 +9,7 @@ others have left; and a corrector, which moves the recorded distribution towards
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Front(Drafter):
     chain: drafts the main chain. siblings: further draft tokens at depths 1, 2, ..., drawn without replacement. copies: the
     depth to which each branch copies the main chain's tokens. full: siblings at every node, not only on the main chain
     (SJD-PAC's K-ary tree). weights: folder or hub id of a corrector, None for none. corrected: depths that it corrects.
+    apart: each branch token is a draw of its own instead of a copy, as joint decisions need (`separated`).
     """
 
     chain: Drafter
@@ -57,6 +58,7 @@ class Front(Drafter):
     full: bool = False
     weights: str | None = None
     corrected: int = 0
+    apart: bool = False
 
     needs_records = True
 
@@ -83,6 +85,9 @@ class Front(Drafter):
     @property
     def is_tree(self) -> bool:
         return any(self.siblings)
+
+    def separated(self) -> Front:
+        return replace(self, apart=True)
 
     def check(self, spec: ModelSpec, window: int) -> None:
         """Raise `UserError` if the window is too small or the corrector's folder holds none."""
@@ -162,6 +167,8 @@ class FrontDrafter(Drafter):
             if depth <= self.settings.corrected:
                 assert hidden is not None  # the corrector's memory has it
                 token, q, hidden = self.correct(level, depth, tokens, token, q, hidden[:, level.home], state)
+            if self.settings.apart:
+                token = self.draw_first(level, depth, token, q, state)
             tokens[:, level.first], probs[:, level.first - 1] = token, q
             self.draw_siblings(level, depth, draft, token, q, state)
         draft.tokens = state.force(tokens, front.shape)
@@ -172,6 +179,13 @@ class FrontDrafter(Drafter):
             draft.embeds = torch.where((draft.level > 0)[..., None], noisy, self.model.embed(draft.tokens))
         return draft
 
+    def draw_first(self, level: Level, depth: int, token: Tensor, q: Tensor, state: State) -> Tensor:
+        """Draw the first token of each branch anew, all but the main chain's: q [B, F, V] -> [B, F]."""
+        slots = level.first[1:]
+        place = (state.cached + depth)[:, None].expand(-1, len(slots))
+        drawn = state.sampler.draw(q[:, 1:], place, Purpose.SIBLING, state.iteration, slots[None])
+        return torch.cat([token[:, :1], drawn], 1)
+
     def draw_siblings(self, level: Level, depth: int, draft: Draft, token: Tensor, q: Tensor, state: State) -> None:
         """Draw further children without replacement, from q without the earlier ones, renormalised and recorded."""
         position, probs = (state.cached + depth)[:, None], draft.probs
@@ -180,7 +194,8 @@ class FrontDrafter(Drafter):
             codes = token[:, : len(slots)].clamp(max=q.shape[-1] - 1)
             q = without(q[:, : len(slots)], codes)
             place = position.expand(-1, len(slots))
-            token = state.sampler.draw(q, place, Purpose.SIBLING, state.iteration, rank)
+            number = slots[None] if self.settings.apart else rank
+            token = state.sampler.draw(q, place, Purpose.SIBLING, state.iteration, number)
             draft.tokens[:, slots], probs[:, slots - 1] = token, q
 
     def correct(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from baselines.eagle.eagle_drafter import Eagle
+from baselines.pathspec import JacobiPaths
 from baselines.reuse import Reuse
 from sjd2.decoding.block import Block, joint_weights
 from sjd2.decoding.decoder import Decoder
@@ -178,6 +179,12 @@ LOSSLESS = {
 }
 
 
+class OnChains(Block):
+    """Refuses trees."""
+
+    joint_trees = False
+
+
 FULL = ("scd", "sjd2 slot")
 
 
@@ -215,7 +222,8 @@ def test_block_verification_under_gumbel_returns_exactly_the_tokens_of_ar(name: 
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (lambda: block(20, Front(chain=Jacobi(), siblings=(1,)), Coupled()), "judges a chain"),
+        (lambda: block(20, Front(chain=Jacobi(), siblings=(1,)), Coupled(), OnChains()), "judges a chain"),
+        (lambda: block(7, JacobiPaths(), Coupled()), "judges a chain"),
         (lambda: block(7, Eagle(shape="static", tree=PATHS)), "judges a chain"),
         (lambda: block(5, Jacobi(), Coupled(coupling="gumbel")), "coupling=maximal"),
         (lambda: replace(block(5, Denoise(), Coupled()), rule="paper", lossless=False), "rule=paper"),
@@ -235,4 +243,4 @@ class Hidden(Front):
 
 def test_a_tree_that_does_not_report_itself_is_refused() -> None:
     with pytest.raises(UserError, match="returned a tree"):
-        decode(Toy(GRID), block(12, Hidden(chain=Jacobi(), siblings=(1,)), Coupled()))
+        decode(Toy(GRID), block(12, Hidden(chain=Jacobi(), siblings=(1,)), Coupled(), OnChains()))
