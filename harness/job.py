@@ -64,7 +64,7 @@ def fuse_loudly(model: ImageModel, wanted: bool) -> None:
     begin = time.perf_counter()
     left_out = fuse(model, wanted)
     if (seconds := time.perf_counter() - begin) > 2:
-        say(f"the attention kernel was compiled and compared with SDPA in {seconds:.0f} s.")
+        say(f"the kernels were compiled and compared with torch's in {seconds:.0f} s.")
     for sentence in left_out:
         say(f"{sentence}.")
 

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from sjd2.checkpoints import read_part
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
+from sjd2.models.fused_layers import put_same
 from sjd2.models.kv_cache import RowCache, cache_argument
 
 SETTINGS, WEIGHTS = "eagle.json", "eagle.safetensors"
@@ -193,4 +194,5 @@ class EagleHead(nn.Module):
         if wrong:
             raise UserError(f"the EAGLE head {folder} does not fit this model (e.g. {min(wrong)}).")
         head.load_state_dict({name: tensor.to(model.dtype) for name, tensor in stored.items()})
+        put_same(model.transformer, head.layer)
         return head.eval().requires_grad_(False)

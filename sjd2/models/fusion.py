@@ -1,19 +1,21 @@
-"""What makes a model's passes fast on a GPU without changing more than rounding: fewer products, one kernel for attention."""
+"""What makes a model's passes fast on a GPU without changing more than rounding: fewer products, few kernels between them."""
 
 from __future__ import annotations
 
 import torch
 
 from sjd2.models.base import ImageModel
-from sjd2.models.norms import fuse_norms
+from sjd2.models.fused_layers import remove_layers
+from sjd2.models.layer_check import fuse_layers
+from sjd2.models.norms import fuse_norms, unfuse_norms
 from sjd2.models.projections import join_projections
-from sjd2.models.window_attention import fuse_attention
+from sjd2.models.window_attention import fuse_attention, kernels_missing
 
 
 def fuse(model: ImageModel, wanted: bool = True) -> list[str]:
     """Fuse what a loaded model computes on a GPU; return what is left out and why, a sentence each without its period.
 
-    wanted=False: attention is SDPA, projections and norms that were fused stay so. On a CPU nothing is fused.
+    wanted=False: layers compute as transformers wrote them; projections that were joined stay so. On a CPU nothing is fused.
     """
     left_out = []
     if wanted and model.device.type == "cuda":
@@ -23,4 +25,9 @@ def fuse(model: ImageModel, wanted: bool = True) -> list[str]:
     why = fuse_attention(model, wanted)
     if why is not None:
         left_out.append(f"attention runs as torch's SDPA, not as one kernel: {why}")
+    if not wanted:
+        remove_layers(model.transformer)
+        unfuse_norms(model)
+    elif model.device.type == "cuda" and kernels_missing(model) is None:  # otherwise attention has reported why
+        left_out += fuse_layers(model)
     return left_out

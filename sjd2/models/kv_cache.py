@@ -55,6 +55,12 @@ class _RowLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, heads, self.owner.capacity, value_states.shape[-1])
         self.is_initialized = True
 
+    def room(self, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values to write into, for heads of `width` side by side: key, value [R, S, heads * width]."""
+        if not self.is_initialized:
+            self.lazy_initialization(*(x.unflatten(2, (-1, width)).transpose(1, 2) for x in (key, value)))
+        return self.keys, self.values
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:

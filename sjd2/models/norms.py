@@ -33,7 +33,7 @@ def fuse_norms(model: ImageModel) -> int:
             continue
         kind = type(module).__name__
         if kind in RMS:
-            module.forward = functools.partial(_rms_norm, module)
+            module.forward = functools.partial(apply_rms_norm, module)
         elif kind == PER_HEAD:
             module.forward = functools.partial(_layer_norm, module)
         else:
@@ -42,7 +42,21 @@ def fuse_norms(model: ImageModel) -> int:
     return count
 
 
-def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+def unfuse_norms(model: ImageModel) -> None:
+    """Let the norms compute as their classes do."""
+    for module in model.transformer.modules():
+        if is_fused(module):
+            del module.forward
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether a norm runs as torch's own."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and forward.func in (apply_rms_norm, _layer_norm)
+
+
+def apply_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """Return what an RMSNorm module of transformers does, in one operation: [..., D] -> [..., D]."""
     return rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
 
 

@@ -115,21 +115,28 @@ def set_attention(model: ImageModel, *, fused: bool) -> None:
 
 def _obstacle(model: ImageModel) -> str | None:
     """Return why the kernel cannot serve this model, or None."""
-    transformer, dtype = model.transformer, model.dtype
-    if dtype not in TOLERANCE:
-        return f"{str(dtype).removeprefix('torch.')} stays on SDPA"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    transformer = model.transformer
+    if (missing := kernels_missing(model)) is not None:
+        return missing
     if not hasattr(transformer, "set_attn_implementation"):
         return f"{type(transformer).__name__} does not take an attention of its user"
     if (chosen := transformer.config._attn_implementation) not in (NAME, REFERENCE):
         return f"model.attention is {chosen}"
-    if len({parameter.device for parameter in transformer.parameters()}) > 1:
+    width = _heads(model)[2]
+    return f"heads of {width} are wider than {WIDEST}" if width > WIDEST else None
+
+
+def kernels_missing(model: ImageModel) -> str | None:
+    """Return why no kernel of ours runs in this model, or None."""
+    if model.dtype not in TOLERANCE:
+        return f"{str(model.dtype).removeprefix('torch.')} stays on SDPA"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if len({parameter.device for parameter in model.transformer.parameters()}) > 1:
         return "the layers lie on several devices"
     if torch.cuda.get_device_capability(model.device) < OLDEST:
         return f"{torch.cuda.get_device_name(model.device)} is older than Ampere"
-    width = _heads(model)[2]
-    return f"heads of {width} are wider than {WIDEST}" if width > WIDEST else None
+    return None
 
 
 def _heads(model: ImageModel) -> tuple[int, int, int]:

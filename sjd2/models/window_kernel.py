@@ -184,10 +184,11 @@ def tile(num_items: int, width: int, dtype: torch.dtype, card: Card) -> dict[str
     exact = dtype == torch.float32  # each product is three, with operands twice as large
     rows = max(16, min(32 if exact else 64, triton.next_power_of_2(num_items)))
     large = exact or width > 128
+    wide = rows >= 32 if exact else rows >= 64 and not card.grouped  # with four warps a thread would spill
     return {
         "TILE": rows,
         "BLOCK": 32 if large else 64,
-        "num_warps": 4 if rows < 64 or card.grouped else 8,  # with four a thread would spill
+        "num_warps": 8 if wide else 4,
         "num_stages": 3 if not large and (rows < 64 or card.shared_memory >= 2**17) else 2,
     }
 

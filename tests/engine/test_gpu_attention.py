@@ -1,4 +1,4 @@
-"""The attention kernel on a CUDA device: against SDPA, in whole decoders, recorded. Run by: python -m pytest -m gpu -n 0"""
+"""The kernels on a CUDA device: against SDPA and modules, in whole decoders, recorded. Run by: python -m pytest -m gpu -n 0"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import DecodeResult, generate
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.models.base import ImageModel
+from sjd2.models.layer_check import device_seconds, fuse_layers
 from sjd2.models.projections import join_projections
 from sjd2.models.window_attention import TOLERANCE, check, fuse_attention, set_attention, stores
 from tests.helpers.on_gpu import DECODERS, MARKS, PROMPTS, SEEDS
@@ -118,3 +119,14 @@ def test_every_family_has_the_states_of_sdpa(name: str, dtype: torch.dtype) -> N
         cache.lengths = torch.tensor([0, 5], device=GPU)
         states.append(model.forward(x, place + cache.lengths[:, None], cache).float())
     assert float((states[0] - states[1]).norm() / states[1].norm()) < (1e-4 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_family_passes_the_check_of_its_layers(name: str, dtype: torch.dtype) -> None:
+    model = ARCHITECTURES[name].small().build(GPU, dtype)
+    assert fuse_attention(model) is None
+    assert fuse_layers(model, lambda work: 1.0) == []  # narrow models are not what is timed
+    x = torch.randn(2, 6, model.transformer.get_input_embeddings().weight.shape[1], device=GPU, dtype=dtype)
+    with torch.inference_mode():
+        assert device_seconds(GPU, lambda: model.transformer.layers[0].mlp(x)) > 0

@@ -1,4 +1,4 @@
-"""Compile the attention kernel for a card that is not there: python -m tests.helpers.compiled_kernel CAPABILITY [WIDTHS].
+"""Compile the kernels for a card that is not there: python -m tests.helpers.compiled_kernel CAPABILITY [WIDTHS].
 
 Prints for each shape of a program the shared memory it takes (bytes) and what a thread spills (bytes), as JSON.
 """
@@ -19,17 +19,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sjd2.models.layer_kernels import BLOCK, _add_norm, _rotary_store, _silu_product, norm_shape, rotary_shape
 from sjd2.models.window_kernel import PARTS, Card, _attend, _merge, _store, tile
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may take
 NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 EVEN = ("query", "key", "value", "keys", "values", "lengths", "seen", "slots", "out", "partial", "tops", "totals")
 EVEN += ("query_row", "query_head", "query_slot", "key_row", "key_head", "key_slot", "capacity")  # multiples of 16
-EVEN += ("value_row", "value_head", "value_slot")
+EVEN += ("value_row", "value_head", "value_slot", "cos_slot", "sin_slot", "query_norm", "key_norm")
+EVEN += ("gate_row", "up_row", "residual_row", "delta_row", "width")
+POINTERS = ("query", "key", "value", "keys", "values", "out", "cos", "sin", "gate", "up", "residual", "delta", "before")
+POINTERS += ("after", "total", "normed", "query_weight", "query_bias", "key_weight", "key_bias")
+EVEN += POINTERS
+HEADS = 32
 
 
 def build(kernel: Any, capability: int, types: dict[str, str], fixed: dict[str, Any], options: dict[str, Any]) -> Any:
     """Compile a kernel whose arguments are int32 unless `types` says otherwise, or constants."""
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
     kinds = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(fixed, "constexpr")
     place = {name: (number,) for number, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -49,18 +56,35 @@ def compiled(capability: int, width: int, dtype: torch.dtype, slots: int) -> dic
     types = dict.fromkeys(("query", "key", "value", "keys", "values"), name) | {"lengths": "*i64", "slots": "*i64"}
     types |= dict.fromkeys(("out", "tops", "totals", "partial"), "*fp32") | {"seen": "*u8", "scale": "fp32"}
 
-    def given(kernel: Any, **more: Any) -> dict[str, Any]:
-        return {key: value for key, value in more.items() if key in kernel.arg_names}
-
     kernels = {
-        "attend": (_attend, {**fixed, **shape, "HEADS": 32, "GROUP": 1, "WHOLE": False}, options),
+        "attend": (_attend, {**fixed, **shape, "HEADS": HEADS, "GROUP": 1, "WHOLE": False}, options),
         "merge": (_merge, {**fixed, "PARTS": PARTS}, {"num_warps": 2}),
-        "store": (_store, {**fixed, "SHARED": 32, "TILE": min(16, triton.next_power_of_2(slots))}, {}),
+        "store": (_store, {**fixed, "SHARED": HEADS, "TILE": min(16, triton.next_power_of_2(slots))}, {}),
     }
     return {
-        key: build(kernel, capability, given(kernel, **types), constants, settings)
+        key: build(kernel, capability, types, constants, settings)
         for key, (kernel, constants, settings) in kernels.items()
     }
+
+
+def compiled_layer(capability: int, width: int, dtype: torch.dtype, slots: int) -> dict[str, Any]:
+    """Compile what runs between a layer's products, for a layer as wide as its heads."""
+    norm, rotary = norm_shape(HEADS * width), rotary_shape(slots, width)
+    shapes = {
+        "silu": (_silu_product, {"BLOCK": BLOCK}),
+        "norm": (_add_norm, {"BEFORE": True, "AFTER": True, **norm}),
+        "rotary": (
+            _rotary_store,
+            {"WIDTH": width, "HEADS": HEADS, "SHARED": HEADS, "ROTARY": width, "NORM": True, **rotary},
+        ),
+    }
+    types = dict.fromkeys(POINTERS, NAMES[dtype]) | {"slots": "*i64"}
+    types |= dict.fromkeys(("eps", "eps_before", "eps_after"), "fp32")
+    kernels = {}
+    for name, (kernel, fixed) in shapes.items():
+        options = {"num_warps": fixed.pop("num_warps", 4)}
+        kernels[name] = build(kernel, capability, types, fixed, options)
+    return kernels
 
 
 def stack(cubin: bytes) -> int:
@@ -78,7 +102,8 @@ def stack(cubin: bytes) -> int:
 def main(capability: int, widths: list[int]) -> None:
     shapes = []
     for dtype, width, slots in product(NAMES, widths, (96, 1)):
-        for name, kernel in compiled(capability, width, dtype, slots).items():
+        kernels = compiled(capability, width, dtype, slots) | compiled_layer(capability, width, dtype, slots)
+        for name, kernel in kernels.items():
             about = {"kernel": name, "dtype": str(dtype), "width": width, "slots": slots, "limit": SHARED[capability]}
             shapes.append(about | {"shared": kernel.metadata.shared, "spilled": stack(kernel.asm["cubin"])})
             print(shapes[-1], file=sys.stderr, flush=True)

@@ -188,11 +188,14 @@ def test_what_is_left_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
                 if type(part) is torch.nn.Linear:
                     part.__class__ = Quantised
     monkeypatch.setattr("sjd2.models.fusion.fuse_attention", lambda model, wanted: "Triton is not installed")
+    monkeypatch.setattr("sjd2.models.fusion.kernels_missing", lambda model: "Triton is not installed")
     assert fuse(model) == [
         "projections run one by one: no layer has plain linear ones",
         "attention runs as torch's SDPA, not as one kernel: Triton is not installed",
     ]
     monkeypatch.setattr("sjd2.models.fusion.fuse_attention", lambda model, wanted: None)
+    monkeypatch.setattr("sjd2.models.fusion.kernels_missing", lambda model: None)
+    monkeypatch.setattr("sjd2.models.fusion.fuse_layers", lambda model: [])
     assert fuse(Elsewhere(GRID)) == fuse(Toy(GRID)) == fuse(model, wanted=False) == []
 
 
