@@ -15,10 +15,11 @@ from torch.nn.functional import pad
 from sjd2.decoding.interfaces import DraftRun, Judgement
 from sjd2.decoding.sampling import TINY_MASS, likelihood_ratio, residual
 from sjd2.decoding.shapes import Tree
-from sjd2.decoding.verify import Exact
+from sjd2.decoding.verify import Exact, after_siblings
+from sjd2.errors import choose
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block(Exact):
     """Accept the longest run of draft tokens that a joint test passes; the output distribution is the target's.
 
@@ -29,14 +30,62 @@ class Block(Exact):
 
     On trees a draft token is decided on after all its children, these in their order: when a child was rejected with all below
     it, its parent has weight e / (e + 1 - w) left, w its own before, and its next child is weighed on norm(max(0, w p - q)).
+
+    siblings: on trees. jointly: as above; no draft token may be a copy of another. by_token: siblings are tested one after
+    the other as by `Exact`, and only runs of draft tokens without siblings are judged jointly; copies are allowed.
     """
+
+    siblings: str = "jointly"
 
     joint: ClassVar[bool] = True
     joint_trees: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        choose("decoder.verifier.siblings", self.siblings, ("jointly", "by_token"))
+
+    @property
+    def apart(self) -> bool:
+        """Return whether branches must draw tokens of their own."""
+        return self.siblings == "jointly"
+
     def judge(self, run: DraftRun) -> Judgement:
         """Decide for all draft tokens of a pass at once."""
-        return self.judge_tree(run, run.shape) if isinstance(run.shape, Tree) else self.judge_chain(run)
+        if isinstance(run.shape, Tree):
+            return self.judge_tree(run, run.shape) if self.apart else self.judge_tails(run, run.shape)
+        return self.judge_chain(run)
+
+    def judge_tails(self, run: DraftRun, tree: Tree) -> Judgement:
+        """Test siblings token by token, and each run of draft tokens without siblings jointly, once its parent is accepted."""
+        tails = tree.tails
+        assert tails is not None  # of static trees
+        run = replace(run, p=after_siblings(self, run.p, run.q, run.token, tree))
+        inside = torch.ones_like(run.certain) if run.inside is None else run.inside
+        prob = self.accept_prob(run.p, run.q, run.token).masked_fill(run.certain, 1.0) * inside
+        weight, at = torch.ones_like(prob), tails.slots - 1
+        survival = joint_weights(self.log_ratio(run)[:, at])  # [B, T, L]
+        weight[:, tails.flat - 1] = pad(survival[..., :-1], (1, 0), value=1.0).flatten(1)[:, tails.place]
+        excess = pad(self.excess(run, weight)[:, at][..., 1:], (0, 1))
+        real = inside[:, at] & tails.real
+        joint = torch.where(survival < 1, excess / (excess + 1 - survival), 1.0)
+        joint = torch.where(pad(real[..., 1:], (0, 1)), joint, survival) * real
+        passed = (run.coin[:, at] < joint).flip(2).cumsum(2).flip(2) > 0
+        accepted = run.coin < prob
+        accepted[:, tails.flat - 1] = passed.flatten(1)[:, tails.place]
+        prob[:, tails.flat - 1] = joint.flatten(1)[:, tails.place]
+        return Judgement(accepted, prob, self.decided(accepted & inside, weight * inside, tree), run.p)
+
+    @staticmethod
+    def decided(accepted: Tensor, weight: Tensor, tree: Tree) -> Tensor:
+        """Return the weights where the decision was about the draft token, else 0: accepted, weight [B, S-1] -> [B, S-1].
+
+        They are the children of the path's end, and the run that follows an accepted slot; of all others nothing was asked.
+        """
+        tails, end = tree.tails, tree.accepted_path(accepted, None).end
+        assert tails is not None
+        asked = tree.parents[:, 1:] == end[:, None]
+        entered = tree.seen[0][end][:, tails.parents, None].expand(-1, -1, tails.slots.shape[1])
+        asked[:, tails.flat - 1] = entered.flatten(1)[:, tails.place]
+        return weight * asked
 
     def judge_chain(self, run: DraftRun) -> Judgement:
         """Accept the longest prefix of a chain that passes."""
@@ -112,5 +161,5 @@ def joint_weights(log_ratio: Tensor) -> Tensor:
 
     A walk that is held below 0: log w_k = L_k - max(0, L_1, ..., L_k) with the sums L of log r.
     """
-    total = log_ratio.cumsum(1)
-    return (total - total.cummax(1).values.clamp(min=0)).exp()
+    total = log_ratio.cumsum(-1)
+    return (total - total.cummax(-1).values.clamp(min=0)).exp()

@@ -177,7 +177,7 @@ class Decoder(BaseDecoder):
         key = (model, model.adapter)
         if key not in self._bound:
             self._bound.clear()
-            drafter = (self.drafter.separated() if self.verifier.joint else None) or self.drafter
+            drafter = (self.drafter.separated() if self.verifier.apart else None) or self.drafter
             parts = (drafter, self.verifier, self.refiner or Redrafted())
             self._bound[key] = Parts(*(part.bind(model, self.window) for part in parts))
         return self._bound[key]

@@ -241,12 +241,13 @@ class Verifier(Part):
     """Tests draft tokens. On trees p is what earlier siblings have left: multi-round speculative sampling.
 
     Token by token: write `accept_prob` and `residual`. A verifier that judges the whole run of a pass overrides `judge` and
-    sets joint; it is refused on trees unless it sets joint_trees. Under sampler=gumbel draft tokens are matched with AR's and
-    no verifier is asked.
+    sets joint; it is refused on trees unless it sets joint_trees. apart: it gets trees without copies (`Drafter.separated`).
+    Under sampler=gumbel draft tokens are matched with AR's and no verifier is asked.
     """
 
     joint: bool = False
     joint_trees: bool = False
+    apart: bool = False
 
     def judge(self, run: DraftRun) -> Judgement:
         """Judge all draft tokens of a pass; a token counts if all before it on its path are accepted too."""

@@ -94,6 +94,41 @@ class Wave(NamedTuple):
     first: bool
 
 
+class Tails(NamedTuple):
+    """Runs of slots without siblings: slots [T, L] and which of these there are [T, L], the parent of each run [T].
+
+    flat, place [n]: all of their slots, and where these stand among T x L.
+    """
+
+    slots: Tensor
+    real: Tensor
+    parents: Tensor
+    flat: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, children: list[list[int]], device: torch.device) -> Tails:
+        heads = [0, *(child for siblings in children if len(siblings) > 1 for child in siblings)]
+        runs: list[tuple[int, list[int]]] = []
+        for head in heads:
+            slot, run = head, []
+            while len(children[slot]) == 1:
+                slot = children[slot][0]
+                run.append(slot)
+            if run:
+                runs.append((head, run))
+        length = max((len(run) for _, run in runs), default=0)
+        slots = [run + [1] * (length - len(run)) for _, run in runs]
+        place = [t * length + at for t, (_, run) in enumerate(runs) for at in range(len(run))]
+        return cls(
+            torch.tensor(slots, dtype=torch.long, device=device).view(-1, length),
+            torch.tensor([[at < len(run) for at in range(length)] for _, run in runs], device=device).view(-1, length),
+            torch.tensor([head for head, _ in runs], dtype=torch.long, device=device),
+            torch.tensor([slot for _, run in runs for slot in run], dtype=torch.long, device=device),
+            torch.tensor(place, dtype=torch.long, device=device),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Tree:
     """Several draft tokens for one position. Tensors have a leading 1 where all rows share the shape, else B.
@@ -105,7 +140,7 @@ class Tree:
     reorder_depth: depths 1..reorder_depth hold slots whose number is not their depth. lanes [b, S]: which chain each slot
     belongs to, where several chains live on from pass to pass. spine [P]: the slots of first children from slot 0 downwards;
     waves: all others, in an order in which joint decisions can weigh them; order [S]: children in their order, then their
-    parent; static only.
+    parent; tails: runs of slots without siblings; static only.
     """
 
     parents: Tensor
@@ -124,6 +159,7 @@ class Tree:
     spine: Tensor | None = None
     waves: tuple[Wave, ...] = ()
     order: Tensor | None = None
+    tails: Tails | None = None
 
     @classmethod
     def of(cls, parents: Tensor, *, ranks: int, deepest: int) -> Tree:
@@ -170,6 +206,7 @@ class Tree:
                 for slots, given, first in waves
             ),
             order=torch.tensor(_post_order(children), device=device),
+            tails=Tails.of(children, device),
         )
 
     @property

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sjd2.decoding.interfaces import Draft, DraftRun, Judgement, State, Verifier
 from sjd2.decoding.noise import Purpose
-from sjd2.decoding.sampling import Sampler, accept_prob, residual
-from sjd2.decoding.shapes import Tree, gather_slots
+from sjd2.decoding.sampling import TINY_MASS, Sampler, accept_prob, residual
+from sjd2.decoding.shapes import Shape, Tree, gather_slots
 from sjd2.errors import UserError
 
 
@@ -67,7 +67,7 @@ class Verification:
         if q is None or self.weight is None:
             return q
         left = residual(q, self.weight[..., None] * self.tested, self.draft.codes(q.shape[-1]))
-        return left / left.sum(-1, keepdim=True)
+        return left / left.sum(-1, keepdim=True).clamp(min=TINY_MASS)  # rows that no request has entered have no q
 
     def exact(self) -> Verification:
         """Return this test by the exact rule, token by token: refiners need it whatever the verifier relaxes.
@@ -119,7 +119,9 @@ def verify(verifier: Verifier, draft: Draft, target: Tensor, state: State, clean
     p, token = draft.shape.parent_probs(target), draft.codes(target.shape[-1])
     if verifier.joint and draft.shape.ranks > 1 and not verifier.joint_trees:
         raise UserError(f"{type(verifier).__name__} judges a chain of draft tokens, but this drafter returned a tree.")
-    tested = after_siblings(verifier, p, draft) if sampler.residuals and not verifier.joint else p
+    tested = p
+    if sampler.residuals and not verifier.joint:
+        tested = after_siblings(verifier, p, draft.probs, token, draft.shape)
     certain = (state.forced_at(positions) >= 0) | (positions < state.committed[:, None])
     number = draft.shape.number if verifier.joint else draft.shape.sibling
     coin = noise.uniform(positions, Purpose.ACCEPT, state.iteration, number)
@@ -158,21 +160,20 @@ def verify(verifier: Verifier, draft: Draft, target: Tensor, state: State, clean
     )
 
 
-def after_siblings(verifier: Verifier, p: Tensor, draft: Draft) -> Tensor:
+def after_siblings(verifier: Verifier, p: Tensor, q: Tensor | None, token: Tensor, tree: Shape) -> Tensor:
     """Return what the earlier siblings of each draft token, all rejected, have left of p: [B, S-1, V] -> [B, S-1, V].
 
     Multi-round speculative sampling: P' = norm(residual(P, Q, x)) from sibling to sibling (docs/exactness.md).
     """
-    tree = draft.shape
     if not isinstance(tree, Tree) or tree.ranks < 2:
         return p
-    token, p = draft.codes(p.shape[-1]), p.clone()
-    every = torch.arange(1, draft.tokens.shape[1], device=p.device)
+    p = p.clone()
+    every = torch.arange(1, p.shape[1] + 1, device=p.device)
     for rank in range(1, tree.ranks):
         slots = tree.groups[rank] if tree.groups else every
         before = (tree.before[:, slots] - 1).clamp(min=0).expand(len(p), -1)
-        q = None if draft.probs is None else gather_slots(draft.probs, before)
-        left = verifier.residual(gather_slots(p, before), q, token.gather(1, before))
+        drawn = None if q is None else gather_slots(q, before)
+        left = verifier.residual(gather_slots(p, before), drawn, token.gather(1, before))
         left = left / left.sum(-1, keepdim=True)
         if tree.groups:
             p[:, slots - 1] = left

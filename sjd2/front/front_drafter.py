@@ -47,14 +47,15 @@ class Front(Drafter):
     """A chain drafter with branches at its front, optionally corrected.
 
     chain: drafts the main chain. siblings: further draft tokens at depths 1, 2, ..., drawn without replacement. copies: the
-    depth to which each branch copies the main chain's tokens. full: siblings at every node, not only on the main chain
-    (SJD-PAC's K-ary tree). weights: folder or hub id of a corrector, None for none. corrected: depths that it corrects.
-    apart: each branch token is a draw of its own instead of a copy, as joint decisions need (`separated`).
+    depth to which each branch copies the main chain's tokens; or one of them for each sibling, in order. full: siblings at
+    every node, not only on the main chain (SJD-PAC's K-ary tree). weights: folder or hub id of a corrector, None for none.
+    corrected: depths that it corrects. apart: each branch token is a draw of its own instead of a copy, as joint decisions
+    need (`separated`).
     """
 
     chain: Drafter
     siblings: Sequence[int] = ()
-    copies: int = 1
+    copies: int | Sequence[int] = 1
     full: bool = False
     weights: str | None = None
     corrected: int = 0
@@ -65,7 +66,7 @@ class Front(Drafter):
     def __post_init__(self) -> None:
         if any(count < 0 for count in self.siblings):
             raise UserError(f"decoder.drafter.siblings must be 0 or more at each depth, got {list(self.siblings)}.")
-        if self.copies < 0 or self.corrected < 0:
+        if min(self.depths) < 0 or self.corrected < 0:
             raise UserError("decoder.drafter.copies and decoder.drafter.corrected must be 0 or more.")
         if (self.weights is None) != (self.corrected == 0):
             raise UserError(
@@ -104,8 +105,13 @@ class Front(Drafter):
         """Return where the corrector lies."""
         return WeightSource(str(self.weights), "decoder.drafter.weights", required=(SETTINGS, WEIGHTS))
 
+    @property
+    def depths(self) -> Sequence[int]:
+        """Return `copies` of each sibling's branch; the last one holds for all further."""
+        return [self.copies] if isinstance(self.copies, int) else list(self.copies) or [0]
+
     def num_carried(self, window: int) -> int:
-        return chain_slots(window, self.siblings, self.copies, self.full)
+        return chain_slots(window, self.siblings, self.depths, self.full)
 
     def num_forwards(self, window: int) -> int:
         return self.corrected
@@ -125,7 +131,7 @@ class FrontDrafter(Drafter):
         self.front = front_shape(
             size,
             siblings=settings.siblings,
-            copies=settings.copies,
+            copies=settings.depths,
             full=settings.full,
             corrected=settings.corrected,
             device=model.device,

@@ -39,32 +39,34 @@ class FrontShape:
     levels: tuple[Level, ...]
 
 
-def branches(siblings: Sequence[int], copies: int, full: bool) -> tuple[list[int], list[int]]:
+def branches(siblings: Sequence[int], copies: Sequence[int], full: bool) -> tuple[list[int], list[int]]:
     """Return parent and depth of each branch slot, numbered from -1 downwards; a main slot is its depth.
 
     siblings: further draft tokens at depths 1, 2, ... of the main chain, or of every node where `full`. copies: the depth to
-    which each branch copies the main chain's tokens.
+    which the branch of the first, second, ... sibling copies the main chain's tokens; the last one holds for all further.
     """
     parents: list[int] = []
     depths: list[int] = []
-    front = [0]  # nodes of the depth above, the main chain's first
-    for depth in range(1, max(copies, len(siblings)) + 1):
-        below = [depth]
-        for node in front:
-            first = int(node < 0 and depth <= copies)
+    front = [(0, 0)]  # nodes of the depth above, the main chain's first, and how deep their branch goes
+    for depth in range(1, max(*copies, len(siblings)) + 1):
+        below = [(depth, 0)]
+        for node, end in front:
             more = siblings[depth - 1] if depth <= len(siblings) and (full or node >= 0) else 0
-            for _ in range(first + more):
+            ends = [copies[min(rank, len(copies) - 1)] for rank in range(more)]
+            if node < 0 and depth <= end:
+                ends.insert(0, end)
+            for deepest in ends:
                 parents.append(node)
                 depths.append(depth)
-                below.append(-len(parents))
+                below.append((-len(parents), deepest))
         front = below
     return parents, depths
 
 
-def chain_slots(window: int, siblings: Sequence[int], copies: int, full: bool) -> int:
+def chain_slots(window: int, siblings: Sequence[int], copies: Sequence[int], full: bool) -> int:
     """Return C, what the branches leave of the window. Raises `UserError` where that is too little."""
     side = len(branches(siblings, copies, full)[0])
-    front = max(copies, len(siblings)) + 1
+    front = max(*copies, len(siblings)) + 1
     if window - side < front:
         raise UserError(
             f"decoder.window={window} is too small: its branches take {side} slots and the main chain needs {front}; take "
@@ -74,7 +76,7 @@ def chain_slots(window: int, siblings: Sequence[int], copies: int, full: bool) -
 
 
 def front_shape(
-    chain: int, *, siblings: Sequence[int], copies: int, full: bool, corrected: int, device: torch.device
+    chain: int, *, siblings: Sequence[int], copies: Sequence[int], full: bool, corrected: int, device: torch.device
 ) -> FrontShape:
     """Build the shape around a main chain of `chain` slots; levels reach over the branches and over `corrected` depths."""
     side, depths = branches(siblings, copies, full)

@@ -274,9 +274,10 @@ def test_the_accepted_path_takes_the_first_accepted_sibling() -> None:
 
 def test_branches_are_counted_as_published() -> None:
     # SJD-PAC: K = 3, D = 3 with the root is a tree of 13 nodes, 10 of them beside the main chain
-    assert len(branches((2, 2), 2, True)[0]) == 10
-    assert len(branches((3, 2, 2), 4, False)[0]) == 3 * 4 + 2 * 3 + 2 * 2
-    built = front_shape(6, siblings=(2, 2), copies=2, full=True, corrected=0, device=torch.device("cpu"))
+    assert len(branches((2, 2), [2], True)[0]) == 10
+    assert len(branches((3, 2, 2), [4], False)[0]) == 3 * 4 + 2 * 3 + 2 * 2
+    assert branches((3, 1), [4, 2, 0], False) == ([0, 0, 0, 1, -1, -2, -4, -5, -7, -8], [1, 1, 1, 2, 2, 2, 3, 3, 4, 4])
+    built = front_shape(6, siblings=(2, 2), copies=[2], full=True, corrected=0, device=torch.device("cpu"))
     assert built.shape.parents.shape[1] == 16
     assert built.shape.depth[0].tolist() == [0, 1, 2, 3, 4, 5, *[1] * 2, *[2] * 8]
 
