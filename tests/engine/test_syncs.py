@@ -141,9 +141,12 @@ def test_no_setting_of_sjd2_waits_for_its_device(meta: ImageModel, settings: dic
     assert watch(begin(meta, api.decoder("sjd2", model="tiny", **settings), SAMPLINGS["cdf"]).step) == []
 
 
-@pytest.mark.parametrize("name", ["scd", "sjd2"])
-def test_no_joint_decision_waits_for_its_device(meta: ImageModel, name: str) -> None:
-    decoder = replace(api.decoder(name, model="tiny"), verifier=Block())
+JOINT = [("scd", Block()), ("sjd2", Block()), ("sjd2-fc", Block()), ("sjd2-fc", Block(siblings="by_token"))]
+
+
+@pytest.mark.parametrize(("name", "verifier"), JOINT)
+def test_no_joint_decision_waits_for_its_device(meta: ImageModel, name: str, verifier: Block) -> None:
+    decoder = replace(api.decoder(name, model="tiny"), verifier=verifier)
     assert watch(begin(meta, decoder, SAMPLINGS["cdf"]).step) == []
 
 
