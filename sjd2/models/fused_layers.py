@@ -216,11 +216,12 @@ def _layer_obstacle(layer: Any) -> str | None:
 
 def _put_layers(layers: list[Any], last: Any) -> None:
     norms = [None if type(layer).__name__ == SWIN else Ahead(layer.input_layernorm) for layer in layers]
-    end = None if last is None else Ahead(last)
+    end = None
+    if last is not None:
+        end = Ahead(last)
+        last.forward = functools.partial(_last, end)
     for layer, own, following in zip(layers, norms, [*norms[1:], end], strict=True):
         layer.forward = functools.partial(_layer, layer, own, following)
-    if end is not None:
-        last.forward = functools.partial(_last, end)
 
 
 def _last(ahead: Ahead, hidden_states: Tensor) -> Tensor:

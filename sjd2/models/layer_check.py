@@ -65,11 +65,20 @@ def _fault(model: ImageModel, part: str, timer: Callable[[Work], float]) -> str 
     try:
         if not (error := errors(model, part)) < TOLERANCE[model.dtype]:
             return f"the kernel differs from the module by {error:.1e}"
-        fused, plain = seconds(model, part, timer)
+        plain = _plain_seconds(model, part, timer)
+        fused = plain and seconds(model, part, timer, fused=True)
     except Exception as error:  # whatever the compiler or the driver raises: the modules still run
         return first_line(error)
     slow = fused > SLOWER * plain
     return f"with it the module takes {1e6 * fused:.0f} us, without {1e6 * plain:.0f}" if slow else None
+
+
+def _plain_seconds(model: ImageModel, part: str, timer: Callable[[Work], float]) -> float:
+    """Return the time of a part's module without its kernel; 0 on a device that refuses to record even that."""
+    try:
+        return seconds(model, part, timer, fused=False)
+    except RuntimeError:
+        return 0.0
 
 
 @torch.inference_mode()
@@ -80,16 +89,14 @@ def errors(model: ImageModel, part: str) -> float:
 
 
 @torch.inference_mode()
-def seconds(model: ImageModel, part: str, timer: Callable[[Work], float]) -> tuple[float, float]:
-    """Return the time of a part's module in the first layer with the kernel and without, for narrow and wide passes."""
-    module = part_of(model.transformer.layers[0], part)
-    fused = plain = 0.0
+def seconds(model: ImageModel, part: str, timer: Callable[[Work], float], *, fused: bool) -> float:
+    """Return the time of a part's module in the first layer, with its kernel or without, for narrow and wide passes."""
+    module, total = part_of(model.transformer.layers[0], part), 0.0
+    call = module if fused else functools.partial(type(module).forward, module)
     for slots in TIMED:
-        x = _random(model, slots)
-        more = {} if part == SILU else _pass(model, slots)
-        fused += timer(lambda x=x, more=more: module(x, **more))
-        plain += timer(lambda x=x, more=more: type(module).forward(module, x, **more))
-    return fused, plain
+        x, more = _random(model, slots), {} if part == SILU else _pass(model, slots)
+        total += timer(functools.partial(call, x, **more))
+    return total
 
 
 def device_seconds(device: torch.device, work: Work) -> float:
