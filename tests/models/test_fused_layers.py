@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
 
+from baselines.eagle.head import EagleHead, EagleSettings
 from benchmarks.architectures import ARCHITECTURES
 from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.generate import generate
 from sjd2.models.base import ImageModel
-from sjd2.models.fused_layers import PARTS, RESIDUAL, ROTARY, SILU, put_layers, remove_layers
+from sjd2.models.fused_layers import PARTS, RESIDUAL, ROTARY, SILU, put_layers, put_same, remove_layers
 from sjd2.models.fusion import fuse
 from sjd2.models.layer_check import errors, fuse_layers
+from sjd2.models.layout import TokenGrid
 from sjd2.models.norms import fuse_norms
 from sjd2.models.projections import join_projections
 from sjd2.models.window_attention import set_attention
@@ -97,6 +99,7 @@ def computes_what_it_did(name: str) -> None:
     some = states(fused(model, ()))[1]
     found, few = states(fused(model))
     assert error(found, wanted) < 1e-5
+    assert torch.equal(model.logits(found).argmax(-1), model.logits(wanted).argmax(-1))  # greedy tokens
     assert model.transformer.state_dict().keys() == names
     assert all(errors(model, part) < 1e-5 for part in PARTS)
     products = {key: few.pop(key) for key in ("aten::linear", "aten::mm", "aten::addmm") if key in few}
@@ -153,7 +156,7 @@ def test_a_chameleon_computes_what_it_did(build: Callable[[], Toy]) -> None:
 
 
 def test_gated_adapters_and_whole_decodings_stay_recorded_too() -> None:
-    plain, other = strong_toy(GRID), strong_toy(GRID)
+    plain, other = (strong_toy(TokenGrid(1, 4, 3)) for _ in range(2))
     fused(other)
     for gate in (False, True):
         assert error(states(other, gate)[0], states(plain, gate)[0]) < 1e-5
@@ -165,6 +168,21 @@ def test_gated_adapters_and_whole_decodings_stay_recorded_too() -> None:
         recorded = generate(other, decoder, other.encode(["one"]), [1], sampling=GUIDED, graphs=graphs)
     assert torch.equal(recorded.tokens, tokens[0])
     assert all(graphs.kept.graphs.values())
+
+
+@torch.inference_mode()
+def test_a_draft_heads_layer_gets_the_same_kernels() -> None:
+    model = fused(Toy(GRID))
+    head = EagleHead(EagleSettings(), model).eval()
+    embeds, hidden = torch.randn(2, 2, 3, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for same in (False, True):
+        if same:
+            put_same(model.transformer, head.layer)
+        cache = head.cache(2, 8)
+        found.append(head(embeds, hidden, torch.arange(3).expand(2, -1), cache, **cache.window(3, torch.float32)))
+    assert error(found[1], found[0]) < 1e-5
+    assert all("forward" in vars(module) for module in (head.layer, head.layer.mlp, head.layer.self_attn))
 
 
 def test_training_runs_the_layers_own_forward() -> None:
