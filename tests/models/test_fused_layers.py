@@ -107,9 +107,8 @@ def computes_what_it_did(name: str) -> None:
     assert (plain.total(), some.total()) == LAUNCHES[ARCHITECTURES[name].family]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "glm-image" else pytest.mark.full) for name in FAMILIES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_what_it_did_in_fewer_launches(name: str) -> None:
     computes_what_it_did(name)
 
