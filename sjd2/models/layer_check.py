@@ -47,6 +47,8 @@ def fuse_layers(model: ImageModel, timer: Callable[[Work], float] | None = None)
     timer: seconds of some work, to leave out what is slower than the modules; by default as `device_seconds`.
     """
     timer = timer or functools.partial(device_seconds, model.device)
+    if model.adapter is not None:
+        model.adapter.set_gate(None)  # as in a pass without noise
     parts = PARTS if model.fused else (SILU, RESIDUAL)  # without the attention kernel nothing reads a window
     parts = tuple(part for part in parts if not in_place(model.transformer, part))
     why = put_layers(model.transformer, parts)

@@ -159,6 +159,8 @@ def test_gated_adapters_and_whole_decodings_stay_recorded_too() -> None:
     fused(other)
     for gate in (False, True):
         assert error(states(other, gate)[0], states(plain, gate)[0]) < 1e-5
+    remove_layers(other.transformer)
+    assert fuse_layers(other, lambda work: 1.0) == []
     decoder = sjd2(3, steps=2)
     tokens = [generate(m, decoder, m.encode(["one"]), [1], sampling=GUIDED).tokens for m in (plain, other)]
     assert torch.equal(*tokens)
