@@ -20,6 +20,7 @@ from torch import Tensor
 from sjd2.decoding.interfaces import Verifier
 from sjd2.decoding.sampling import TINY_MASS
 from sjd2.errors import UserError
+from sjd2.files import cache_root
 from sjd2.models.base import ImageModel
 from sjd2.models.spec import ModelSpec
 
@@ -81,7 +82,7 @@ class RelaxedVerifier(Verifier):
         codebook = model.codebook.detach().float().cpu().contiguous()
         _check_size(settings.neighbours, len(codebook))
         key = _digest(codebook, settings.neighbours, settings.normalise)
-        folder = cache_folder() if settings.cache is None else Path(settings.cache)
+        folder = cache_root() / "neighbours" if settings.cache is None else Path(settings.cache)
         table = neighbour_table(codebook, settings.neighbours, settings.normalise, folder / f"{key}.npy")
         self.table = table.to(model.device)  # [V, K-1] int32: the other codes, nearest first
 
@@ -119,13 +120,6 @@ class RelaxedVerifier(Verifier):
         inside = lent <= budget
         total = own[..., 0] + lent.masked_fill(~inside, 0.0).amax(-1)
         return near, mass.masked_fill(inside[..., 1:], 0.0), total
-
-
-def cache_folder() -> Path:
-    """Return where the user keeps files that can be made again (XDG_CACHE_HOME), in a folder of our own."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    # the XDG rules have relative paths ignored
-    return (Path(root) if Path(root).is_absolute() else Path(os.path.expanduser("~/.cache"))) / "sjd2" / "neighbours"
 
 
 def neighbour_table(codebook: Tensor, neighbours: int, normalise: bool, file: Path) -> Tensor:

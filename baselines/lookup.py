@@ -40,7 +40,7 @@ class Lookup(Drafter):
         source = last - back + 1 + (depth - 1) % back
         # a forced token copied to a free place is no code
         copies = state.tokens.gather(1, source).clamp(max=state.model.layout.vocabulary - 1)
-        return Draft(state.force(torch.cat([carried.tokens, copies], 1)))
+        return Draft(state.force(torch.cat([carried.tokens, copies], 1)), shape=carried.shape)
 
     def _match(self, state: State, last: Tensor) -> Tensor:
         """Return how many positions before the last token [B, 1] the best match ends: [B, 1], at least 1."""

@@ -11,7 +11,11 @@ import os
 import tempfile
 from pathlib import Path
 
-CACHES = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}  # written by libraries that fail or warn without
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "MPLCONFIGDIR": "matplotlib",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}  # written by libraries that fail or warn without
 
 
 def ensure_home() -> None:

@@ -31,6 +31,13 @@ def find(path: str | Path) -> Path:
     return path
 
 
+def cache_root() -> Path:
+    """Return where the user keeps files that can be made again (XDG_CACHE_HOME), in a folder of our own."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    # the XDG rules have relative paths ignored
+    return (Path(root) if Path(root).is_absolute() else Path(os.path.expanduser("~/.cache"))) / "sjd2"
+
+
 def digest(*paths: Path | None, suffixes: tuple[str, ...] = (".safetensors", ".json", ".ckpt", ".pt", ".bin")) -> str:
     """Return 12 hex digits over the contents of files (or of the weight and config files of folders)."""
     total = hashlib.blake2b(digest_size=6)

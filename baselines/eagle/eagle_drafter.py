@@ -15,7 +15,7 @@ from torch import Tensor
 from baselines.eagle.head import SETTINGS, WEIGHTS, EagleHead, PairCache, read_settings
 from sjd2.decoding.finite import FaultSource
 from sjd2.decoding.interfaces import Draft, Drafter, PassResult, State
-from sjd2.decoding.noise import Purpose
+from sjd2.decoding.noise import Purpose, sibling_marks
 from sjd2.decoding.sampling import SamplingParams, without
 from sjd2.decoding.shapes import Tree, gather_slots
 from sjd2.errors import UserError, choose
@@ -137,6 +137,8 @@ class EagleDrafter(Drafter):
             parents = [0, *range(window - 1)] if settings.shape == "chain" else settings.parents()
             self.tree = Tree.static(parents, chain=1, device=model.device)
             self.depths = _depths(parents, self.tree)
+            count = max(len(depth.children) for depth in self.depths)
+            self.repeated_draws = Purpose.FRESH, sibling_marks(count, model.device)
 
     def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> EagleMemory:
         rows *= 2 if sampling.guided else 1
@@ -198,13 +200,15 @@ class EagleDrafter(Drafter):
         states = ahead[:, None]
         for number, depth in enumerate(self.depths, 1):
             q = state.sampling.probs(self.model.logits(states)).to(probs)  # [B, F, V]
-            position = (state.cached + number)[:, None]
+            position, forced = state.at_depth(number)
+            free = forced < 0
+            drawn: Tensor | None = None
             for rank, slots in enumerate(depth.children):
-                q = q[:, : len(slots)]  # families with most children stand first
-                place = position.expand(-1, len(slots))
-                drawn = state.sampler.draw(q, place, Purpose.FRESH, state.iteration, rank)
-                tokens[:, slots], probs[:, slots - 1] = state.impose(drawn, position), q
-                q = without(q, drawn)
+                q = (
+                    q if drawn is None else without(q, drawn)[:, : len(slots)]
+                )  # families with most children stand first
+                drawn = state.sampler.draw(q, position.expand(-1, len(slots)), Purpose.FRESH, state.iteration, rank)
+                tokens[:, slots], probs[:, depth.places[rank]] = torch.where(free, drawn, forced), q
             if depth.inner is not None:
                 # set with inner
                 assert depth.level is not None
@@ -261,11 +265,12 @@ class EagleDrafter(Drafter):
 class _Depth:
     """One depth of a static tree: families [F] ordered by their number of children, largest first.
 
-    children: per rank the slots; inner [T]: slots of this depth that have children of their own, home [T] the family of each
+    children: per rank the slots, places: the same among the draft tokens; inner [T]: slots of this depth that have children of their own, home [T] the family of each
     among the families of this depth, seen [1, T, before + T] and before for the head's mask, level [1, T] their depth.
     """
 
     children: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]
     inner: Tensor | None
     home: Tensor | None = None
     seen: Tensor | None = None
@@ -288,13 +293,14 @@ def _depths(parents: list[int], tree: Tree) -> list[_Depth]:
         ]
         inner = sorted((c for p in order for c in children[p] if c in children), key=lambda c: -len(children[c]))
         if not inner:
-            found.append(_Depth(tuple(ranks), None))
+            found.append(_Depth(tuple(ranks), tuple(slots - 1 for slots in ranks), None))
             break
         nodes = torch.tensor([*stepped, *inner], device=device)
         index = torch.tensor(inner, device=device)
         found.append(
             _Depth(
                 tuple(ranks),
+                tuple(slots - 1 for slots in ranks),
                 index,
                 torch.tensor([order.index(parents[c]) for c in inner], device=device),
                 tree.seen[:, index][:, :, nodes],

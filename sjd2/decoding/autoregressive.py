@@ -27,6 +27,7 @@ class AutoregressiveEngine(Engine):
         self.capacity = prompt + self.total + 1
         self.cache = model.cache(self.branches * rows, self.capacity)
         self.state = Rows(**self.empty_rows(slack=1))
+        self._settle = self.piece(AutoregressiveEngine.settle)
 
     def place(self, index: Tensor, prompts: list[Prompt], token: Tensor) -> None:
         self.state.tokens[index, 0], self.state.committed[index] = token, torch.ones_like(index)
@@ -34,19 +35,24 @@ class AutoregressiveEngine(Engine):
     @torch.inference_mode()
     def step(self) -> None:
         """Run one pass over all rows: forward, draw, commit."""
-        state, next_position = self.state, self.state.committed[:, None]
-        last = next_position - 1
+        state, last = self.state, self.state.committed[:, None] - 1
         x = self.model.embed(state.tokens.gather(1, last))
         positions = state.image_start[:, None] + self.per_branch(last)
         hidden = self.model.forward(self.per_branch(x), positions, self.cache)
-        p = self.probs(self.model.logits(hidden))  # [B, 1, V]
+        num_new = self._settle(self, self.model.logits(hidden))
+        self.history.append(num_new)
+        self.cache.lengths = self.cache.lengths + self.per_branch(num_new)
+        self.cache.bound = min(self.cache.bound + 1, self.prompt + self.total)
+
+    def settle(self, logits: Tensor) -> Tensor:
+        """Draw from logits [R, 1, V] and commit; return how many tokens each row got: [B]."""
+        state, next_position = self.state, self.state.committed[:, None]
+        p = self.probs(logits)  # [B, 1, V]
         token = state.impose(state.sampler.draw(p, next_position, Purpose.SAMPLE), next_position)
         state.tokens.scatter_(1, next_position, token)  # a finished row's goes to the slot after the image
         num_new = (state.committed < self.total).long()
         state.committed = state.committed + num_new
-        self.history.append(num_new)
-        self.cache.lengths = self.cache.lengths + self.per_branch(num_new)
-        self.cache.bound = min(self.cache.bound + 1, self.prompt + self.total)
+        return num_new
 
     def peek(self) -> dict[str, Tensor]:
         """Return `guesses` [B, 0]: nothing is drafted."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -89,6 +90,17 @@ class Engine:
         """Let rows `index` [b] begin with their first token [b]."""
         raise NotImplementedError
 
+    def piece(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of this engine, compiled if the model's passes are: one for all engines of the same decoder.
+
+        Not a bound method: an engine that refers to itself would keep its keys and values until Python looks for cycles.
+        """
+        compiler = self.model.compiler
+        if compiler is None or self.dtype == torch.float64:
+            return function
+        owner = type(self), self.decoder.name, id(self.decoder), self.num_rows, self.sampling, id(self.model.adapter)
+        return compiler.piece(function, owner, keep=(self.decoder, self.model.adapter))
+
     def grow(self) -> None:
         """Make room for rows of `capacity` tokens."""
         self.cache.reserve(self.capacity)
@@ -106,7 +118,7 @@ class Engine:
         """Return the fields of `Rows` without samples, which look finished, with `slack` forced dummies after the image."""
         device = self.model.device
         zeros = torch.zeros(self.num_rows, dtype=torch.long, device=device)
-        noise = Noise(zeros.clone(), self.dtype)
+        noise = Noise(zeros.clone(), self.dtype, length=self.total + slack + 1)
         return {
             "length": self.total,
             "tokens": torch.zeros(self.num_rows, self.total + slack, dtype=torch.long, device=device),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sjd2.decoding.finite import FaultSource, finite_rows
-from sjd2.decoding.noise import Noise
+from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.sampling import Sampler, SamplingParams
 from sjd2.decoding.shapes import CHAIN, AcceptedPath, Shape
 from sjd2.models.base import ImageModel
@@ -85,10 +85,38 @@ class State(Rows):
     cached: Tensor  # [B] tokens whose keys and values are final; committed - 1 except under rule=paper
     bound: int = 0  # the host's upper bound of the tokens in any row's cache, prompt included
     memory: Any = None  # what the drafter keeps of the batch
+    # of the pass that runs: [B, window + 1] the positions of a whole window and the one after it, and the forced ids there
+    ahead: Tensor | None = None
+    forced_ahead: Tensor | None = None
+
+    def begin(self) -> Tensor:
+        """Lay out the positions of a pass, which all its parts ask for, and return them: [B, window + 1]."""
+        self.ahead = self.cached[:, None] + torch.arange(self.window + 1, device=self.cached.device)
+        self.forced_ahead = self.forced_at(self.ahead)
+        return self.ahead
+
+    def advance(self, num_final: Tensor) -> None:
+        """End a pass after which `num_final` [B] more tokens have final keys and values."""
+        self.cached, self.iteration = self.cached + num_final, self.iteration + 1
+        self.ahead = self.forced_ahead = None
+        self.noise.forget()
 
     def positions(self, size: int, shape: Shape = CHAIN) -> Tensor:
         """Return the image position of each slot of a pass of `size` slots: [B, size]."""
+        if shape is CHAIN and self.ahead is not None and size <= self.window + 1:
+            return self.ahead[:, :size]
         return self.cached[:, None] + shape.depths(size, self.cached.device)
+
+    def forced_slots(self, size: int, shape: Shape = CHAIN) -> Tensor:
+        """Return the forced id of each slot of a pass of `size` slots, -1 where free: [B, size]."""
+        if shape is CHAIN and self.forced_ahead is not None and size <= self.window + 1:
+            return self.forced_ahead[:, :size]
+        return self.forced_at(self.positions(size, shape))
+
+    def at_depth(self, depth: int) -> tuple[Tensor, Tensor]:
+        """Return the position so many tokens after the last committed one, and the forced id there: [B, 1] each."""
+        position = self.positions(depth + 1)[:, depth:]
+        return position, self.forced_slots(depth + 1)[:, depth:]
 
     def draft_positions(self, draft: Draft) -> Tensor:
         """Return the image position of each draft token: [B, S-1]."""
@@ -96,9 +124,8 @@ class State(Rows):
 
     def force(self, tokens: Tensor, shape: Shape = CHAIN) -> Tensor:
         """Put the forced ids into the draft tokens of the coming pass: [B, S] -> [B, S]."""
-        forced = self.forced_at(self.positions(tokens.shape[1], shape))
-        forced = forced.index_fill(1, torch.zeros(1, dtype=torch.long, device=tokens.device), -1)  # slot 0 is committed
-        return torch.where(forced < 0, tokens, forced)
+        forced = self.forced_slots(tokens.shape[1], shape)[:, 1:]  # slot 0 is committed
+        return torch.cat([tokens[:, :1], torch.where(forced < 0, tokens[:, 1:], forced)], 1)
 
 
 @dataclass
@@ -189,12 +216,14 @@ class Drafter(Part):
 
     needs_records: whether it needs the distributions that the carried draft tokens were drawn from. keeps_lanes: whether
     several chains live on from pass to pass. timesteps [K, D]: model inputs that tell the noise levels apart, for
-    fine-tunings that append them to each pass.
+    fine-tunings that append them to each pass. repeated_draws: the purpose of its draws that are several for one position,
+    and their marks (`noise.sibling_marks`), so that their numbers are mixed all at once.
     """
 
     needs_records: bool = False
     keeps_lanes: bool = False
     timesteps: Tensor | None = None
+    repeated_draws: tuple[Purpose, Tensor] | None = None
 
     @property
     def is_tree(self) -> bool:
@@ -287,4 +316,4 @@ class Redrafted(Refiner):
     after_joint: ClassVar[bool] = True
 
     def __call__(self, draft: Draft, test: Verification, state: State) -> Draft:
-        return Draft(draft.tokens)
+        return Draft(draft.tokens, shape=CHAIN)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed 64-bit integer
+_INVERSE = -1018231460777725123  # _GOLDEN * _INVERSE = 1 modulo 2^64
 _MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
 _BITS = 23  # 24 bits + 0.5 would round to exactly 1.0 in float32
 
@@ -56,77 +57,115 @@ def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (((x >> (64 - _BITS)) & (2**_BITS - 1)).to(dtype) + 0.5) * 2.0**-_BITS
 
 
+# these are not new in each pass, and a number of theirs is a whole draw (`normal` draws a field of them)
+TABLED = (Purpose.SAMPLE, Purpose.INIT)
+
+
+def _streams(seeds: Tensor) -> Tensor:
+    """Return the stream of each purpose: [B] -> [P, B]."""
+    purposes = torch.arange(1, len(Purpose) + 1, device=seeds.device)
+    return _mix(_mix(seeds) ^ purposes[:, None])
+
+
+def sibling_marks(count: int, device: torch.device) -> Tensor:
+    """Return what draws 0 .. count - 1 for one position are told apart by: [count]."""
+    return _MIX2 * torch.arange(count, device=device)  # wraps around
+
+
 @dataclass
 class _Rolled:
-    """What a pass may look up: keys before the last mixing and numbers, both [P, B, W], at positions `begin` [B] and on."""
+    """What a pass may look up: keys before the last mixing and numbers, both [P, B, W], at positions `begin` [B, 1] and on.
+
+    siblings [K, B, W]: the numbers of draws 0 .. K - 1 for one position, for the purpose `of`.
+    """
 
     begin: Tensor
     iteration: Tensor
     keys: Tensor
     numbers: Tensor
+    of: Purpose | None = None
+    siblings: Tensor | None = None
+    places: tuple[Tensor, Tensor] | None = None  # the last positions, and where they are in the tables
 
-    def at(self, table: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        """Look up positions [B, S] -> [B, S]."""
-        return table[purpose - 1].gather(1, positions - self.begin[:, None])
+    def at(self, table: Tensor, positions: Tensor) -> Tensor:
+        """Look up positions [B, S] in a table [B, W] -> [B, S]."""
+        if self.places is None or self.places[0] is not positions:  # one pass asks for the same slots again and again
+            self.places = positions, positions - self.begin
+        return table.gather(1, self.places[1])
 
 
 class Noise:
-    """Random numbers of the B samples that are being decoded; seeds [B] int64, replaced row by row (refill)."""
+    """Random numbers of the B samples that are being decoded; seeds [B] int64, replaced row by row (refill).
 
-    def __init__(self, seeds: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    length: positions 0 .. length - 1 are mixed once, when a row gets its seed, and looked up after that; 0: never.
+    """
+
+    def __init__(self, seeds: Tensor, dtype: torch.dtype = torch.float32, length: int = 0) -> None:
         self.seeds = seeds
         self.dtype = dtype
+        self.length = length
         self.streams: Tensor | None = None  # [P, B] one per purpose
         self.rolled: _Rolled | None = None
+        if length:
+            self.keys, self.table = self._tabled(seeds)
 
     def put(self, rows: Tensor, seeds: Tensor) -> None:
         """Give rows [b] new seeds [b]; in place, so that recorded passes (cuda_graph.py) see them."""
         self.seeds[rows] = seeds
         if self.streams is not None:
-            self.streams.copy_(self._mixed())
+            self.streams[:, rows] = _streams(seeds)
+        if self.length:
+            keys, table = self._tabled(seeds)
+            self.keys[:, rows], self.table[:, rows] = keys, table
 
-    def _mixed(self) -> Tensor:
-        purposes = torch.arange(1, len(Purpose) + 1, device=self.seeds.device)
-        return _mix(_mix(self.seeds) ^ purposes[:, None])
+    def _tabled(self, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys before an iteration is mixed in [P, b, length], and the numbers of `TABLED` [2, b, length]."""
+        positions = torch.arange(1, self.length + 1, device=seeds.device)
+        keys = _mix(_streams(seeds)[..., None] + _GOLDEN * positions)
+        fixed = torch.stack([keys[purpose - 1] for purpose in TABLED])
+        return keys, _unit(_mix(fixed + _GOLDEN), self.dtype)
 
-    def _streams(self) -> Tensor:
-        if self.streams is None:
-            self.streams = self._mixed()
-        return self.streams
+    def roll(self, positions: Tensor, iteration: Tensor, siblings: tuple[Purpose, Tensor] | None = None) -> None:
+        """Mix the numbers of a pass at once: all purposes at positions [B, W], one after the other; iteration [B].
 
-    def roll(self, begin: Tensor, width: int, iteration: Tensor) -> None:
-        """Mix the numbers of a pass at once: all purposes at positions begin .. begin + width - 1, begin, iteration [B].
-
+        siblings: a purpose, and the marks of the draws of it for one position that are to be ready too (`sibling_marks`).
         Until `forget`, draws of this iteration (this very tensor) and those that are the same in every pass are looked up and
         must lie at these positions: a draw by itself takes some 40 small operations.
         """
-        positions = begin[:, None] + torch.arange(width, device=begin.device)
-        keys = _mix(self._streams()[..., None] + _GOLDEN * (positions + 1))
-        fixed = torch.zeros_like(iteration)
-        passes = torch.stack([iteration if purpose in EACH_PASS else fixed for purpose in Purpose])
-        keys = keys + _GOLDEN * (passes[..., None] + 1)
-        self.rolled = _Rolled(begin, iteration, keys, _unit(_mix(keys), self.dtype))
+        if self.length:
+            keys = self.keys.gather(2, positions.expand(len(self.keys), -1, -1))
+        else:
+            keys = _mix(self._streams()[..., None] + _GOLDEN * (positions + 1))
+        keys = keys + (_GOLDEN * (iteration + 1))[:, None]
+        self.rolled = _Rolled(positions[:, :1], iteration, keys, _unit(_mix(keys), self.dtype))
+        if siblings is not None:
+            self.rolled.of, marks = siblings
+            self.rolled.siblings = _unit(_mix(keys[self.rolled.of - 1] ^ marks[:, None, None]), self.dtype)
 
     def forget(self) -> None:
         """End what `roll` began."""
         self.rolled = None
 
+    def _streams(self) -> Tensor:
+        if self.streams is None:
+            self.streams = _streams(self.seeds)
+        return self.streams
+
     def _known(self, purpose: Purpose, iteration: Tensor | int) -> _Rolled | None:
         """Return the numbers that `roll` drew, None if they are not those of this purpose and pass."""
         rolled = self.rolled
-        if rolled is None:
-            return None
-        each = purpose in EACH_PASS
-        known = iteration is rolled.iteration if each else isinstance(iteration, int) and iteration == 0
-        return rolled if known else None
+        return rolled if rolled is not None and purpose in EACH_PASS and iteration is rolled.iteration else None
 
     def _key(
         self, positions: Tensor, purpose: Purpose, iteration: Tensor | int, sibling: Tensor | int | None = None
     ) -> Tensor:
         if (rolled := self._known(purpose, iteration)) is not None:
-            key = rolled.at(rolled.keys, positions, purpose)
+            key = rolled.at(rolled.keys[purpose - 1], positions)
         else:
-            key = _mix(self._streams()[purpose - 1][:, None] + _GOLDEN * (positions + 1))
+            if self.length:
+                key = self.keys[purpose - 1].gather(1, positions)
+            else:
+                key = _mix(self._streams()[purpose - 1][:, None] + _GOLDEN * (positions + 1))
             if isinstance(iteration, Tensor):
                 iteration = iteration[:, None]
             key = key + _GOLDEN * (iteration + 1)
@@ -143,8 +182,14 @@ class Noise:
 
         sibling [b, S] or int: the index of the draw among several for one position; 0 is the same as none.
         """
-        if sibling is None and (rolled := self._known(purpose, iteration)) is not None:
-            return rolled.at(rolled.numbers, positions, purpose)
+        alone = sibling is None or (isinstance(sibling, int) and sibling == 0)
+        if alone and self.length and purpose in TABLED and isinstance(iteration, int) and iteration == 0:
+            return self.table[TABLED.index(purpose)].gather(1, positions)
+        if (rolled := self._known(purpose, iteration)) is not None:
+            if alone:
+                return rolled.at(rolled.numbers[purpose - 1], positions)
+            if purpose is rolled.of and isinstance(sibling, int) and rolled.siblings is not None:
+                return rolled.at(rolled.siblings[sibling], positions)
         return _unit(self._key(positions, purpose, iteration, sibling), self.dtype)
 
     def codes(self, positions: Tensor, vocabulary: int, sibling: Tensor | None = None) -> Tensor:
@@ -152,8 +197,10 @@ class Noise:
         return (self.uniform(positions, Purpose.INIT, sibling=sibling) * vocabulary).long().clamp(max=vocabulary - 1)
 
     def _field(self, positions: Tensor, purpose: Purpose, width: int) -> Tensor:
-        columns = _GOLDEN * torch.arange(1, width + 1, device=positions.device)
-        return _unit(_mix(self._key(positions, purpose, 0)[..., None] + columns), self.dtype)
+        columns = torch.arange(1, width + 1, device=positions.device)
+        # key + _GOLDEN * column; Inductor takes the product of an arange for an index, and it overflows as one (torch 2.15)
+        mixed = (self._key(positions, purpose, 0)[..., None] * _INVERSE + columns) * _GOLDEN
+        return _unit(_mix(mixed), self.dtype)
 
     def gumbel(self, positions: Tensor, vocabulary: int) -> Tensor:
         """Return the Gumbel noise of each position, the same in every pass: [B, S] -> [B, S, V]."""

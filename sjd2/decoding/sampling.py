@@ -105,13 +105,13 @@ def draw(mass: Tensor, u: Tensor, block: int = 32) -> Tensor:
     sums = blocks.sum(-1)
     edges = sums.cumsum(-1)
     below = 1 - torch.finfo(mass.dtype).eps
-    target = torch.minimum(u * edges[..., -1], edges[..., -1] * below)[..., None]
-    outer = (edges <= target).sum(-1, keepdim=True).clamp(max=edges.shape[-1] - 1)
+    target = (u.clamp(max=below) * edges[..., -1])[..., None]
+    outer = (edges[..., :-1] <= target).sum(-1, keepdim=True)  # the last edge lies above every target
     within = target - (edges - sums).gather(-1, outer)
     inner = blocks.gather(-2, outer[..., None].expand(*outer.shape, block)).squeeze(-2).cumsum(-1)
     # rounding may leave `within` outside the block: the clamp keeps the draw on an entry with mass
     within = torch.minimum(within.clamp(min=0), inner[..., -1:] * below)
-    return (outer * block + (inner <= within).sum(-1, keepdim=True)).squeeze(-1)
+    return (inner <= within).sum(-1).add(outer[..., 0], alpha=block)
 
 
 def draw_gumbel(probs: Tensor, gumbel: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ class AcceptedPath:
     """The draft tokens that a pass accepts, from slot 0 downwards.
 
     slots [B, L + 1]: by depth, slot 0 first; length [B]: accepted draft tokens; end [B]: the last accepted slot;
-    can_extend [B]: whether a token may be drawn after the end, since its input was clean.
+    can_extend [B]: whether a token may be drawn after the end, since its input was clean; None: always.
     """
 
     slots: Tensor
     length: Tensor
     end: Tensor
-    can_extend: Tensor
+    can_extend: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Chain:
         """Return the slots at depths [B, C] of the branch that continues slot `end` [B]: [B, C]."""
         return depths
 
+    def on_path(self, tokens: Tensor, path: AcceptedPath) -> Tensor:
+        """Return the tokens of the slots below slot 0 on a path: [B, S] -> [B, L]."""
+        return tokens[:, 1:]
+
     def attn_mask(self, rows: int) -> Tensor | None:
         """Return which slots see which [B, S, S]; None: causally."""
         return None
@@ -75,7 +79,9 @@ class Chain:
         rows, size = len(accepted), accepted.shape[1] + 1
         slots = torch.arange(size, device=accepted.device).expand(rows, -1)
         length = accepted.cumprod(1).sum(1)
-        reach = torch.full_like(length, size) if clean is None else 1 + clean[:, 1:].cumprod(1).sum(1)
+        if clean is None:
+            return AcceptedPath(slots, length, length, None)
+        reach = 1 + clean[:, 1:].cumprod(1).sum(1)
         length = torch.minimum(length, reach)
         return AcceptedPath(slots, length, length, length < reach)
 
@@ -135,7 +141,8 @@ class Tree:
 
     parents [b, S]; depth [b, S]; seen [b, S, S]: ancestors, the slot itself included; rank [b, S]: place among siblings;
     earlier [b, S, S]: siblings drawn before; before, last [b, S]: the sibling just before, the last child (0: none).
-    ranks: largest number of children, deepest: largest depth. groups: slots of each rank where the shape is static.
+    ranks: largest number of children, deepest: largest depth. groups, earlier_groups: places among the draft tokens of the
+    slots of each rank, and of the sibling just before each, where the shape is static.
     follow [S, C]: the slot that continues a slot at each depth: first children, then the main chain; static only.
     reorder_depth: depths 1..reorder_depth hold slots whose number is not their depth. lanes [b, S]: which chain each slot
     belongs to, where several chains live on from pass to pass. spine [P]: the slots of first children from slot 0 downwards;
@@ -153,6 +160,7 @@ class Tree:
     ranks: int
     deepest: int
     groups: tuple[Tensor, ...] = ()
+    earlier_groups: tuple[Tensor, ...] = ()
     follow: Tensor | None = None
     reorder_depth: int = 0
     lanes: Tensor | None = None
@@ -165,6 +173,7 @@ class Tree:
     def of(cls, parents: Tensor, *, ranks: int, deepest: int) -> Tree:
         """Build from parents [b, S] on their device; the host knows no more than bounds on ranks and depth."""
         size = parents.shape[1]
+        deepest = min(deepest, size - 1)
         slot = torch.arange(size, device=parents.device)
         seen = (slot == slot[:, None]) | (slot == parents[..., None])
         for _ in range(max(deepest - 1, 0).bit_length()):
@@ -194,9 +203,12 @@ class Tree:
                 if not children[node]:
                     break
                 node = children[node][0]
+        groups = [[c[r] - 1 for c in children if len(c) > r] for r in range(ranks)]
+        earlier = [[], *([c[r - 1] - 1 for c in children if len(c) > r] for r in range(1, ranks))]
         return replace(
             cls.of(torch.tensor([parents], device=device), ranks=ranks, deepest=max(depth)),
-            groups=tuple(torch.tensor([c[r] for c in children if len(c) > r], device=device) for r in range(ranks)),
+            groups=tuple(torch.tensor(slots, device=device) for slots in groups),
+            earlier_groups=tuple(torch.tensor(slots, dtype=torch.long, device=device) for slots in earlier),
             follow=torch.tensor(follow, device=device),
             reorder_depth=max((d for slot, d in enumerate(depth) if d != slot), default=0),
             lanes=None if lanes is None else torch.tensor([lanes], device=device),
@@ -241,6 +253,9 @@ class Tree:
     def continuation(self, end: Tensor, depths: Tensor) -> Tensor:
         return depths if self.follow is None else self.follow[end].gather(1, depths)
 
+    def on_path(self, tokens: Tensor, path: AcceptedPath) -> Tensor:
+        return tokens.gather(1, path.slots[:, 1:])
+
     def attn_mask(self, rows: int) -> Tensor:
         return self.seen.expand(rows, -1, -1)
 
@@ -265,7 +280,7 @@ class Tree:
         end = (on_path * (depth + 1)).argmax(1)
         slots = torch.zeros(rows, self.deepest + 1, dtype=torch.long, device=accepted.device)
         slots = slots.scatter_reduce(1, depth, slot * on_path, "amax")
-        can_extend = torch.ones_like(end, dtype=torch.bool) if clean is None else clean.gather(1, end[:, None])[:, 0]
+        can_extend = None if clean is None else clean.gather(1, end[:, None])[:, 0]
         return AcceptedPath(slots, on_path.sum(1) - 1, end, can_extend)
 
 

@@ -122,7 +122,8 @@ def verify(verifier: Verifier, draft: Draft, target: Tensor, state: State, clean
     tested = p
     if sampler.residuals and not verifier.joint:
         tested = after_siblings(verifier, p, draft.probs, token, draft.shape)
-    certain = (state.forced_at(positions) >= 0) | (positions < state.committed[:, None])
+    forced = state.forced_slots(draft.tokens.shape[1], draft.shape)[:, 1:]
+    certain = (forced >= 0) | (positions < state.committed[:, None])
     number = draft.shape.number if verifier.joint else draft.shape.sibling
     coin = noise.uniform(positions, Purpose.ACCEPT, state.iteration, number)
     if sampler.residuals:
@@ -167,16 +168,16 @@ def after_siblings(verifier: Verifier, p: Tensor, q: Tensor | None, token: Tenso
     """
     if not isinstance(tree, Tree) or tree.ranks < 2:
         return p
-    p = p.clone()
-    every = torch.arange(1, p.shape[1] + 1, device=p.device)
+    p = p.clone() if tree.groups else p
     for rank in range(1, tree.ranks):
-        slots = tree.groups[rank] if tree.groups else every
-        before = (tree.before[:, slots] - 1).clamp(min=0).expand(len(p), -1)
+        if tree.groups:  # the host knows the few slots of this rank
+            before = tree.earlier_groups[rank]
+            drawn = None if q is None else q[:, before]
+            left = verifier.residual(p[:, before], drawn, token[:, before])
+            p[:, tree.groups[rank]] = left / left.sum(-1, keepdim=True)
+            continue
+        before = (tree.before[:, 1:] - 1).clamp(min=0).expand(len(p), -1)
         drawn = None if q is None else gather_slots(q, before)
         left = verifier.residual(gather_slots(p, before), drawn, token.gather(1, before))
-        left = left / left.sum(-1, keepdim=True)
-        if tree.groups:
-            p[:, slots - 1] = left
-        else:
-            p = torch.where((tree.sibling == rank)[..., None], left, p)
+        p = torch.where((tree.sibling == rank)[..., None], left / left.sum(-1, keepdim=True), p)
     return p

@@ -18,7 +18,7 @@ from sjd2.decoding.engine import Engine, Prompt
 from sjd2.decoding.finite import FaultSource
 from sjd2.decoding.interfaces import Draft, PassResult, State
 from sjd2.decoding.sampling import SamplingParams
-from sjd2.decoding.shapes import AcceptedPath, gather_slots
+from sjd2.decoding.shapes import CHAIN, AcceptedPath, gather_slots
 from sjd2.decoding.verify import Verification, verify
 from sjd2.models.base import ImageModel
 from sjd2.models.timesteps import Timesteps
@@ -56,6 +56,7 @@ class WindowEngine(Engine):
         self.carried = Draft(tokens, probs if self.refiner.records else None)
         self.fresh = torch.zeros_like(tokens, dtype=torch.bool)  # [B, C] slots that hold no draft token yet
         self.counter = AcceptanceCounter.of(rows, decoder.lookahead, device)
+        self._propose, self._settle = self.piece(WindowEngine.propose), self.piece(WindowEngine.settle)
 
     def grow(self) -> None:
         super().grow()
@@ -81,28 +82,42 @@ class WindowEngine(Engine):
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Run one pass over all rows: propose, forward, verify, commit, refine, shift."""
-        state = self.begin_pass()
-        draft = self.drafter.propose(self.carried, self.fresh, state)  # tokens [B, S], q [B, S-1, V], shape
+        """Run one pass over all rows: propose, forward, settle (verify, commit, refine, shift), advance."""
+        self.state.bound = self.cache.bound
+        draft = self._propose(self)  # tokens [B, S], q [B, S-1, V], shape
+        hidden = self.forward(draft)  # [R, S, D]
+        slots, num_final, num_new = self._settle(self, draft, hidden, self.model.logits(hidden))
+        self.history.append(num_new)
+        self._advance(slots, num_final)
+
+    def propose(self) -> Draft:
+        """Lay out the pass, mix its random numbers all at once, and let the drafter propose."""
+        state = self.state
+        state.noise.roll(state.begin(), state.iteration, self.drafter.repeated_draws)
+        draft = self.drafter.propose(self.carried, self.fresh, state)
         if draft.probs is not None:
             state.watch(draft.probs, FaultSource.DRAFT)
-        hidden, p = self.forward(draft)  # [R, S, D]; [B, S, V]: the next-token distribution at every slot
-        clean = self.rule.clean(draft)
-        test = verify(self.verifier, draft, p, state, clean)
+        return draft
+
+    def settle(self, draft: Draft, hidden: Tensor, logits: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Do all of a pass that follows the transformer: hidden [R, S, D], logits [R, S, V].
+
+        Returns the slots [B, L] whose keys have to move to the front (None: they lie there), how many slots are final [B], and
+        how many tokens were committed [B].
+        """
+        p, clean = self.probs(logits), self.rule.clean(draft)  # [B, S, V]: the next-token distribution at every slot
+        test = self.test(draft, p, clean)
         path = draft.shape.accepted_path(test.accepted, clean)
         token, bonus = self.next_token(test, path)  # a recovered token, or the bonus token
+        before = self.state.committed
         num_new = self.commit(draft, path, token, bonus)
-        refined = self.refiner(draft, test, state)
-        self.shift(refined, draft, hidden, path, num_new)
+        refined = self.refiner(draft, test, self.state)
+        num_final = self.shift(refined, draft, hidden, path, num_new)
+        reordered = draft.shape.reorder_depth
+        return path.slots[:, 1 : reordered + 1] if reordered else None, num_final, self.state.committed - before
 
-    def begin_pass(self) -> State:
-        """Prepare what the parts may read: the bound of the cache, and the random numbers of the pass all at once."""
-        self.state.bound = self.cache.bound
-        self.state.noise.roll(self.state.cached, self.decoder.window + 1, self.state.iteration)
-        return self.state
-
-    def forward(self, draft: Draft) -> tuple[Tensor, Tensor]:
-        """Return the hidden states [R, S, D] and the next-token distribution p at each slot [B, S, V]."""
+    def forward(self, draft: Draft) -> Tensor:
+        """Run the transformer over a pass and return the hidden states: [R, S, D]."""
         state = self.state
         x = self.model.embed(draft.tokens) if draft.embeds is None else draft.embeds
         positions = self.per_branch(state.positions(x.shape[1], draft.shape)) + state.image_start[:, None]
@@ -112,8 +127,11 @@ class WindowEngine(Engine):
         timesteps = None
         if draft.level is not None and self.drafter.timesteps is not None:
             timesteps = Timesteps(self.drafter.timesteps, self.per_branch(draft.level), state.image_start)
-        hidden = self.model.forward(self.per_branch(x), positions, self.cache, attn_mask, gate, timesteps)
-        return hidden, self.probs(self.model.logits(hidden))
+        return self.model.forward(self.per_branch(x), positions, self.cache, attn_mask, gate, timesteps)
+
+    def test(self, draft: Draft, p: Tensor, clean: Tensor | None) -> Verification:
+        """Test the draft tokens of the pass under its outputs [B, S, V]; clean [B, S]: inputs to commit after (None: all)."""
+        return verify(self.verifier, draft, p, self.state, clean)
 
     def next_token(self, test: Verification, path: AcceptedPath) -> tuple[Tensor, Tensor]:
         """Draw the token after the accepted path; whether it is a bonus, with no draft token rejected: [B], [B]."""
@@ -130,15 +148,16 @@ class WindowEngine(Engine):
         """
         state, first = self.state, self.state.cached + 1
         depth = torch.arange(path.slots.shape[1], device=first.device)  # of the parent
-        tokens = torch.cat([draft.tokens.gather(1, path.slots[:, 1:]), token[:, None]], 1)
+        tokens = torch.cat([draft.shape.on_path(draft.tokens, path), token[:, None]], 1)
         tokens = torch.where(depth == path.length[:, None], token[:, None], tokens)
-        num_new = torch.minimum(path.length + path.can_extend, self.total - first).clamp(min=0)
+        num_new = torch.minimum(
+            path.length + (1 if path.can_extend is None else path.can_extend), self.total - first
+        ).clamp(min=0)
         num_new = torch.where(state.committed < self.total, num_new, state.committed - first)
-        positions = (first[:, None] + depth).clamp(max=state.tokens.shape[1] - 1)
+        positions = state.positions(1 + len(depth))[:, 1:]
         old = state.tokens.gather(1, positions)
         state.tokens.scatter_(1, positions, torch.where(depth < num_new[:, None], tokens, old))
         before, state.committed = state.committed, first + num_new
-        self.history.append(state.committed - before)
         self.count(path, before, num_new, bonus)
         return num_new
 
@@ -151,17 +170,18 @@ class WindowEngine(Engine):
         free = state.forced_at(before[:, None] + torch.arange(depths, device=before.device)) < 0
         self.counter.add(accepted, rejected, free)
 
-    def shift(self, refined: Draft, draft: Draft, hidden: Tensor, path: AcceptedPath, num_new: Tensor) -> None:
-        """Move every row's window by its own count; slots that enter are `fresh` and get filled in the next pass."""
+    def shift(self, refined: Draft, draft: Draft, hidden: Tensor, path: AcceptedPath, num_new: Tensor) -> Tensor:
+        """Move every row's window by its own count and return it: [B]; slots that enter are `fresh`, for the next pass to fill."""
         state, size = self.state, self.num_carried
-        self._advance(draft, path, num_final := self.rule.num_final(draft, num_new))
+        num_final = self.rule.num_final(draft, num_new)
+        state.advance(num_final)
         depth = torch.arange(size, device=num_new.device) + num_final[:, None]  # [B, C] in the pass that has run
         fresh = depth >= size
         source = draft.shape.continuation(path.end, depth.clamp(max=size - 1))
         # committed tokens replace draft tokens: at slot 0, and under rule=paper those that wait for a clean pass
         positions = state.positions(size)
         known = positions < state.committed[:, None]
-        committed = state.tokens.gather(1, positions.clamp(max=state.tokens.shape[1] - 1))
+        committed = state.tokens.gather(1, positions)
         self.fresh = fresh & ~known
         self.drafter.update(PassResult(draft, refined, hidden, path, num_new, source, self.fresh), state)
         probs, level, latent = refined.probs, refined.level, refined.latent
@@ -170,18 +190,17 @@ class WindowEngine(Engine):
             probs=None if probs is None else gather_slots(probs, (source[:, 1:] - 1).clamp(min=0)),
             level=None if level is None else level.gather(1, source).masked_fill(known, 0),
             latent=None if latent is None else gather_slots(latent, source),
+            shape=CHAIN,  # given, as torch.compile does not know an object that is a default
         )
+        return num_final
 
-    def _advance(self, draft: Draft, path: AcceptedPath, num_final: Tensor) -> None:
+    def _advance(self, slots: Tensor | None, num_final: Tensor) -> None:
         """Keep the keys and values of the first `num_final` [B] slots of the path."""
-        state, cache, reordered = self.state, self.cache, draft.shape.reorder_depth
-        if reordered:
-            cache.compact(self.per_branch(path.slots[:, 1 : reordered + 1]))
+        cache = self.cache
+        if slots is not None:
+            cache.compact(self.per_branch(slots))
         cache.lengths = cache.lengths + self.per_branch(num_final)
         cache.bound = min(cache.bound + self.decoder.window, self.prompt + self.total)
-        state.cached = state.cached + num_final
-        state.noise.forget()
-        state.iteration = state.iteration + 1
 
     def peek(self) -> dict[str, Tensor]:
         """Return `guesses` [B, C - 1], what the coming pass tests after the committed tokens; -1 where there is none yet."""

@@ -124,7 +124,7 @@ class Denoiser(Drafter):
         noisy = self.space.model_input(latent + self.codes[level])
         clean = self.model.embed(tokens)
         embeds = torch.where((level > 0)[..., None], noisy.to(clean.dtype), clean)
-        return Draft(tokens, probs, embeds, level, latent)
+        return Draft(tokens, probs, embeds, level, latent, carried.shape)
 
     def _levels(self, old: Tensor, probs: Tensor, fresh: Tensor, state: State, positions: Tensor) -> Tensor:
         """Return the level of each slot in the coming pass: old [B, S] -> [B, S]."""
@@ -134,7 +134,7 @@ class Denoiser(Drafter):
             sure = torch.nn.functional.pad(probs.amax(-1) >= settings.early, (1, 0))
             level = level.masked_fill(sure, 0)
         draft = torch.arange(old.shape[1], device=old.device) > 0
-        drafted = draft & (positions >= state.committed[:, None]) & (state.forced_at(positions) < 0)
+        drafted = draft & (positions >= state.committed[:, None]) & (state.forced_slots(old.shape[1]) < 0)
         return torch.where(fresh, settings.steps, level) * drafted
 
     def _denoise(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sjd2.decoding.interfaces import Draft, Drafter, PassResult, State
-from sjd2.decoding.noise import Purpose
+from sjd2.decoding.noise import Purpose, sibling_marks
 from sjd2.decoding.sampling import SamplingParams, without
 from sjd2.decoding.shapes import gather_slots
 from sjd2.decoding.verify import EXACT
@@ -136,6 +136,8 @@ class FrontDrafter(Drafter):
             corrected=settings.corrected,
             device=model.device,
         )
+        count = 1 + max((len(level.siblings) for level in self.front.levels), default=0)
+        self.repeated_draws = (Purpose.SIBLING, sibling_marks(count, model.device)) if count > 1 else None
         self.corrector = None if settings.weights is None else Corrector.load(locate_part(settings.source()), model)
 
     def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> FrontMemory | None:
@@ -194,7 +196,7 @@ class FrontDrafter(Drafter):
 
     def draw_siblings(self, level: Level, depth: int, draft: Draft, token: Tensor, q: Tensor, state: State) -> None:
         """Draw further children without replacement, from q without the earlier ones, renormalised and recorded."""
-        position, probs = (state.cached + depth)[:, None], draft.probs
+        position, probs = state.at_depth(depth)[0], draft.probs
         assert probs is not None
         for rank, slots in enumerate(level.siblings, 1):
             codes = token[:, : len(slots)].clamp(max=q.shape[-1] - 1)
@@ -216,13 +218,14 @@ class FrontDrafter(Drafter):
         branches = len(memory.stale) // rows
         stale = memory.stale[:, depth - 1, None].expand(-1, families, -1)
         old, new = memory.old[:, depth - 1, None].expand(-1, families), tokens[:, level.parents]
-        free = state.forced_at((state.cached + depth)[:, None]) < 0
+        position, forced = state.at_depth(depth)
+        free = forced < 0
         changed = memory.valid[:, depth - 1, None] & (old != new) & free
         embed = self.model.embed(torch.cat([old, new], 1)).repeat(branches, 1, 1)
         hidden = self.corrector(stale, source, embed[:, :families], embed[:, families:])
         hidden = torch.where(changed.repeat(branches, 1)[..., None], hidden, stale)
         corrected = torch.where(changed[..., None], state.sampling.probs(self.model.logits(hidden)).to(q), q)
-        place, sampler = (state.cached + depth)[:, None].expand(-1, families), state.sampler
+        place, sampler = position.expand(-1, families), state.sampler
         code = token.clamp(max=q.shape[-1] - 1)
         accept_prob = sampler.accept_prob(EXACT, corrected, q, code, place)
         accepted = state.noise.uniform(place, Purpose.CORRECT, state.iteration) < accept_prob

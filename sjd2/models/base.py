@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sjd2.compiler import Compiler
 from sjd2.models.kv_cache import RowCache, additive, cache_argument
 from sjd2.models.layout import TokenGrid
 
@@ -60,9 +61,9 @@ class ImageModel:
         self.layout = layout
         self.adapter: Adapter | None = None  # where a fine-tuning is loaded
         self.fused = False  # whether passes over a cache attend in one kernel (window_attention.py)
-        self.graphs: Any = (
-            None  # of sjd2.generate: recorded passes, with keys and values, that its next call may replay
-        )
+        # of sjd2.generate: recorded passes, with keys and values, that its next call may replay
+        self.graphs: Any = None
+        self.compiler: Compiler | None = None  # compiles what a pass does beside the transformer
         self.head_module: nn.Module | None = None  # output weights, for fine-tunings that change all weights
 
     def __repr__(self) -> str:

@@ -61,7 +61,7 @@ def verified(x: list[tuple[int, ...]], p: torch.Tensor, q: torch.Tensor, verifie
     noise, positions = Noise(torch.arange(rows), torch.float64), 1 + shape.depth[:, 1:].expand(rows, -1)
     state = SimpleNamespace(
         noise=noise, sampler=CdfSampler(noise), iteration=torch.zeros(rows, dtype=torch.long),
-        draft_positions=lambda _: positions, forced_at=lambda at: torch.full_like(at, -1),
+        draft_positions=lambda _: positions, forced_slots=lambda size, _: torch.full((rows, size), -1),
         committed=torch.ones(rows, dtype=torch.long),
     )  # fmt: skip
     return verify(verifier, draft, p.expand(rows, -1, -1), state)

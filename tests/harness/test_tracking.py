@@ -15,11 +15,11 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from baselines import lantern
+
 from harness.home import ensure_home
 from harness.tracking import About, NoTracker, WandbTracker, has_account
 from sjd2.errors import UserError
-from sjd2.files import ROOT, find
+from sjd2.files import ROOT, cache_root, find
 from tests.helpers.cli import Cli
 from tests.helpers.forked import Forked
 from tests.helpers.process_state import restored
@@ -186,7 +186,7 @@ def test_what_lies_in_a_home_folder_that_is_not_there(monkeypatch: pytest.Monkey
     with pytest.raises((KeyError, OSError)):
         getpass.getuser()
     assert not has_account()
-    assert str(lantern.cache_folder()).endswith("neighbours")
+    assert str(cache_root()).endswith("sjd2")
     with pytest.raises(UserError, match="home folder that this user does not have; give the whole path"):
         find("~/weights")
     with restored():

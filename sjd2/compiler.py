@@ -1,0 +1,103 @@
+"""torch.compile for pieces of a pass: few kernels instead of hundreds of small ones; a piece that fails runs as it is.
+
+A piece is a function of tensors and of objects that hold tensors, and reads nothing on the host. It is compiled for the shapes
+it meets: each owner (an engine of one decoder, number of rows and sampling) gets code of its own, so that a sweep over windows
+neither runs into torch's limit of versions nor checks the guards of all other windows in every pass. What Inductor makes is
+kept between runs in the user's cache folder, under Inductor's own key: source, shapes, torch and device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import types
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sjd2.errors import UserError, first_line
+from sjd2.files import cache_root
+
+FIRST = 3  # calls in which a piece may meet new shapes: tensors that were None get theirs
+logger = logging.getLogger(__name__)
+
+
+class Compiler:
+    """Compiles pieces and keeps them; `seconds` by the name of a piece, what was left out and why in `left_out`."""
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+        self.seconds: dict[str, float] = {}
+        self.left_out: dict[str, str] = {}
+        self._pieces: dict[Hashable, tuple[Callable[..., Any], Any]] = {}
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
+
+    def piece(self, function: Callable[..., Any], owner: Hashable, keep: Any = None) -> Callable[..., Any]:
+        """Return `function` compiled for this owner; the next call for the same owner returns the same piece.
+
+        keep: objects whose ids are part of `owner`, kept so that no others get these ids.
+        """
+        key = function, owner
+        if key not in self._pieces:
+            self._pieces[key] = _Piece(function, self), keep
+        return self._pieces[key][0]
+
+    def entry(self) -> dict[str, Any]:
+        """Return what provenance.jsonl keeps: seconds by piece, and what runs as it is."""
+        seconds = {name: round(value, 2) for name, value in self.seconds.items()}
+        return {"backend": self.backend, "seconds": seconds} | ({"left_out": self.left_out} if self.left_out else {})
+
+
+class _Piece:
+    """One function, compiled at its first call."""
+
+    def __init__(self, function: Callable[..., Any], compiler: Compiler) -> None:
+        self.function, self.compiler = function, compiler
+        self.name = function.__qualname__.rpartition("<locals>.")[2]
+        self.calls = 0
+        own = types.FunctionType(  # torch keeps versions by code object, and limits their number
+            function.__code__.replace(),
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        own.__kwdefaults__ = function.__kwdefaults__
+        self.run: Callable[..., Any] = torch.compile(own, dynamic=False, fullgraph=True, backend=compiler.backend)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.calls >= FIRST:
+            return self.run(*arguments)
+        self.calls += 1
+        begin = time.perf_counter()
+        try:
+            out = self.run(*arguments)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (
+            Exception
+        ) as error:  # of dynamo, of the backend, of the C++ compiler or Triton: many classes, nothing has run
+            self.run, self.calls = self.function, FIRST
+            why = first_line(error)
+            if self.name not in self.compiler.left_out:
+                self.compiler.left_out[self.name] = why
+                logger.warning("%s runs as it is, not compiled: %s.", self.name, why.rstrip("."))
+            return self.function(*arguments)
+        spent = time.perf_counter() - begin
+        self.compiler.seconds[self.name] = self.compiler.seconds.get(self.name, 0.0) + spent
+        return out
+
+
+def why_not() -> str | None:
+    """Return why nothing can be compiled on this machine's CPU, or None."""
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # a class that differs between versions of torch
+        return f"there is no C++ compiler ({config.cpp.cxx[1] or 'CXX'}): {first_line(error)}"
+    return None
