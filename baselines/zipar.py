@@ -68,7 +68,6 @@ class PassPlan:
 class ZipEngine(Engine):
     """Every pass draws the next code of each grid row that has begun, and begins the next row where it may."""
 
-    replayable: ClassVar[bool] = False
     raster: ClassVar[bool] = False
     decoder: ZipAR
     cache: RasterCache

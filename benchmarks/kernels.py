@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.result_file import result_file
 from harness.provenance import start_entry
 from sjd2 import api
+from sjd2.compiler import Compiler
 from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.dispatch import start_engine
 from sjd2.decoding.engine import Engine
@@ -113,14 +114,9 @@ def labelled(engine: Engine, launches: Launches) -> Iterator[None]:
 
 @torch.inference_mode()
 def count(model: ImageModel, decoder: BaseDecoder, sampling: SamplingParams, batch: int) -> dict[str, Any]:
-    """Return a row: operations of one pass by part and in all, and on a GPU the kernels that its profiler sees."""
-    condition = model.encode(["a small red circle"] * batch)
-    width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
-    engine = start_engine(model, decoder, batch, width, sampling)
-    engine.admit(list(range(batch)), condition, list(range(batch)))
-    engine.cache.reads = False  # as on a GPU, where the host keeps a bound instead of asking
-    for _ in range(WARM):
-        engine.step()
+    """Return a row: operations of one pass by part and in all; on a GPU the profiler's kernels, plain and compiled."""
+    model.compiler = None
+    engine = _begin(model, decoder, sampling, batch)
     launches = Launches()
     with labelled(engine, launches), launches:
         engine.step()
@@ -128,7 +124,25 @@ def count(model: ImageModel, decoder: BaseDecoder, sampling: SamplingParams, bat
     row |= {part: launches.parts[part] for part in PARTS}
     row["all"], row["beside"] = sum(launches.parts.values()), sum(launches.parts.values()) - launches.parts[TRANSFORMER]
     row["most"] = dict(launches.names.most_common(8))
-    return row if model.device.type != "cuda" else row | {"kernels": _kernels(engine)}
+    if model.device.type == "cuda":
+        row["kernels"] = _kernels(engine)
+        model.compiler = Compiler()
+        compiled = _begin(model, decoder, sampling, batch)
+        row["compiled"], row["compile_s"] = _kernels(compiled), sum(model.compiler.seconds.values())
+        model.compiler = None
+    return row
+
+
+def _begin(model: ImageModel, decoder: BaseDecoder, sampling: SamplingParams, batch: int) -> Engine:
+    """Open an engine and run its first passes."""
+    condition = model.encode(["a small red circle"] * batch)
+    width = max(condition.embeds.shape[1], condition.uncond_embeds.shape[1])
+    engine = start_engine(model, decoder, batch, width, sampling)
+    engine.admit(list(range(batch)), condition, list(range(batch)))
+    engine.cache.reads = False  # as on a GPU, where the host keeps a bound instead of asking
+    for _ in range(WARM):
+        engine.step()
+    return engine
 
 
 def _kernels(engine: Engine) -> int:
@@ -146,7 +160,14 @@ def _kernels(engine: Engine) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    columns = ["decoder", "window", *PARTS, "all", "beside", *(["kernels"] if "kernels" in rows[0] else [])]
+    columns = [
+        "decoder",
+        "window",
+        *PARTS,
+        "all",
+        "beside",
+        *(name for name in ("kernels", "compiled") if name in rows[0]),
+    ]
     head = [f"{name} the transformer" if name == "beside" else name for name in columns]
     lines = [f"| {' | '.join(head)} |", f"|{' :--- |'}{' ---: |' * (len(columns) - 1)}"]
     return "\n".join([*lines, *(f"| {' | '.join(str(row[name]) for name in columns)} |" for row in rows)])

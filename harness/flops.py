@@ -21,10 +21,11 @@ def gflops_per_token(
     """
     with torch.inference_mode():
         condition = model.encode([prompt])
-    fused, model.fused = model.fused, False  # the counter knows SDPA and the lengths of its keys
+    # the counter knows SDPA, the lengths of its keys, and operations that run one by one
+    fused, model.fused, compiler, model.compiler = model.fused, False, model.compiler, None
     try:
         with FlopCounterMode(display=False) as counter:
             generate(model, decoder, condition, [sample_seed(seed, 0, 0)], sampling=sampling)
     finally:
-        model.fused = fused
+        model.fused, model.compiler = fused, compiler
     return counter.get_total_flops() / model.layout.length / 1e9

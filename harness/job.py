@@ -30,6 +30,7 @@ from harness.ranks import ALONE, Ranks
 from harness.sample import Job, Retiming
 from harness.tracking import About, NoTracker, Tracker
 from harness.turns import make_images
+from sjd2.compiler import Compiler
 from sjd2.decoding.cuda_graph import Graphs, usual_graphs
 from sjd2.errors import UserError
 from sjd2.files import write_atomically
@@ -53,8 +54,10 @@ class Models:
             if plan.device.startswith("cuda:"):
                 torch.cuda.set_device(plan.device)  # what a library puts on "cuda" lands there too
             self._loaded[key] = plan.spec.load(plan.device, plan.dtype)
-        fuse_loudly(self._loaded[key], plan.fused)
-        return self._loaded[key]
+        model = self._loaded[key]
+        fuse_loudly(model, plan.fused)
+        model.compiler = (model.compiler or Compiler()) if plan.compiled else None
+        return model
 
 
 def fuse_loudly(model: ImageModel, wanted: bool) -> None:
@@ -169,7 +172,7 @@ def _join_baseline(run: Entry, base: Entry, held: contextlib.ExitStack, ranks: R
 def _alike(run: Entry, base: Entry) -> bool:
     """Return whether two runs share model, images and batches."""
     keys = ("digest", "prompts", "batch_size", "refill", "dtype")
-    sides = [(entry.plan.device, entry.plan.fused, entry.cfg.limit) for entry in (run, base)]
+    sides = [(entry.plan.device, entry.plan.fused, entry.plan.compiled, entry.cfg.limit) for entry in (run, base)]
     return sides[0] == sides[1] and all(run.plan.identity[key] == base.plan.identity[key] for key in keys)
 
 

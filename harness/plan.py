@@ -20,6 +20,7 @@ from harness.provenance import physical_cores
 from harness.ranks import ALONE, Ranks
 from harness.settings import check_writable
 from harness.tracking import Tracker
+from sjd2.compiler import why_not
 from sjd2.config import instantiate, plain
 from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.sampling import SamplingParams
@@ -54,6 +55,7 @@ class Plan:
     device: str
     dtype: str
     fused: bool  # attention in one kernel where the model and the device have it
+    compiled: bool  # what a pass does beside the transformer in few kernels, by torch.compile
     pixels: bool  # turn tokens into images; False with model.pixels=none
 
 
@@ -100,8 +102,21 @@ def make_plan(cfg: DictConfig, ranks: Ranks = ALONE) -> Plan:
     check_writable(run.path, "run_dir")
     settings["id"] = run.identity.get("id", settings["id"])  # a run begun by an older release keeps the id it has
     parts = {"spec": spec, "decoder": decoder, "sampling": sampling, "prompts": prompts}
-    parts |= {"fused": cfg.runtime.fused, "pixels": draws(cfg)}
+    parts |= {"fused": cfg.runtime.fused, "compiled": compiled(cfg, device, dtype), "pixels": draws(cfg)}
     return Plan(run=run, identity=settings, device=device, dtype=dtype, **parts)
+
+
+def compiled(cfg: DictConfig, device: str, dtype: str) -> bool:
+    """Return whether the pieces of a pass are compiled: by default on CUDA, never in float64.
+
+    Raises `UserError` if it is asked for where no code can be generated.
+    """
+    wanted = device.startswith("cuda") if cfg.runtime.compile is None else cfg.runtime.compile
+    if not wanted or dtype == "float64":
+        return False
+    if device == "cpu" and (why := why_not()) is not None:
+        raise UserError(f"runtime.compile=true needs a C++ compiler on a CPU: {why}; install one, or leave it out.")
+    return True
 
 
 def draws(cfg: DictConfig) -> bool:

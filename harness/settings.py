@@ -73,7 +73,7 @@ TYPES: dict[str, Any] = {
     "columns": str,
 }
 RUNTIME: dict[str, Any] = {"threads": int | None, "grace_s": float, "isolate": bool, "flops": bool}
-RUNTIME |= {"graph": bool | None, "fused": bool}
+RUNTIME |= {"graph": bool | None, "fused": bool, "compile": bool | None}
 BOUNDS: dict[str, Any] = dict.fromkeys(
     ("tokens", "passes", "nll", "scores", "distances", "speedup", "latency"), float | None
 )

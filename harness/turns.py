@@ -125,6 +125,8 @@ def _entry(job: Job, model: ImageModel, ranks: Ranks, more: dict[str, Any] | Non
         entry["hardware"] += " with CUDA graphs"
     if model.fused:
         entry["hardware"] += " and fused attention" if job.graphs is not None else " with fused attention"
+    if model.compiler is not None:
+        entry["hardware"] += ", compiled"
     if ranks.world > 1:
         entry["ranks"] = ranks.world
         if model.device.type == "cpu":  # they share its cores, so their times are those of another machine
@@ -158,6 +160,7 @@ def _make(sides: Sequence[Side], model: ImageModel, ranks: Ranks) -> None:
         for side in sides:
             if ranks.main and side.meter is not None:
                 spent = {"warm_up_s": round(side.warm_up_s, 3)}
+                spent |= {} if model.compiler is None else {"compiled": model.compiler.entry()}
                 side.job.run.close_launch(side.launch, side.meter.entry() | watch.entry() | spent)
 
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 from PIL import Image
 from torch import Tensor
 
+from sjd2.compiler import Compiler
 from sjd2.config import choices, compose, expand_home, instantiate
 from sjd2.decoding.cuda_graph import Graphs, usual_graphs
 from sjd2.decoding.decoder import BaseDecoder
@@ -118,7 +119,8 @@ def load(
 
     device: cpu, cuda, cuda:1, mps, or auto. dtype: a torch dtype, its name, or auto: bfloat16 on cuda, else float32. None: the
     model's own, which is auto for published models and float32 for the embedded one.
-    On a GPU the passes of a decoder attend in one kernel where that is possible; a warning says where it is not.
+    On a GPU the passes of a decoder attend in one kernel where that is possible (a warning says where it is not); what they do
+    beside the transformer is compiled, which `model.compiler = None` switches off.
     Raises `UserError` for an unknown name, a wrong setting, a device that is not available, or missing weights.
     """
     from sjd2.models.fusion import fuse  # imports half of transformers
@@ -129,6 +131,8 @@ def load(
     model = spec.load(device, dtype)
     for sentence in fuse(model):
         logger.warning("%s.", sentence)
+    if model.device.type == "cuda" and model.dtype != torch.float64:
+        model.compiler = Compiler()
     return model
 
 

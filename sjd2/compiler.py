@@ -12,8 +12,7 @@ import logging
 import os
 import time
 import types
-from collections.abc import Callable, Hashable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,27 +27,28 @@ logger = logging.getLogger(__name__)
 class Compiler:
     """Compiles pieces and keeps them; `seconds` by the name of a piece, what was left out and why in `left_out`."""
 
-    def __init__(self, backend: str = "inductor") -> None:
+    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.backend = backend
         self.seconds: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
-        self._pieces: dict[Hashable, tuple[Callable[..., Any], Any]] = {}
+        self._pieces: list[tuple[Callable[..., Any], tuple[Any, ...], _Piece]] = []
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
 
-    def piece(self, function: Callable[..., Any], owner: Hashable, keep: Any = None) -> Callable[..., Any]:
-        """Return `function` compiled for this owner; the next call for the same owner returns the same piece.
-
-        keep: objects whose ids are part of `owner`, kept so that no others get these ids.
-        """
-        key = function, owner
-        if key not in self._pieces:
-            self._pieces[key] = _Piece(function, self), keep
-        return self._pieces[key][0]
+    def piece(self, function: Callable[..., Any], owner: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return `function` compiled for this owner; the same piece where function and owner are equal to those of before."""
+        for known, whose, piece in self._pieces:
+            if known is function and whose == owner:
+                return piece
+        piece = _Piece(function, self)
+        self._pieces.append((function, owner, piece))
+        return piece
 
     def entry(self) -> dict[str, Any]:
         """Return what provenance.jsonl keeps: seconds by piece, and what runs as it is."""
         seconds = {name: round(value, 2) for name, value in self.seconds.items()}
-        return {"backend": self.backend, "seconds": seconds} | ({"left_out": self.left_out} if self.left_out else {})
+        return {"backend": str(self.backend), "seconds": seconds} | (
+            {"left_out": self.left_out} if self.left_out else {}
+        )
 
 
 class _Piece:
@@ -93,11 +93,10 @@ class _Piece:
 
 def why_not() -> str | None:
     """Return why nothing can be compiled on this machine's CPU, or None."""
-    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except Exception as error:  # a class that differs between versions of torch
-        return f"there is no C++ compiler ({config.cpp.cxx[1] or 'CXX'}): {first_line(error)}"
+        return first_line(error)
     return None

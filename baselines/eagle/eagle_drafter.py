@@ -130,6 +130,8 @@ class Eagle(Drafter):
 class EagleDrafter(Drafter):
     """`Eagle` on a model: the head, and the tree where it is fixed."""
 
+    traceable = False  # the head writes keys and values of its own
+
     def __init__(self, settings: Eagle, model: ImageModel, window: int) -> None:
         self.settings, self.model = settings, model
         self.head = EagleHead.load(locate_part(settings.source()), model)
@@ -265,8 +267,9 @@ class EagleDrafter(Drafter):
 class _Depth:
     """One depth of a static tree: families [F] ordered by their number of children, largest first.
 
-    children: per rank the slots, places: the same among the draft tokens; inner [T]: slots of this depth that have children of their own, home [T] the family of each
-    among the families of this depth, seen [1, T, before + T] and before for the head's mask, level [1, T] their depth.
+    children: per rank the slots, places: the same among the draft tokens; inner [T]: slots of this depth that have children
+    of their own, home [T] the family of each among the families of this depth, seen [1, T, before + T] and before for the
+    head's mask, level [1, T] their depth.
     """
 
     children: tuple[Tensor, ...]

@@ -8,6 +8,7 @@ to have every tensor that outlives a pass at a fixed address.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -148,12 +149,16 @@ class Replayed(Engine):
             yield from _tensors(self, name)
 
     def serves(self, model: ImageModel, decoder: BaseDecoder, rows: int, sampling: SamplingParams) -> bool:
-        """Return whether this is an engine of just these; a decoder built again from equal settings is the same one."""
+        """Return whether this is an engine of just these; a decoder built again from equal settings is the same one.
+
+        A smaller batch is served too: its other rows stay empty, as recording passes of its own would cost more.
+        """
         same = self.model is model and self.adapter is model.adapter and self.decoder == decoder
         same = same and self.cache.fused == model.fused
-        return same and self.num_rows == rows and self.sampling == sampling
+        return same and self.num_rows >= rows and self.sampling == sampling
 
 
+@functools.cache  # one class each: compiled pieces know their engine by its class
 def replayed(engine: type[Engine]) -> type[Replayed]:
     """Return the class of an engine's replayed counterpart."""
     return type(f"Replayed{engine.__name__}", (Replayed, engine), {})
@@ -196,7 +201,7 @@ def obstacle(spec: ModelSpec | None, decoder: BaseDecoder) -> str | None:
 
 
 class Graphs:
-    """Opens engines of replayed passes; the next batch of as many rows gets the last one's engine, graphs and memory."""
+    """Opens engines of replayed passes; the next batch of no more rows gets the last one's engine, graphs and memory."""
 
     def __init__(self, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
         self.record = record or CudaGraphs()

@@ -98,8 +98,7 @@ class Engine:
         compiler = self.model.compiler
         if compiler is None or self.dtype == torch.float64:
             return function
-        owner = type(self), self.decoder.name, id(self.decoder), self.num_rows, self.sampling, id(self.model.adapter)
-        return compiler.piece(function, owner, keep=(self.decoder, self.model.adapter))
+        return compiler.piece(function, (type(self), self.decoder, self.num_rows, self.sampling, self.model.adapter))
 
     def grow(self) -> None:
         """Make room for rows of `capacity` tokens."""
@@ -109,6 +108,7 @@ class Engine:
     def clear(self) -> None:
         """Forget all rows, as if the engine had just been opened."""
         self.state.committed.fill_(self.total)
+        self.state.finite.fill_(True)
         self.cache.lengths.fill_(0)
         self.cache.bound = 0
         self.history, self.dropped, self.started = [], 0, [0] * self.num_rows

@@ -54,10 +54,19 @@ def _finished(engine: Engine, passes: int) -> list[int]:
     return engine.finished() if engine.cache.reads or passes % CHECK_EVERY == 0 else []
 
 
-def _report(engine: Engine, on_step: Callable[[StepInfo], None] | None, passes: int) -> None:
+def _report(engine: Engine, on_step: Callable[[StepInfo], None] | None, passes: int, rows: int) -> None:
     if on_step is not None:
         state = engine.state
-        on_step(StepInfo(passes, state.committed, engine.history[-1], state.tokens, engine.peek))
+        rows = slice(rows)  # an engine may have more
+        on_step(
+            StepInfo(
+                passes,
+                state.committed[rows],
+                engine.history[-1][rows],
+                state.tokens[rows],
+                lambda: {name: values[rows] for name, values in engine.peek().items()},
+            )
+        )
 
 
 def generate(
@@ -83,10 +92,10 @@ def generate(
     engine = (start_engine if graphs is None else graphs.start)(model, decoder, rows, prompt, sampling)
     engine.admit(list(range(rows)), condition, seeds)
     begin, passes = engine.now(), 0
-    while len(_finished(engine, passes)) < rows:
+    while len(_finished(engine, passes)) < engine.num_rows:  # rows without a prompt look finished
         engine.step()
         passes += 1
-        _report(engine, on_step, passes)
+        _report(engine, on_step, passes, rows)
     engine.seconds["decode"] = engine.now() - begin
     return DecodeResult([engine.collect(row) for row in range(rows)], engine.seconds)
 
@@ -147,7 +156,7 @@ def stream(
             return
         engine.step()
         passes += 1
-        _report(engine, on_step, passes)
+        _report(engine, on_step, passes, rows)
         empty = [row for row in _finished(engine, passes) if row in owner]
         for row in empty:
             yield owner.pop(row), engine.collect(row)

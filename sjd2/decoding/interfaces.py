@@ -217,13 +217,15 @@ class Drafter(Part):
     needs_records: whether it needs the distributions that the carried draft tokens were drawn from. keeps_lanes: whether
     several chains live on from pass to pass. timesteps [K, D]: model inputs that tell the noise levels apart, for
     fine-tunings that append them to each pass. repeated_draws: the purpose of its draws that are several for one position,
-    and their marks (`noise.sibling_marks`), so that their numbers are mixed all at once.
+    and their marks (`noise.sibling_marks`), so that their numbers are mixed all at once. traceable: whether `propose` can be
+    compiled: it calls no transformers layer with a cache.
     """
 
     needs_records: bool = False
     keeps_lanes: bool = False
     timesteps: Tensor | None = None
     repeated_draws: tuple[Purpose, Tensor] | None = None
+    traceable: bool = True
 
     @property
     def is_tree(self) -> bool:

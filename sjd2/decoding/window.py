@@ -56,7 +56,8 @@ class WindowEngine(Engine):
         self.carried = Draft(tokens, probs if self.refiner.records else None)
         self.fresh = torch.zeros_like(tokens, dtype=torch.bool)  # [B, C] slots that hold no draft token yet
         self.counter = AcceptanceCounter.of(rows, decoder.lookahead, device)
-        self._propose, self._settle = self.piece(WindowEngine.propose), self.piece(WindowEngine.settle)
+        self._propose = self.piece(WindowEngine.propose) if self.drafter.traceable else WindowEngine.propose
+        self._settle = self.piece(WindowEngine.settle)
 
     def grow(self) -> None:
         super().grow()
@@ -171,7 +172,7 @@ class WindowEngine(Engine):
         self.counter.add(accepted, rejected, free)
 
     def shift(self, refined: Draft, draft: Draft, hidden: Tensor, path: AcceptedPath, num_new: Tensor) -> Tensor:
-        """Move every row's window by its own count and return it: [B]; slots that enter are `fresh`, for the next pass to fill."""
+        """Move every row's window by its own count and return it: [B]; slots that enter are `fresh` until the next pass."""
         state, size = self.state, self.num_carried
         num_final = self.rule.num_final(draft, num_new)
         state.advance(num_final)

@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-
 from harness.home import ensure_home
 from harness.tracking import About, NoTracker, WandbTracker, has_account
 from sjd2.errors import UserError

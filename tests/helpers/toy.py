@@ -89,9 +89,9 @@ def chi_square_z(counts: Tensor, probs: Tensor) -> float:
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
 
 
-def adapted_toy(grid: TokenGrid) -> Toy:
-    """Return a toy in float64 whose adapter does something."""
-    toy = Toy(grid, dtype=torch.float64, width=16)
+def adapted_toy(grid: TokenGrid, dtype: torch.dtype = torch.float64) -> Toy:
+    """Return a toy whose adapter does something."""
+    toy = Toy(grid, dtype=dtype, width=16)
     toy.adapter = Adapter(AdapterSettings(rank=2), toy)
     for parameter in toy.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
