@@ -81,7 +81,7 @@ class _Piece:
             Exception
         ) as error:  # of dynamo, of the backend, of the C++ compiler or Triton: many classes, nothing has run
             self.run, self.calls = self.function, FIRST
-            why = first_line(error)
+            why = _reason(error)
             if self.name not in self.compiler.left_out:
                 self.compiler.left_out[self.name] = why
                 logger.warning("%s runs as it is, not compiled: %s.", self.name, why.rstrip("."))
@@ -89,6 +89,12 @@ class _Piece:
         spent = time.perf_counter() - begin
         self.compiler.seconds[self.name] = self.compiler.seconds.get(self.name, 0.0) + spent
         return out
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, and the next one where the first only names the backend that raised it."""
+    first, *more = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 def why_not() -> str | None:
