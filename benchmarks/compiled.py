@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run the command and return the file written."""
     options = _parse(arguments)
     model = api.load(options.model, device=options.device, dtype=options.dtype)
-    law = dict(model.spec.sampling) if model.spec is not None else {}
+    law: dict[str, Any] = dict(model.spec.sampling) if model.spec is not None else {}
     result: dict[str, Any] = start_entry(model.device, dtype=options.dtype, model=options.model)
     result |= {"law": law, "decoders": []}
     print(f"{result['hardware']}, {options.model}, {options.dtype}")

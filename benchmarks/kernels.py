@@ -147,14 +147,14 @@ def _begin(model: ImageModel, decoder: BaseDecoder, sampling: SamplingParams, ba
 
 def _kernels(engine: Engine) -> int:
     """Return how many kernels a pass runs on the GPU, by torch's profiler."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         engine.step()
         torch.cuda.synchronize()
-    names = [event.name for event in found.events() if event.device_type == DeviceType.CUDA]
+    names = [event.name for event in found.events() or () if event.device_type == DeviceType.CUDA]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
 
 
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run the command and return the file written."""
     options = _parse(arguments)
     model = api.load(options.model, device=options.device, dtype=options.dtype)
-    law = dict(model.spec.sampling) if model.spec is not None else {}
+    law: dict[str, Any] = dict(model.spec.sampling) if model.spec is not None else {}
     sampling = SamplingParams(**law | {"sampler": options.sampler})
     result: dict[str, Any] = start_entry(model.device, dtype=options.dtype, model=options.model, batch=options.batch)
     result |= {"law": sampling.settings(), "decoders": [], "skipped": {}}

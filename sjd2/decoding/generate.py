@@ -57,14 +57,14 @@ def _finished(engine: Engine, passes: int) -> list[int]:
 def _report(engine: Engine, on_step: Callable[[StepInfo], None] | None, passes: int, rows: int) -> None:
     if on_step is not None:
         state = engine.state
-        rows = slice(rows)  # an engine may have more
+        own = slice(rows)  # an engine may have more
         on_step(
             StepInfo(
                 passes,
-                state.committed[rows],
-                engine.history[-1][rows],
-                state.tokens[rows],
-                lambda: {name: values[rows] for name, values in engine.peek().items()},
+                state.committed[own],
+                engine.history[-1][own],
+                state.tokens[own],
+                lambda: {name: values[own] for name, values in engine.peek().items()},
             )
         )
 
