@@ -121,10 +121,9 @@ class Longest(Tree):
         paths = [super(Longest, self).accepted_path(accepted & ~other, clean) for other in self._others()]
         best = torch.stack([path.length for path in paths]).argmax(0)
         rows = torch.arange(len(best))
-        pick = {
-            f.name: torch.stack([getattr(path, f.name) for path in paths])[best, rows] for f in fields(AcceptedPath)
-        }
-        return AcceptedPath(**pick)
+        names = [f.name for f in fields(AcceptedPath) if getattr(paths[0], f.name) is not None]
+        pick = {name: torch.stack([getattr(path, name) for path in paths])[best, rows] for name in names}
+        return AcceptedPath(**{"can_extend": None} | pick)
 
     def last_child(self, slots, size):
         return (slots + 1) * (slots % (size // 2) > 0) + (slots == 0)  # of two chains; at the root, that of the first
