@@ -219,9 +219,8 @@ def _graphs(model: ImageModel, decoder: BaseDecoder, wanted: bool | None) -> Gra
     graphs, left_out = usual_graphs(str(model.device), model.spec, decoder, wanted)
     if left_out is not None:
         logger.warning("%s.", left_out)
-    model.graphs = (
-        None if graphs is None else model.graphs or graphs
-    )  # what it holds would be lost memory to eager passes
+    # what it holds would be lost memory to eager passes
+    model.graphs = None if graphs is None else model.graphs or graphs
     return model.graphs
 
 

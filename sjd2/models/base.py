@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,6 +65,7 @@ class ImageModel:
         # of sjd2.generate: recorded passes, with keys and values, that its next call may replay
         self.graphs: Any = None
         self.compiler: Compiler | None = None  # compiles what a pass does beside the transformer
+        self.fast_pixels: Callable[[Tensor], Tensor] | None = None  # tokens to pixels on a GPU (pixels.py)
         self.head_module: nn.Module | None = None  # output weights, for fine-tunings that change all weights
 
     def __repr__(self) -> str:
@@ -99,11 +101,11 @@ class ImageModel:
 
         Tokens alone decide them, except where a diffusion stage draws them: it reads the prompt and starts from noise.
         """
-        return self.decode(tokens)
+        return self.decode(tokens) if self.fast_pixels is None else self.fast_pixels(tokens)
 
     def warm_up_pixels(self, batch: int) -> None:
         """Run once what `draw` runs for a batch of this size, as first calls are slow; a diffusion stage takes few steps."""
-        self.decode(self.layout.forced().clamp(min=0).to(self.device).expand(batch, -1))
+        self.draw(self.layout.forced().clamp(min=0).to(self.device).expand(batch, -1), [""] * batch, [0] * batch)
 
     def image_start(self, lengths: Tensor) -> Tensor:
         """Return the position id of the image's first token after prompts of `lengths` tokens: [R] -> [R].

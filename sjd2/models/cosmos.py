@@ -74,7 +74,15 @@ class CosmosTokenizer(nn.Module):
     def pixels(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> [B, 3, H, W], in [-1, 1] before clipping."""
         vectors = F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(vectors))
+        return self.decoder(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
+
+    def pixel_parts(self) -> list[nn.Module]:
+        """Return what turns code vectors into pixels."""
+        return [self.post_quant_conv, self.decoder]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """Return the networks of `decode` that are worth compiling: they are called once for an image."""
+        return [self.decoder]
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokenise images [B, 3, H, W] in [-1, 1] -> codes [B, h, w]; sides are multiples of 16."""

@@ -230,6 +230,7 @@ class Emu3Pixels(nn.Module):
         """
         vae, decoder = self.vae, self.vae.decoder
         vectors = F.embedding(codes, self.codebook).permute(0, 3, 1, 2)[:, :, None]  # [B, C, frames, h, w]
+        vectors = vectors.to(vae.post_quant_conv.conv.weight.dtype)
         video = torch.cat([vae.post_quant_conv(vectors), vectors])
         for layer in decoder.time_res_stack:
             video = layer(video)
@@ -238,6 +239,14 @@ class Emu3Pixels(nn.Module):
         x, vectors = video[:, :, 0].chunk(2)
         x = decoder.up_block(decoder.middle_block(decoder.conv_in(x), vectors), vectors)
         return decoder.conv_out(F.silu(decoder.norm_out(x, vectors)))
+
+    def pixel_parts(self) -> list[nn.Module]:
+        """Return what turns code vectors into pixels."""
+        return [self.vae.post_quant_conv, self.vae.decoder]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """Return the networks of `decode` that are worth compiling: they are called once for an image."""
+        return [self.vae.decoder.middle_block, self.vae.decoder.up_block]
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""

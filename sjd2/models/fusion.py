@@ -8,6 +8,7 @@ from sjd2.models.base import ImageModel
 from sjd2.models.fused_layers import remove_layers
 from sjd2.models.layer_check import fuse_layers
 from sjd2.models.norms import fuse_norms, unfuse_norms
+from sjd2.models.pixels import fuse_pixels
 from sjd2.models.projections import join_projections
 from sjd2.models.window_attention import fuse_attention, kernels_missing
 
@@ -15,13 +16,14 @@ from sjd2.models.window_attention import fuse_attention, kernels_missing
 def fuse(model: ImageModel, wanted: bool = True) -> list[str]:
     """Fuse what a loaded model computes on a GPU; return what is left out and why, a sentence each without its period.
 
-    wanted=False: layers compute as transformers wrote them; projections that were joined stay so. On a CPU nothing is fused.
+    wanted=False: layers compute as transformers wrote them; joined projections and pixels stay. On a CPU nothing is fused.
     """
     left_out = []
     if wanted and model.device.type == "cuda":
         if join_projections(model) == 0 and model.dtype != torch.float64:
             left_out.append("projections run one by one: no layer has plain linear ones")
         fuse_norms(model)
+        fuse_pixels(model)
     why = fuse_attention(model, wanted)
     if why is not None:
         left_out.append(f"attention runs as torch's SDPA, not as one kernel: {why}")

@@ -164,4 +164,13 @@ class JanusPixels(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> uint8 [B, 3, H, W]; rounds down, as the reference does."""
         vectors = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
+        vectors = vectors.to(self.vae.post_quant_conv.weight.dtype)
         return to_bytes(self.vae.decoder(self.vae.post_quant_conv(vectors)), rounded=False)
+
+    def pixel_parts(self) -> list[nn.Module]:
+        """Return what turns code vectors into pixels."""
+        return [self.vae.post_quant_conv, self.vae.decoder]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """Return the networks of `decode` that are worth compiling: they are called once for an image."""
+        return [self.vae.decoder]

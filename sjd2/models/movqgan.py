@@ -75,7 +75,16 @@ class MoVQGAN(nn.Module):
     def pixels(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> [B, 3, H, W], in [-1, 1] before clipping."""
         vectors = F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
+        vectors = vectors.to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(vectors)[:, None], vectors[:, None])
+
+    def pixel_parts(self) -> list[nn.Module]:
+        """Return what turns code vectors into pixels."""
+        return [self.post_quant_conv, self.decoder]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """Return the networks of `decode` that are worth compiling: they are called once for an image."""
+        return [self.decoder]
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [B, h, w] -> uint8 [B, 3, H, W], one image at a time."""

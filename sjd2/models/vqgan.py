@@ -76,7 +76,15 @@ class VQGAN(nn.Module):
 
     def pixels(self, quantised: Tensor) -> Tensor:
         """Decode code vectors [B, C, h, w] to an image in [-1, 1] (not clipped) [B, 3, H, W]."""
-        return self.decoder(self.vae.post_quant_conv(quantised))
+        return self.decoder(self.vae.post_quant_conv(quantised.to(self.vae.post_quant_conv.weight.dtype)))
+
+    def pixel_parts(self) -> list[nn.Module]:
+        """Return what turns code vectors into pixels."""
+        return [self.vae.post_quant_conv, self.decoder]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """Return the networks of `decode` that are worth compiling: they are called once for an image."""
+        return [self.decoder]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

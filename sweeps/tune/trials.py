@@ -25,8 +25,11 @@ TURNS = 4  # in which runs to be compared are made
 class TuneSettings(Protocol):
     """What every search has. fixed: further overrides of all its runs."""
 
-    name: str
-    fixed: list[str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fixed(self) -> list[str]: ...
 
 
 class TrialRuns:

@@ -168,7 +168,7 @@ class WindowSearch(TrialRuns):
             batches[row.width] = self.latencies(run)
             seconds = statistics.median(batches[row.width].values())
             row.measured = self.rows * run.records()[0]["tokens"] / seconds
-        own, level = batches.get(self.own), 1 - (1 - LEVEL) / max(1, len(batches) - 1)
+        own, level = batches.get(self.own, {}), 1 - (1 - LEVEL) / max(1, len(batches) - 1)
         for row in rows if own else ():
             if row.width != self.own and row.width in batches:
                 pairs = [(seconds, own[key], 1) for key, seconds in batches[row.width].items()]
@@ -222,19 +222,18 @@ class WindowSearch(TrialRuns):
 
     def recommend(self, rows: Sequence[WindowRow], cfgs: dict[int, DictConfig], plans: dict[int, Plan]) -> Path:
         """Write the fastest window that was run as a decoder, if it beats the command's own beyond noise."""
-        run = [row for row in rows if row.measured is not None and row.against_own is not None]
-        best = min(run, key=lambda row: row.against_own[0] if row.against_own else 0, default=None)
+        run = [(row.against_own, row.width) for row in rows if row.against_own is not None]
+        (value, low, high), width = min(run, default=((1.0, None, None), self.own))
         ar = next((row for row in rows if row.width == 1), None)
         if ar is not None and ar.rate > max(row.rate for row in rows if row.width > 1):
             say(f"AR is predicted to be faster than every window at batch size {self.rows}: decoder=ar.")
-        high = best.against_own[2] if best is not None and best.against_own is not None else None
-        if best is None or high is None or high >= 1:
+        if high is None or high >= 1:
             say(f"no better than your window: none is faster than {self.own} beyond noise.")
             return self.out
-        where, name = hardware(torch.device(plans[best.width].device)), f"{self.cfg.decoder.name}-b{self.rows}"
-        words = f"window {best.width} for {where}, model {plans[best.width].spec.name}, batch_size={self.rows}"
-        file = write_decoder(cfgs[best.width], self.out, name=name, found=words)
-        say(f"best window: {best.width}, {_interval(best.against_own)} of the time with {self.own}")
+        where, name = hardware(torch.device(plans[width].device)), f"{self.cfg.decoder.name}-b{self.rows}"
+        words = f"window {width} for {where}, model {plans[width].spec.name}, batch_size={self.rows}"
+        file = write_decoder(cfgs[width], self.out, name=name, found=words)
+        say(f"best window: {width}, {_interval((value, low, high))} of the time with {self.own}")
         if not self.cfg.decoder.lossless:
             say("the decoder is lossy, and a window may change what it changes: compare with stage=compare.")
         say(f"as a decoder: python run.py --config-dir {self.out} decoder={file.stem} batch_size={self.rows}")
