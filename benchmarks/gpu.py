@@ -16,6 +16,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,12 +35,14 @@ from benchmarks.timing import Budget
 from harness.provenance import start_entry
 from harness.sample import synchronize
 from sjd2.errors import UserError, choose
+from sjd2.files import ROOT, split_lines
 from sjd2.models.fusion import fuse
 
 BATCHES, FEW_BATCHES = (1, 8), (1, 2)  # full size; --small
 # by importance; the parts after sjd2 find its adapter in the model and must not use the transformer
 PARTS = ("passes", "decoders", "sjd2", "sampling", "pixels", "attention")
 FREE = 1.1  # a window is called free up to this multiple of the time of one slot
+WHOLE = 120.0  # seconds for whole images of one model
 LEAST = 20.0  # no model is built if fewer seconds are left
 
 
@@ -137,6 +142,10 @@ def main(arguments: list[str] | None = None) -> Path:
             row = _skipped(plan, "out of memory")
         gc.collect()
         _reset_peak(device)
+        if full_size.name == "lumina" and budget.end - time.perf_counter() > (0 if options.small else WHOLE):
+            row["images"], why = whole_images("lumina", small=options.small, device=options.device, seconds=WHOLE)
+            if why is not None:
+                row["skipped"].append({"part": "images", "reason": why})
         result["models"].append(row)
         result["seconds"] = budget.spent
         out.write_text(json.dumps(result, indent=1) + "\n")
@@ -168,6 +177,82 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if torch.device(options.device).type != "cuda" and not options.small:
         parser.error("full-size models need a GPU; add --small, or --device cuda if there is one.")
     return options
+
+
+def overview(model: Row) -> list[str]:
+    """Return the milliseconds of a pass by batch and slots, eager, as a graph and fused, and the share of the roof."""
+    found: dict[str, dict[tuple[int, int], float]] = {}
+    for row in model.get("passes", []):
+        place, fused = (row["batch"], row["slots"]), row.get("attention") == "fused"
+        ways = {"roof": row.get("roof_ms"), "fused" if fused else "graph": row.get("graph_ms")}
+        for way, ms in (ways if fused else {"eager": row["ms"], **ways}).items():
+            if ms is not None:
+                found.setdefault(way, {})[place] = ms
+    places = sorted(found.get("roof", {}))
+    if not places:
+        return []
+    head = [f"batch {batch}: {slots}" for batch, slots in places]
+    lines = ["", f"| {model['title']}: ms per pass, slots | " + " | ".join(head) + " |", "|" + "---|" * (1 + len(head))]
+    for way in ("eager", "graph", "fused", "roof"):
+        if way in found:
+            cells = [f"{found[way][place]:.2f}" if place in found[way] else "" for place in places]
+            lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    best = [min(found[way].get(place, float("inf")) for way in found if way != "roof") for place in places]
+    shares = (f"{found['roof'][place] / ms:.0%}" for place, ms in zip(places, best, strict=True))
+    return [*lines, "| share of the roof | " + " | ".join(shares) + " |"]
+
+
+def ratios(model: Row) -> list[str]:
+    """Return what SJD2's pass costs over SCD's of equal width, what pixels take, and whole images."""
+    lines, rows = [], [*model.get("decoders", []), *model.get("sjd2", [])]
+    best = {(row["batch"], row["decoder"], row["slots"]): row.get("graph_ms", row.get("ms")) for row in rows}
+    for (batch, name, slots), ms in best.items():
+        plain = best.get((batch, "scd", slots))
+        if name.startswith("sjd2") and plain and ms:
+            lines.append(
+                f"\n{model['title']}, batch {batch}: {name} ({slots}) takes {ms / plain:.2f} times SCD's pass."
+            )
+    for row in model.get("pixels", []):
+        first = f", the first after {row['first_s']:.0f} s" if "first_s" in row else ""
+        lines.append(f"\n{model['title']}, batch {row['batch']}: pixels {row['way']} {row['ms']:.1f} ms{first}.")
+    for row in model.get("images", []):
+        found = ", ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
+        lines.append(f"\n{model['title']}, whole images by {row['decoder']}: {found}.")
+    return lines
+
+
+def whole_images(name: str, *, small: bool, device: str, seconds: float) -> tuple[list[Row], str | None]:
+    """Make images of random weights through run.py, AR and SCD; return what their metrics.json say, and why there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            str(ROOT / "run.py"),
+            "--config-dir",
+            str(ROOT / "benchmarks" / "conf"),
+            "model=random",
+        ]
+        command += [f"model.architecture={name}", f"model.small={str(small).lower()}", f"device={device}", "limit=1"]
+        command += ["decoder=scd", "evaluation=none", "logger=none", f"runs_dir={folder}"]
+        plan = ARCHITECTURES[name]
+        command += [f"decoder.window={8 if small else plan.window}", f"model.vocabulary={plan.layout.vocabulary}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            return [], f"not done within {seconds:.0f} s"
+        if done.returncode:
+            return [], "\n".join(split_lines(done.stderr)[-1:])[:300]
+        rows = []
+        for file in sorted(Path(folder).glob("random-*/metrics.json")):
+            found, launch = (
+                json.loads(file.read_text()),
+                json.loads(split_lines((file.parent / "provenance.jsonl").read_text())[-1]),
+            )
+            kept = ("forwards_mean", "latency_s_median", "seconds_prefill_mean", "seconds_image_mean", "images_per_s")
+            row = {key: float(found[key]) for key in kept if key in found}
+            rows.append(
+                {"decoder": file.parent.name.split("-")[1], **row, "warm_up_s": float(launch.get("warm_up_s", 0))}
+            )
+        return rows, None
 
 
 def table(result: Row) -> str:
@@ -212,7 +297,8 @@ def table(result: Row) -> str:
                 f"| {model['title']} | {row['batch']} | {row['decoder']} | {row['slots']} | {times} | "
                 f"{best / base[row['batch']]:.2f} |"
             )
-    lines += [line for model in result["models"] for line in _free(model)]
+    for model in result["models"]:
+        lines += [*ratios(model), *_free(model), *overview(model)]
     for model in result["models"]:
         lines += [f"\n{model['title']}: {gap['part']} skipped: {gap['reason']}." for gap in model["skipped"]]
     return "\n".join(lines)

@@ -34,6 +34,7 @@ from sjd2.errors import first_line
 from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import RowCache
+from sjd2.models.pixels import fuse_pixels
 from sjd2.models.window_attention import set_attention, window_attention
 
 SLOTS, FEW_SLOTS = (1, 16, 32, 64, 96, 128), (1, 16)  # full size; --small
@@ -57,6 +58,7 @@ class Bench:
         self.effort: dict[str, Any] = {"seconds": 0.0, "least": 2, "warm": 1} if small else {}
         self.branches = 1 if plan.guidance == 1 else 2
         self.params = SamplingParams(guidance_scale=plan.guidance, top_k=plan.top_k)
+        self.plain_pixels = True
         self.half = plan.layout.length // 2  # passes are measured in the middle of an image
         self.context = plan.prompt + self.half
 
@@ -110,6 +112,7 @@ class Bench:
         for decoder in (
             Decoder(name="ar", window=1, lossless=True),
             Decoder(name="sjd", window=min(32, self.plan.window), lossless=True, refiner=Resample(), **parts),
+            Decoder(name="scd", window=min(32, self.plan.window), lossless=True, refiner=Coupled(), **parts),
             Decoder(name="scd", window=self.plan.window, lossless=True, refiner=Coupled(), **parts),
         ):
             yield {"batch": batch, "decoder": decoder.name, "slots": decoder.window, **self._steps(decoder, batch)}
@@ -134,8 +137,9 @@ class Bench:
         row = self._passes(start_engine(self.model, decoder, batch, wide, self.params), condition, "")
         if self.graphs:
             try:
-                engine = Graphs().start(self.model, decoder, batch, wide, self.params)
+                begin, engine = time.perf_counter(), Graphs().start(self.model, decoder, batch, wide, self.params)
                 row |= self._passes(engine, condition, "graph_")
+                row["graph_seconds"] = time.perf_counter() - begin  # to open it, record, compile and time it
             except RuntimeError as error:
                 row["graph_skipped"] = reason(error)
         return row
@@ -231,14 +235,27 @@ class Bench:
                 yield {"batch": batch, "part": name, "slots": slots, **self._both(call)}
 
     def pixels(self, batch: int) -> Iterator[Row]:
-        """Yield one row: milliseconds of the image decoder; none where a diffusion stage takes its place."""
+        """Yield milliseconds of the image decoder in float32 and as a GPU draws; none where a diffusion stage takes its place.
+
+        first_s: seconds until the first image was drawn fast: compiling it and checking it.
+        """
         if self.model.pixel_part != "image":
             return
         layout = self.plan.layout
         codes = torch.randint(layout.vocabulary, (batch, layout.num_codes), device=self.device)
         tokens = layout.tokens(codes)
+        words = [""] * batch, [0] * batch
         found = time_call(self.device, lambda: self.model.decode(tokens), warm=1, least=2, most=5)
-        yield {"batch": batch, "ms": found.ms, "n": found.n}
+        # once an image was drawn fast, at the first batch size, the decoder stays so
+        yield {"batch": batch, "way": "float32" if self.plain_pixels else "together", "ms": found.ms, "n": found.n}
+        if not fuse_pixels(self.model, backend="inductor" if self.graphs else None):
+            return
+        begin = time.perf_counter()
+        self.model.draw(tokens, *words)
+        synchronize(self.device)
+        seconds, self.plain_pixels = time.perf_counter() - begin, False
+        found = time_call(self.device, lambda: self.model.draw(tokens, *words), warm=1, least=2, most=5)
+        yield {"batch": batch, "way": "fast", "ms": found.ms, "n": found.n, "first_s": seconds}
 
     def compiled(self, batch: int) -> Iterator[Row]:
         """Yield a row per window: milliseconds of a pass under torch.compile, and seconds to compile it."""

@@ -37,7 +37,7 @@ def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.Captur
         assert model["skipped"] == []
         assert {row["slots"] for row in model["passes"]} == {1, 16}
         assert {row["batch"] for row in model["passes"]} == {1, 2}
-        assert [row["decoder"] for row in model["decoders"]] == ["ar", "sjd", "scd"] * 2
+        assert [row["decoder"] for row in model["decoders"]] == ["ar", "sjd", "scd", "scd"] * 2
         assert [row["decoder"] for row in model["sjd2"]] == ["sjd2 exact", "sjd2 paper"] * 2
         assert {row["part"] for row in model["sampling"]} >= {"law", "draw", "chance", "redraw"}
         assert len(model["pixels"]) == (2 if model["name"] == "emu3" else 0)  # GLM-Image's are a diffusion stage's
@@ -52,6 +52,41 @@ def test_the_command_measures_every_family(tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "| Emu3-Gen 8B, 720 px, narrow | 2 | sjd2 paper | 16 |" in shown
     assert "GLM-Image 9B, 1024 px, narrow, batch 1: predicted free window" in shown
+
+
+def test_the_state_before_is_this_command_s_own_output() -> None:
+    """The table of passes, from what the command wrote on an H200 before attention and layers were fused."""
+    (file,) = (ROOT / "benchmarks" / "results").glob("nvidia-h200-gpu-*.json")
+    (model,) = json.loads(file.read_text())["models"]
+    head, _, eager, graph, roof, share = gpu.overview(model)[1:]
+    assert "| batch 1: 1 | batch 1: 16 |" in head
+    assert eager.startswith("| eager | 34.48 | 35.15 |")
+    assert graph.startswith("| graph | 7.73 | 9.17 | 9.29 |")
+    assert roof.startswith("| roof | 3.37 |")
+    assert share.startswith("| share of the roof | 44% | 37% | 36% |")
+    fused = [row | {"attention": "fused", "graph_ms": row["roof_ms"]} for row in model["passes"]]
+    lines = gpu.overview(model | {"passes": fused + model["passes"]})
+    assert [line.split("|")[1].strip() for line in lines[3:]] == [
+        "eager",
+        "graph",
+        "fused",
+        "roof",
+        "share of the roof",
+    ]
+    assert "| 100% |" in lines[-1]
+    assert gpu.overview({"title": "nothing measured"}) == []
+    rows = {"decoders": [{"batch": 1, "decoder": "scd", "slots": 32, "ms": 9.0, "graph_ms": 4.0}]}
+    rows["sjd2"] = [{"batch": 1, "decoder": "sjd2 exact", "slots": 32, "ms": 9.0, "graph_ms": 5.0}]
+    assert gpu.ratios({"title": "x", **rows}) == ["\nx, batch 1: sjd2 exact (32) takes 1.25 times SCD's pass."]
+
+
+@pytest.mark.full
+def test_whole_images_of_random_weights_go_through_run_py() -> None:
+    rows, why = gpu.whole_images("lumina", small=True, device="cpu", seconds=300)
+    assert why is None
+    assert [row["decoder"] for row in rows] == ["ar", "scd"]
+    assert rows[0]["forwards_mean"] == 25
+    assert all(row["latency_s_median"] > 0 and row["warm_up_s"] > 0 for row in rows)
 
 
 def test_a_spent_budget_is_reported_and_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
