@@ -146,7 +146,8 @@ def predicted_passes(found: Acceptance, depth: int, length: int) -> float:
 class WindowRow:
     """One width: what a pass costs, what is predicted, and what was measured where it was run.
 
-    depth: D. pass_s: seconds of a pass. passes: predicted, of the mean image. rate: tokens per second, predicted and measured.
+    depth: D. pass_s: seconds of a pass. passes: of the mean image, predicted. rate: tokens per second, predicted. measured,
+    measured_passes: the same two, where it was run.
     against_own: time of an image over that with the command's own window, with its interval.
     """
 
@@ -156,6 +157,7 @@ class WindowRow:
     passes: float
     rate: float
     measured: float | None = None
+    measured_passes: float | None = None
     against_own: tuple[float, float | None, float | None] | None = None
 
     @property

@@ -168,6 +168,7 @@ class WindowSearch(TrialRuns):
             batches[row.width] = self.latencies(run)
             seconds = statistics.median(batches[row.width].values())
             row.measured = self.rows * run.records()[0]["tokens"] / seconds
+            row.measured_passes = statistics.fmean(record["forwards"] - 1 for record in run.records()[: self.finals])
         own, level = batches.get(self.own, {}), 1 - (1 - LEVEL) / max(1, len(batches) - 1)
         for row in rows if own else ():
             if row.width != self.own and row.width in batches:
@@ -195,7 +196,7 @@ class WindowSearch(TrialRuns):
         """Return predicted and measured tokens per second of all widths for readers."""
         header = (
             "window",
-            "tokens per pass",
+            "tokens per pass (measured)",
             "pass, ms",
             "tokens/s predicted",
             "tokens/s measured",
@@ -211,6 +212,8 @@ class WindowSearch(TrialRuns):
             )
             against = "–" if row.against_own is None else _interval(row.against_own)
             tokens = f"{(length - 1) / row.passes:.2f}"
+            if row.measured_passes is not None:
+                tokens += f" ({(length - 1) / row.measured_passes:.2f})"
             cells.append((name, tokens, f"{1e3 * row.pass_s:.2f}", f"{row.rate:.4g}", *measured, against))
         tune, batches, refilled = self.tune, self.finals // self.rows, ", refilled" if self.cfg.refill else ""
         where = f"{hardware(torch.device(plan.device))}, {plan.dtype}, batch size {self.rows}{refilled}"
@@ -259,30 +262,10 @@ def _interval(found: Interval) -> str:
 def _csv(rows: Sequence[WindowRow]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(
-        [
-            "window",
-            "depth",
-            "pass_s",
-            "passes",
-            "tokens_per_s_predicted",
-            "tokens_per_s_measured",
-            "time_to_own",
-            "low",
-            "high",
-        ]
-    )
+    predicted = ("window", "depth", "pass_s", "passes", "tokens_per_s_predicted")
+    lines.writerow([*predicted, "passes_measured", "tokens_per_s_measured", "time_to_own", "low", "high"])
     for row in rows:
-        against = ["" if value is None else value for value in row.against_own or ("", "", "")]
-        lines.writerow(
-            [
-                row.width,
-                row.depth,
-                row.pass_s,
-                row.passes,
-                row.rate,
-                "" if row.measured is None else row.measured,
-                *against,
-            ]
-        )
+        measured = [row.measured_passes, row.measured, *(row.against_own or (None, None, None))]
+        found = ["" if value is None else value for value in measured]
+        lines.writerow([row.width, row.depth, row.pass_s, row.passes, row.rate, *found])
     return text.getvalue()

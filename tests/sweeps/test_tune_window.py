@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,12 +128,22 @@ def test_a_search_predicts_checks_and_writes_the_best_window(cli: Cli, monkeypat
 
 
 @pytest.mark.slow
-def test_the_prediction_for_the_embedded_model(cli: Cli, tmp_path: Path) -> None:
-    """On a quiet machine predictions are within a few percent; here only gross errors fail."""
-    command = (*SMALL[:3], "model=tiny", "batch_size=1", "tune.widths=[4,16,32]", "tune.finals=8", "tune.rounds=2")
-    assert cli(*command, "tune.images=8") == 0, cli.err
+@pytest.mark.parametrize("batch", [1, 16])
+def test_the_prediction_for_the_embedded_model(cli: Cli, batch: int) -> None:
+    """Passes are predicted within 6 %, also by a busy machine; its seconds are held to a factor of two."""
+    command = (
+        *SMALL[:3],
+        "model=tiny",
+        f"batch_size={batch}",
+        "tune.widths=[4,8,16,32,64]",
+        "tune.rounds=2",
+        "tune.images=16",
+    )
+    assert cli(*command, "tune.finals=16", "tune.checked=4") == 0, cli.err
+    print(cli.out)
     with (cli.runs_dir / "tune-window" / "windows.csv").open(newline="") as file:
         run = [row for row in csv.DictReader(file) if row["tokens_per_s_measured"]]
-    assert len(run) >= 2
+    assert len(run) >= 4
     for row in run:
-        assert float(row["tokens_per_s_predicted"]) == pytest.approx(float(row["tokens_per_s_measured"]), rel=0.5)
+        assert float(row["passes"]) == pytest.approx(float(row["passes_measured"]), rel=0.06)
+        assert 0.5 < float(row["tokens_per_s_predicted"]) / float(row["tokens_per_s_measured"]) < 2
