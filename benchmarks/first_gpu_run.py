@@ -16,12 +16,14 @@ from sjd2.files import split_lines
 TESTS = ("pytest", "-m", "gpu", "-n", "0", "-q")
 KERNEL = "(sdpa and kernel) or stored or key_too_many or fused_when_loaded"
 RUN = ("device=cuda", "decoder=scd", "limit=12", "batch_size=1", "evaluation=none")
+# 590 seconds in all: is it right, is it fast, what is slow
 STEPS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "kernel": (150, ("-m", *TESTS, "tests/engine/test_gpu_attention.py", "-k", KERNEL)),
-    "lumina": (200, ("-m", "benchmarks.gpu", "--models", "lumina", "--seconds", "160")),
-    "decoders": (120, ("-m", *TESTS, "tests/engine/test_gpu_attention.py", "-k", "recording or joined or family")),
-    "fast": (60, ("run.py", *RUN, "runs_dir=runs/gpu-fast")),
-    "eager": (60, ("run.py", *RUN, "runs_dir=runs/gpu-eager", "runtime=eager")),
+    "kernel": (120, ("-m", *TESTS, "tests/engine/test_gpu_attention.py", "-k", KERNEL)),
+    "decoders": (90, ("-m", *TESTS, "tests/engine/test_gpu_attention.py", "-k", "recording or joined or family")),
+    "lumina": (220, ("-m", "benchmarks.gpu", "--models", "lumina", "--seconds", "200")),
+    "kernels": (60, ("-m", "benchmarks.kernels", "--device", "cuda")),
+    "fast": (50, ("run.py", *RUN, "runs_dir=runs/gpu-fast")),
+    "eager": (50, ("run.py", *RUN, "runs_dir=runs/gpu-eager", "runtime=eager")),
 }
 
 

@@ -34,6 +34,7 @@ from benchmarks.sections import Bench, Row, reason
 from benchmarks.timing import Budget
 from harness.provenance import start_entry
 from harness.sample import synchronize
+from sjd2.compiler import Compiler
 from sjd2.errors import UserError, choose
 from sjd2.files import ROOT, split_lines
 from sjd2.models.fusion import fuse
@@ -53,6 +54,8 @@ def measure_model(plan: Architecture, device: torch.device, peak: Peaks, budget:
     model = plan.build(device, getattr(torch, options.dtype))
     row["left_out"] = fuse(model)
     row["fused"] = model.fused
+    if device.type == "cuda":
+        model.compiler = Compiler()
     synchronize(device)
     row["seconds"]["build"] = time.perf_counter() - begin
     graphs = device.type == "cuda" and "graph" in options.variants
@@ -78,6 +81,8 @@ def measure_model(plan: Architecture, device: torch.device, peak: Peaks, budget:
         if why is not None:
             row["skipped"].append({"part": name, "batch": batch, "after": len(row[name]), "reason": why})
         row["seconds"][f"{name} {batch}"] = time.perf_counter() - begin
+        if model.compiler is not None:
+            row["compiled"] = model.compiler.entry()
         if device.type == "cuda":
             row.setdefault("peak_memory_gb", {})[f"{name} {batch}"] = torch.cuda.max_memory_allocated(device) / 1e9
     return row
@@ -215,6 +220,9 @@ def ratios(model: Row) -> list[str]:
     for row in model.get("pixels", []):
         first = f", the first after {row['first_s']:.0f} s" if "first_s" in row else ""
         lines.append(f"\n{model['title']}, batch {row['batch']}: pixels {row['way']} {row['ms']:.1f} ms{first}.")
+    if seconds := model.get("compiled", {}).get("seconds"):
+        parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+        lines.append(f"\n{model['title']}: seconds of compiling: {parts}.")
     for row in model.get("images", []):
         found = ", ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
         lines.append(f"\n{model['title']}, whole images by {row['decoder']}: {found}.")

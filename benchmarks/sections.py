@@ -248,7 +248,7 @@ class Bench:
         found = time_call(self.device, lambda: self.model.decode(tokens), warm=1, least=2, most=5)
         # once an image was drawn fast, at the first batch size, the decoder stays so
         yield {"batch": batch, "way": "float32" if self.plain_pixels else "together", "ms": found.ms, "n": found.n}
-        if not fuse_pixels(self.model, backend="inductor" if self.graphs else None):
+        if not fuse_pixels(self.model):
             return
         begin = time.perf_counter()
         self.model.draw(tokens, *words)

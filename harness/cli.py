@@ -36,8 +36,6 @@ def main() -> int:
         return 0
     ensure_home()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: waiting threads sleep instead of spinning
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "sjd2", "inductor"))  # else below /tmp
     if "debug=trace" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1":
         os.environ["SJD2_TRACE"] = "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them

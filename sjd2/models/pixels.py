@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sjd2.compiler import Compiler
 from sjd2.errors import first_line
 from sjd2.models.base import ImageModel
 
@@ -20,15 +21,15 @@ CHECKED = 0.8 * GREY  # for the one image that is compared: others may differ a 
 logger = logging.getLogger(__name__)
 
 
-def fuse_pixels(model: ImageModel, *, backend: str | Callable[..., Any] | None = "inductor") -> bool:
+def fuse_pixels(model: ImageModel) -> bool:
     """Let a bfloat16 model draw its pixels fast, if they come from an image tokeniser; return whether.
 
-    A model of another dtype draws in float32, as every model on a CPU. All happens when the first image is drawn. backend: of
-    torch.compile; None compiles nothing.
+    A model of another dtype draws in float32, as every model on a CPU. All happens when the first image is drawn; compiled by
+    the model's compiler, if it has one then.
     """
     if model.dtype != torch.bfloat16 or not hasattr(model.vq, "pixel_parts"):
         return False
-    model.fast_pixels = model.fast_pixels or FastPixels(model, backend)
+    model.fast_pixels = model.fast_pixels or FastPixels(model)
     return True
 
 
@@ -48,43 +49,43 @@ class FastPixels:
     image, is undone with one warning.
     """
 
-    def __init__(self, model: ImageModel, backend: str | Callable[..., Any] | None) -> None:
-        self.vq, self.layout, self.decode, self.dtype = model.vq, model.layout, model.decode, model.dtype
-        self.backend = backend
-        self.prepared = False
+    def __init__(self, model: ImageModel) -> None:
+        self.model, self.prepared = model, False
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return pixels of whole images: [B, N] -> uint8 [B, 3, H, W]."""
         if not self.prepared:
             self.prepared = True
             self._prepare(tokens.device)
-        return torch.cat([self.decode(image) for image in tokens.split(1)])
+        return torch.cat([self.model.decode(image) for image in tokens.split(1)])
 
     def _prepare(self, device: torch.device) -> None:
-        rng = torch.Generator().manual_seed(0)
-        codes = torch.randint(self.layout.vocabulary, (1, self.layout.num_codes), generator=rng)
-        tokens = self.layout.tokens(codes.to(device))
-        plain = self.decode(tokens)
-        kept = [dict(part.state_dict()) for part in self.vq.pixel_parts()]
-        lower_precision(self.vq, self.dtype)
-        if (off := _off(self.decode(tokens), plain)) > CHECKED:
-            for part, tensors in zip(self.vq.pixel_parts(), kept, strict=True):
+        model, rng = self.model, torch.Generator().manual_seed(0)
+        codes = torch.randint(model.layout.vocabulary, (1, model.layout.num_codes), generator=rng)
+        tokens = model.layout.tokens(codes.to(device))
+        plain = model.decode(tokens)
+        kept = [dict(part.state_dict()) for part in model.vq.pixel_parts()]
+        lower_precision(model.vq, model.dtype)
+        if (off := _off(model.decode(tokens), plain)) > CHECKED:
+            for part, tensors in zip(model.vq.pixel_parts(), kept, strict=True):
                 part.float().load_state_dict(tensors)
-            logger.warning("pixels stay in float32: %s would change them by %.1f grey levels.", self.dtype, off)
+            logger.warning("pixels stay in float32: %s would change them by %.1f grey levels.", model.dtype, off)
         del kept
-        if self.backend is not None:
-            self._compile(tokens, plain)
+        if model.compiler is not None:
+            self._compile(tokens, plain, model.compiler)
 
-    def _compile(self, tokens: Tensor, plain: Tensor) -> None:
-        networks = self.vq.compiled_parts()
+    def _compile(self, tokens: Tensor, plain: Tensor, compiler: Compiler) -> None:
+        networks, begin = self.model.vq.compiled_parts(), time.perf_counter()
         for network in networks:
-            network.compile(dynamic=False, backend=self.backend)
+            network.compile(dynamic=False, backend=compiler.backend)
         try:
-            off = _off(self.decode(tokens), plain)
+            off = _off(self.model.decode(tokens), plain)
             why = None if off <= GREY else f"the image differs by {off:.1f} grey levels"
         except Exception as error:  # whatever a compiler raises: the image can be drawn without it
             why = first_line(getattr(error, "inner_exception", error)).rstrip(".")
+        compiler.seconds["pixels"] = time.perf_counter() - begin
         if why is not None:
+            compiler.left_out["pixels"] = why
             for network in networks:
                 network._compiled_call_impl = None
             logger.warning("pixels are drawn as they are, not compiled: %s.", why)

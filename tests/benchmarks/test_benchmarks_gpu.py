@@ -221,6 +221,7 @@ def test_registered_marks(pytestconfig: pytest.Config) -> None:
 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(seconds for seconds, _ in first_gpu_run.STEPS.values()) <= 590
     monkeypatch.setattr(first_gpu_run, "result_file", lambda *words: tmp_path / f"{'-'.join(words)}.json")
     assert first_gpu_run.run("broken", 30, ("-c", "raise SystemExit(3)")).startswith("broken: exit status 3")
     assert "stopped after 1 s" in first_gpu_run.run("slow", 1, ("-c", "import time; time.sleep(30)"))

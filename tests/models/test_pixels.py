@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sjd2
 from benchmarks.architectures import ARCHITECTURES
+from sjd2.compiler import Compiler
 from sjd2.models import pixels
 from sjd2.models.base import ImageModel
 from sjd2.models.pixels import GREY, fuse_pixels, lower_precision
@@ -54,7 +55,7 @@ def test_pixels_of_a_bfloat16_model_are_those_of_float32_within_a_grey_level(
     book, plain = model.codebook.clone(), drawn(model)
     assert plain.std() > 20
     assert dtypes(model) == {torch.float32}
-    assert fuse_pixels(model, backend=None)
+    assert fuse_pixels(model)
     off = (drawn(model) - plain).abs().mean().item()
     assert off <= GREY
     refused = "pixels stay in float32" in caplog.text
@@ -73,7 +74,7 @@ def test_too_few_bits_are_seen_and_undone(monkeypatch: pytest.MonkeyPatch, caplo
     model = sjd2.load("tiny", dtype="bfloat16")
     plain = drawn(model)
     monkeypatch.setattr(pixels, "lower_precision", coarse)
-    assert fuse_pixels(model, backend=None)
+    assert fuse_pixels(model)
     assert torch.equal(drawn(model), plain)
     assert dtypes(model) == {torch.float32}
     assert "pixels stay in float32: torch.bfloat16 would change them by" in caplog.text
@@ -104,11 +105,14 @@ def wrong(graph: Any, inputs: Any) -> Any:
 def test_images_are_compiled_or_drawn_as_they_are(backend: Any, words: str, caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     model = sjd2.load("tiny", dtype="bfloat16")
-    assert fuse_pixels(model, backend=backend)
+    model.compiler = Compiler(backend)
+    assert fuse_pixels(model)
     with torch.inference_mode():
         found = model.draw(TOKENS, ["a"] * 3, [0] * 3)
     said = [record.message for record in caplog.records if record.name == "sjd2.models.pixels"]
     assert [words in message for message in said] == ([True] if words else [])
+    assert model.compiler.seconds["pixels"] > 0
+    assert words in model.compiler.left_out.get("pixels", "")
     compiled = [network._compiled_call_impl is not None for network in model.vq.compiled_parts()]
     assert compiled == [not words]
     assert torch.equal(found, torch.cat([model.decode(image) for image in TOKENS.split(1)]))
