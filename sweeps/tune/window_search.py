@@ -123,6 +123,7 @@ class WindowSearch(TrialRuns):
         """
         file, known = self.out / COSTS, read_json(self.out / COSTS, {})
         condition: Any = None
+        graphs = job.recorder(self.cfg, plans[max(plans)])
         for number in range(self.tune.rounds):
             for width, plan in list(plans.items()):
                 key = f"{plan.identity['id']} {self.machine(plan)}"
@@ -137,7 +138,7 @@ class WindowSearch(TrialRuns):
                     found.append(
                         pass_seconds(
                             model, plan.decoder, condition, sampling=plan.sampling, passes=self.tune.passes,
-                            graphs=job.recorder(self.cfg, plan),
+                            graphs=graphs,
                         )
                     )  # fmt: skip
                 except torch.OutOfMemoryError as error:
