@@ -152,7 +152,7 @@ class WindowSearch(TrialRuns):
     def machine(self, plan: Plan) -> str:
         """Return what a pass' seconds belong to, beside the run's settings."""
         runtime = self.cfg.runtime
-        where = f"{hardware(torch.device(plan.device))}, graph={runtime.graph}, fused={runtime.fused}"
+        where = f"{hardware(torch.device(plan.device))}, graph={runtime.graph}, fused={runtime.fused}, compile={runtime.compile}"
         return f"{where}, torch {torch.__version__}, commit {git_commit()}"
 
     def check(self, rows: Sequence[WindowRow], cfgs: dict[int, DictConfig]) -> None:
