@@ -11,7 +11,7 @@ from sjd2.config import choices, instantiate
 from sjd2.errors import UserError
 from sweeps.tune.search import Search
 from sweeps.tune.space import Tune
-from sweeps.tune.window import TuneWindow
+from sweeps.tune.window_prediction import TuneWindow
 from sweeps.tune.window_search import WindowSearch
 
 

@@ -32,7 +32,15 @@ from sweeps.tables.formats import Table, markdown
 from sweeps.tables.terminal import show
 from sweeps.tune.study import write_decoder
 from sweeps.tune.trials import TrialRuns
-from sweeps.tune.window import NARROW, Acceptance, Counts, TuneWindow, WindowRow, batch_overhead, predicted_passes
+from sweeps.tune.window_prediction import (
+    NARROW,
+    Acceptance,
+    Counts,
+    TuneWindow,
+    WindowRow,
+    batch_overhead,
+    predicted_passes,
+)
 
 COSTS = "passes.json"
 LEVEL = 0.95  # of all intervals together
@@ -152,8 +160,8 @@ class WindowSearch(TrialRuns):
     def machine(self, plan: Plan) -> str:
         """Return what a pass' seconds belong to, beside the run's settings."""
         runtime = self.cfg.runtime
-        where = f"{hardware(torch.device(plan.device))}, graph={runtime.graph}, fused={runtime.fused}, compile={runtime.compile}"
-        return f"{where}, torch {torch.__version__}, commit {git_commit()}"
+        ways = f"graph={runtime.graph}, fused={runtime.fused}, compile={runtime.compile}"
+        return f"{hardware(torch.device(plan.device))}, {ways}, torch {torch.__version__}, commit {git_commit()}"
 
     def check(self, rows: Sequence[WindowRow], cfgs: dict[int, DictConfig]) -> None:
         """Run widths in turns on captions that nothing was predicted from, and note what they measure."""

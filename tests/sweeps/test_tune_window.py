@@ -12,7 +12,14 @@ import yaml
 
 from evaluation.run_folder import run_folders
 from sweeps.tune import window_search
-from sweeps.tune.window import Acceptance, Counts, TuneWindow, batch_overhead, expected_passes, predicted_passes
+from sweeps.tune.window_prediction import (
+    Acceptance,
+    Counts,
+    TuneWindow,
+    batch_overhead,
+    expected_passes,
+    predicted_passes,
+)
 from tests.helpers.cli import Cli
 
 LENGTH = 60
