@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sjd2.errors import UserError, first_line
-from sjd2.files import cache_root
+from sjd2.files import cache_root, split_lines
 
 FIRST = 3  # calls in which a piece may meet new shapes: tensors that were None get theirs
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class _Piece:
 
 def _reason(error: Exception) -> str:
     """Return the first line of an error, and the next one where the first only names the backend that raised it."""
-    first, *more = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first, *more = [line for line in split_lines(str(error)) if line.strip()] or [type(error).__name__]
     return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
