@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +71,14 @@ def test_traced_pieces_of_a_lossy_verifier(model: Toy) -> None:
     assert decode(model, decoder, SAMPLING, "aot_eager") == decode(model, decoder, SAMPLING, None)
 
 
+@pytest.fixture
+def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor looks for a compiler by setuptools, which puts its own libraries on the path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_path")
 def test_inductors_code_for_two_windows_in_one_process(model: Toy) -> None:
     for window in (4, 6):  # each with kernels of its own
         decoder = sjd(window, Coupled())
@@ -78,6 +86,7 @@ def test_inductors_code_for_two_windows_in_one_process(model: Toy) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_path")
 def test_inductor_mixes_the_same_random_numbers() -> None:
     # 64-bit products that wrap around; it takes the product of an arange for an index, which must not
     noise, place = Noise(torch.arange(7) * 2**40 + 5, length=60), torch.arange(50).expand(7, -1)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 PACKAGES = ("sjd2", "baselines", "evaluation", "harness", "sweeps", "benchmarks", "transformers")
 # variables that pytest, torch's compiler, wandb and open_clip set in their own process as they like
-NOISE = ("PYTEST_", "TORCHINDUCTOR_", "WANDB_SERVICE", "TOKENIZERS_PARALLELISM")
+NOISE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "WANDB_SERVICE", "TOKENIZERS_PARALLELISM")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
