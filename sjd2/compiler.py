@@ -32,7 +32,7 @@ class Compiler:
         self.seconds: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
         self._pieces: list[tuple[Callable[..., Any], tuple[Any, ...], _Piece]] = []
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
+        _own_cache()
 
     def piece(self, function: Callable[..., Any], owner: tuple[Any, ...]) -> Callable[..., Any]:
         """Return `function` compiled for this owner; the same piece where function and owner are equal to those of before."""
@@ -91,6 +91,11 @@ class _Piece:
         return out
 
 
+def _own_cache() -> None:
+    """Let Inductor keep its code where the user's caches are, unless the user has named a folder."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
+
+
 def _reason(error: Exception) -> str:
     """Return the first line of an error, and the next one where the first only names the backend that raised it."""
     first, *more = [line for line in split_lines(str(error)) if line.strip()] or [type(error).__name__]
@@ -99,6 +104,7 @@ def _reason(error: Exception) -> str:
 
 def why_not() -> str | None:
     """Return why nothing can be compiled on this machine's CPU, or None."""
+    _own_cache()  # before the import, which sets a folder that the next start of the machine empties
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -119,3 +120,13 @@ def test_float64_is_left_as_it_is() -> None:
     model.compiler = Compiler()
     generate(model, AR, model.encode(PROMPTS[:1]), [1], sampling=SAMPLING)
     assert model.compiler.entry() == {"backend": "inductor", "seconds": {}}
+
+
+def test_code_is_kept_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    Compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    Compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/sjd2/inductor"
