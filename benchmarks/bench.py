@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from benchmarks.result_file import result_file
+from evaluation.bootstrap import median_of_ratios
 from harness.console import say
 from harness.job import Models
 from harness.plan import make_plan
@@ -80,9 +81,10 @@ def pass_times(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row per batch and window: median milliseconds of a pass, its ratio to one slot, share outside the forward.
 
-    The windows of one batch size take turns pass by pass, so that a drift of the machine affects all.
+    The windows of one batch size take turns pass by pass, so that a drift of the machine affects all. to_scd: the decoder's
+    passes to SCD's of the same width, median over the turns and 95 % interval.
     """
-    decoders = {(d.name, d.window): d for d in (*map(window_decoder, SLOTS), own)}
+    decoders = {(d.name, d.window): d for d in (*map(window_decoder, SLOTS), window_decoder(own.window), own)}
     for batch in BATCHES:
         timed = {key: _Timed(model) for key in decoders}
         runs = {key: _start(timed[key], decoder, prompts[:batch], sampling) for key, decoder in decoders.items()}
@@ -98,6 +100,7 @@ def pass_times(
                 if count >= 3:
                     spans[key].append(_now(model) - begin)
         for key, times in spans.items():
+            more = {} if key[0] != own.name else _to_scd(times, spans.get(("scd", key[1])))
             yield {
                 "batch": batch,
                 "decoder": key[0],
@@ -105,7 +108,15 @@ def pass_times(
                 "pass_ms": 1e3 * statistics.median(times),
                 "ratio": statistics.median(times) / statistics.median(spans["ar", 1]),
                 "outside_forward": 1 - timed[key].seconds / sum(times),
+                **more,
             }
+
+
+def _to_scd(times: list[float], scd: list[float] | None) -> dict[str, Any]:
+    if scd is None or scd is times:
+        return {}
+    value, low, high = median_of_ratios([(above, below, 1) for above, below in zip(times, scd, strict=True)])
+    return {"to_scd": value, "to_scd_low": low, "to_scd_high": high}
 
 
 def _start(model: Any, decoder: BaseDecoder, prompts: list[str], sampling: SamplingParams) -> Engine:

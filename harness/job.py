@@ -53,7 +53,12 @@ class Models:
             self._loaded.clear()  # free the old weights first: two 7B models rarely fit
             if plan.device.startswith("cuda:"):
                 torch.cuda.set_device(plan.device)  # what a library puts on "cuda" lands there too
-            self._loaded[key] = plan.spec.load(plan.device, plan.dtype)
+            self._loaded[key] = loaded = plan.spec.load(plan.device, plan.dtype)
+            if loaded.adapter is not None and not loaded.adapter.settings.gated:
+                say(
+                    "the fine-tuning changes the weights themselves, for AR and for lossless decoders too: the original's AR "
+                    "is decoder=ar model.adapter=null."
+                )
         model = self._loaded[key]
         fuse_loudly(model, plan.fused)
         model.compiler = (model.compiler or Compiler()) if plan.compiled else None

@@ -91,7 +91,9 @@ class Denoiser(Drafter):
         self.settings, self.model = settings, model
         self.space = EmbeddingSpace(model, normalised=adapter.settings.normalised)
         times = settings.schedule.times(settings.steps).to(self.space.table)
-        self.alpha, self.sigma = alpha_sigma(times, adapter.settings.path)
+        self.moves = _moves(*alpha_sigma(times, adapter.settings.path))
+        # with a single level, slots are noisy in their first pass alone: no noise lives on
+        self.lasting = settings.steps > 1 or settings.levels == "slot"
         width = self.space.table.shape[1]
         if adapter.code is not None:
             self.codes = adapter.code(times).to(self.space.table)  # [K + 1, D]
@@ -117,14 +119,16 @@ class Denoiser(Drafter):
         probs = torch.where(fresh[:, 1:, None], 1.0 / vocabulary, carried.probs)
         old = torch.zeros_like(tokens) if carried.level is None else carried.level
         level = self._levels(old, probs, fresh, state, positions)
-        latent = self._denoise(carried.latent, tokens, old, level, fresh, state, positions)
+        latent = state.noise.normal(positions, self.space.table.shape[1])
+        if carried.latent is not None:
+            latent = torch.where(fresh[..., None], latent, self._denoise(carried.latent, tokens, old, level))
         if self.settings.nearest:
             tokens = torch.where(level > 0, self.space.nearest(latent), tokens)
         tokens = state.force(tokens)
         noisy = self.space.model_input(latent + self.codes[level])
         clean = self.model.embed(tokens)
         embeds = torch.where((level > 0)[..., None], noisy.to(clean.dtype), clean)
-        return Draft(tokens, probs, embeds, level, latent, carried.shape)
+        return Draft(tokens, probs, embeds, level, latent if self.lasting else None, carried.shape)
 
     def _levels(self, old: Tensor, probs: Tensor, fresh: Tensor, state: State, positions: Tensor) -> Tensor:
         """Return the level of each slot in the coming pass: old [B, S] -> [B, S]."""
@@ -137,25 +141,17 @@ class Denoiser(Drafter):
         drafted = draft & (positions >= state.committed[:, None]) & (state.forced_slots(old.shape[1]) < 0)
         return torch.where(fresh, settings.steps, level) * drafted
 
-    def _denoise(
-        self,
-        latent: Tensor | None,
-        tokens: Tensor,
-        old: Tensor,
-        new: Tensor,
-        fresh: Tensor,
-        state: State,
-        positions: Tensor,
-    ) -> Tensor:
+    def _denoise(self, latent: Tensor, tokens: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """Step from level to level by DDIM: e' = (s'/s) e + (a' - a s'/s) e0, eq. 3 in a form that allows a = 0.
 
         tokens, old, new [B, S] -> [B, S, D]; e0 is the normalised embedding of each slot's present token.
         """
-        start = state.noise.normal(positions, self.space.table.shape[1])
-        if latent is None:
-            return start
-        ratio = self.sigma[new] / self.sigma[old].clamp(min=torch.finfo(self.sigma.dtype).tiny)
-        ratio = torch.where(old > 0, ratio, 0.0)
-        pull = self.alpha[new] - self.alpha[old] * ratio
-        moved = ratio[..., None] * latent + pull[..., None] * self.space.normal(tokens)
-        return torch.where(fresh[..., None], start, moved)
+        ratio, pull = self.moves[new, old].split(1, -1)
+        return ratio * latent + pull * self.space.normal(tokens)
+
+
+def _moves(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return s'/s and a' - a s'/s of all pairs of levels: [K + 1] each -> [K + 1 new, K + 1 old, 2]; from clean, 0 and a'."""
+    ratio = sigma[:, None] / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
+    ratio[:, 0] = 0.0
+    return torch.stack([ratio, alpha[:, None] - alpha * ratio], -1)

@@ -182,7 +182,7 @@ class FrontDrafter(Drafter):
         draft.tokens = state.force(tokens, front.shape)
         if chain.level is not None:  # branches are clean
             draft.level = pad(chain.level, (0, front.side))
-            draft.latent = pad(chain.latent, (0, 0, 0, front.side))
+            draft.latent = None if chain.latent is None else pad(chain.latent, (0, 0, 0, front.side))
             noisy = pad(chain.embeds, (0, 0, 0, front.side))
             draft.embeds = torch.where((draft.level > 0)[..., None], noisy, self.model.embed(draft.tokens))
         return draft

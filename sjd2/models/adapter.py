@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sjd2.checkpoints import read_part, write_tensors
 from sjd2.errors import UserError, choose
 from sjd2.models.base import ImageModel
+from sjd2.models.low_rank import ADAPTER, Gate, LowRank, fuse_low_rank, merge, stack
 from sjd2.models.timesteps import AdditiveCode
 
 SETTINGS, WEIGHTS = "sjd2.json", "sjd2.safetensors"
@@ -67,11 +68,14 @@ class Adapter(nn.Module):
         self.settings = settings
         self._transformer = [model.transformer]  # in a list: its weights are not this module's to save
         self._head = [] if model.head_module is None else [model.head_module]
-        self._gate: Tensor | None = None
+        self._gate = Gate()
         self._on = True
+        self._stacked: list[LowRank] = []
+        self.left_out = 0  # layers that `freeze` could not speed up
+        self._dtype = model.dtype
         width = model.transformer.get_input_embeddings().weight.shape[1]
         self.code = AdditiveCode(width) if settings.code == "additive" else None
-        self.layers: list[Any] = []  # PEFT's LoRA layers
+        self.layers: list[Any] = []  # that run as PEFT has them
         if settings.kind == "lora":
             self._inject(model.transformer)
         if self.code is not None:
@@ -85,11 +89,11 @@ class Adapter(nn.Module):
             r=self.settings.rank, lora_alpha=self.settings.rank, target_modules=list(self.settings.targets)
         )
         # each LoRA lands on its layer's device, in its dtype: layers may lie on several GPUs, or be quantised
-        inject_adapter_in_model(config, transformer, adapter_name="sjd2")
+        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
         found = {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
         self.layers.extend(found.values())
         for name, layer in zip(found, self.layers, strict=True):
-            lora_a, lora_b = layer.lora_A["sjd2"], layer.lora_B["sjd2"]
+            lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
             # registered under this module too, so that state_dict() and parameters() are the adapter's
             self.add_module(name.replace(".", "__"), nn.ModuleList([lora_a, lora_b]))
             if self.settings.gated:
@@ -98,17 +102,35 @@ class Adapter(nn.Module):
             raise UserError(f"the model has no layers named {', '.join(self.settings.targets)} to adapt.")
 
     def _mask(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        assert self._gate is not None  # without one the layers are off
-        return output * self._gate[..., None].to(output)
+        assert self._gate.rows is not None  # without one the layers are off
+        return output * self._gate.rows.to(output)
 
     def set_gate(self, gate: Tensor | None) -> None:
         """Set which slots the next forward pass adapts: [R, S], or None for none; without gating the LoRA always acts."""
-        self._gate = gate
+        self._gate.rows = None if gate is None else gate[..., None].to(self._dtype)
+        for group in self._stacked:
+            group.refresh()
         on = gate is not None or not self.settings.gated
         if on != self._on:
             self._on = on
             for layer in self.layers:
                 layer.enable_adapters(on)
+
+    def freeze(self) -> Adapter:
+        """Return this fine-tuning ready for inference: no training any more, an ungated LoRA merged, a gated one stacked."""
+        if self.settings.gated:
+            self._stacked, self.layers = stack(self._transformer[0], self.layers, self._gate)
+        else:
+            self.layers = merge(self._transformer[0], self.layers)
+        self.left_out = len(self.layers)
+        return self.eval().requires_grad_(False)
+
+    def fuse(self, wanted: bool) -> str | None:
+        """Let stacked products run as kernels on a GPU, or not; return why they do not although that is wanted, or None."""
+        self._gate.fused = self._gate.fused and wanted
+        if self._gate.fused or not wanted or not self._stacked:
+            return None
+        return fuse_low_rank(self._gate, self._stacked)
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters that fine-tuning changes."""
@@ -139,7 +161,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, model: ImageModel) -> Adapter:
-        """Put the fine-tuning in `folder` into the model. Raises `UserError` if the two do not fit."""
+        """Put the fine-tuning in `folder` into the model, for inference. Raises `UserError` if the two do not fit."""
         adapter = cls(read_settings(folder), model)
         own = adapter.tensors()
         try:
@@ -152,4 +174,4 @@ class Adapter(nn.Module):
                     tensor.data.copy_(stored.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise UserError(f"the fine-tuning {folder / WEIGHTS} cannot be read: {error}") from error
-        return adapter.eval().requires_grad_(False)
+        return adapter.freeze()

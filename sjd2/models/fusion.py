@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sjd2.models.adapter import Adapter
 from sjd2.models.base import ImageModel
 from sjd2.models.fused_layers import remove_layers
 from sjd2.models.layer_check import fuse_layers
@@ -18,7 +19,7 @@ def fuse(model: ImageModel, wanted: bool = True) -> list[str]:
 
     wanted=False: layers compute as transformers wrote them; joined projections and pixels stay. On a CPU nothing is fused.
     """
-    left_out = []
+    left_out = [] if model.adapter is None else _fuse_adapter(model.adapter, wanted and model.device.type == "cuda")
     if wanted and model.device.type == "cuda":
         if join_projections(model) == 0 and model.dtype != torch.float64:
             left_out.append("projections run one by one: no layer has plain linear ones")
@@ -32,4 +33,17 @@ def fuse(model: ImageModel, wanted: bool = True) -> list[str]:
         unfuse_norms(model)
     elif model.device.type == "cuda" and kernels_missing(model) is None:  # otherwise attention has reported why
         left_out += fuse_layers(model)
+    return left_out
+
+
+def _fuse_adapter(adapter: Adapter, wanted: bool) -> list[str]:
+    left_out = []
+    if adapter.left_out:
+        left_out.append(
+            f"the fine-tuning of {adapter.left_out} layers runs beside them, as PEFT has it: they are quantised, or not on "
+            "the device they compute on"
+        )
+    why = adapter.fuse(wanted)
+    if why is not None:
+        left_out.append(f"the fine-tuning runs as torch's products, not as kernels: {why}")
     return left_out

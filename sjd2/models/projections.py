@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sjd2.models.base import ImageModel
-
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order in which the layers call them
+from sjd2.models.low_rank import GROUPS, LowRank, group_of
 
 
 class Product:
@@ -33,6 +32,7 @@ class Product:
                 for part, view in zip(parts, whole.split(self.sizes), strict=True):
                     setattr(part, name, nn.Parameter(view, requires_grad=getattr(part, name).requires_grad))
         self.parts, self.given, self.outputs = parts, None, []
+        self.low_rank: LowRank | None = None  # a gated LoRA of the layers
         self.places = [own.data_ptr() for own in self._own()]
         for number, part in enumerate(parts):
             part.forward = functools.partial(self.part, number)
@@ -44,13 +44,23 @@ class Product:
     def part(self, number: int, x: Tensor) -> Tensor:
         """Return the output of one of the layers: [..., D] -> [..., O]."""
         if number == 0 and self._serves():
-            self.given, self.outputs = x, list(linear(x, self.weight, self.bias).split(self.sizes, -1))
+            whole = self._adapted(x, linear(x, self.weight, self.bias), None)
+            self.given, self.outputs = x, list(whole.split(self.sizes, -1))
         elif self.given is not x:  # a layer of its own after all
-            return linear(x, self.parts[number].weight, self.parts[number].bias)
+            return self._adapted(x, linear(x, self.parts[number].weight, self.parts[number].bias), number)
         output = self.outputs[number]
         if number == len(self.parts) - 1:
             self.given, self.outputs = None, []
         return output
+
+    def adapt(self, low_rank: LowRank | None) -> None:
+        """Add the LoRAs of the layers to their outputs from here on; None: there are none that run together."""
+        self.low_rank = low_rank
+        if low_rank is not None:
+            low_rank.joined = True
+
+    def _adapted(self, x: Tensor, out: Tensor, number: int | None) -> Tensor:
+        return out if self.low_rank is None else self.low_rank.add_(x, out, number)
 
     def _serves(self) -> bool:
         """Return whether the layers' weights are still views of the matrix, and want no gradients of their own."""
@@ -69,11 +79,13 @@ def join_projections(model: ImageModel) -> int:
     saved = 0
     for block in model.transformer.modules():
         for names in GROUPS:
-            found: list[Any] = [getattr(block, name, None) for name in names]
-            found = [getattr(module, "base_layer", module) for module in found]  # under PEFT's
+            modules: list[Any] = [getattr(block, name, None) for name in names]
+            found = [getattr(module, "base_layer", module) for module in modules]  # under PEFT's
             if all(map(_plain, found)) and len({(x.weight.device, x.weight.dtype, x.bias is None) for x in found}) == 1:
                 Product(found)
-            saved += (len(found) - 1) * all(map(_joined, found))
+            if all(map(_joined, found)):
+                saved += len(found) - 1
+                found[0].forward.func.__self__.adapt(group_of(modules))
     return saved
 
 

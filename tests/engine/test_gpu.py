@@ -311,7 +311,7 @@ def test_a_replayed_pass_does_not_wait(wide: dict[str, ImageModel]) -> None:
 def test_every_family_draws(name: str, graph: bool) -> None:
     plan = ARCHITECTURES[name].small()
     model = plan.build(torch.device("cuda"), torch.bfloat16)
-    model.adapter = Adapter(AdapterSettings(rank=2), model).eval().requires_grad_(False)
+    model.adapter = Adapter(AdapterSettings(rank=2), model).freeze()
     sampling = SamplingParams(guidance_scale=plan.guidance, top_k=plan.top_k)
     for decoder in (api.decoder("ar"), api.decoder("sjd2", window=6)):
         condition = plan.condition(model, 2)

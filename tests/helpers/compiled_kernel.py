@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sjd2.models.layer_kernels import BLOCK, _add_norm, _rotary_store, _silu_product, norm_shape, rotary_shape
+from sjd2.models.low_rank_kernel import _down, _up, shape_of
 from sjd2.models.window_kernel import PARTS, Card, _attend, _merge, _store, tile
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may take
@@ -30,7 +31,7 @@ EVEN += ("value_row", "value_head", "value_slot", "cos_slot", "sin_slot", "query
 EVEN += ("gate_row", "up_row", "residual_row", "delta_row", "width")
 POINTERS = ("query", "key", "value", "keys", "values", "out", "cos", "sin", "gate", "up", "residual", "delta", "before")
 POINTERS += ("after", "total", "normed", "query_weight", "query_bias", "key_weight", "key_bias")
-EVEN += POINTERS
+EVEN += (*POINTERS, "x", "down", "parts", "x_row", "out_row", "chunk")
 HEADS = 32
 
 
@@ -87,6 +88,16 @@ def compiled_layer(capability: int, width: int, dtype: torch.dtype, slots: int) 
     return kernels
 
 
+def compiled_low_rank(capability: int, dtype: torch.dtype, slots: int) -> dict[str, Any]:
+    """Compile the products of a gated LoRA of rank 16 on queries, keys and values."""
+    fixed, columns = shape_of(2 * slots, 48, dtype)
+    types = dict.fromkeys(("x", "down", "gate", "up", "out"), NAMES[dtype]) | {"parts": "*fp32"}
+    return {
+        "down": build(_down, capability, types, {**fixed, "BLOCK": 64}, {}),
+        "up": build(_up, capability, types, {**fixed, "BLOCK": columns}, {}),
+    }
+
+
 def stack(cubin: bytes) -> int:
     """Return the bytes of a thread's stack: registers that were spilled."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -103,6 +114,8 @@ def main(capability: int, widths: list[int]) -> None:
     shapes = []
     for dtype, width, slots in product(NAMES, widths, (96, 1)):
         kernels = compiled(capability, width, dtype, slots) | compiled_layer(capability, width, dtype, slots)
+        if width == widths[0]:  # it knows no heads
+            kernels |= compiled_low_rank(capability, dtype, slots)
         for name, kernel in kernels.items():
             about = {"kernel": name, "dtype": str(dtype), "width": width, "slots": slots, "limit": SHARED[capability]}
             shapes.append(about | {"shared": kernel.metadata.shared, "spilled": stack(kernel.asm["cubin"])})

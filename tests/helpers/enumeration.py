@@ -25,7 +25,7 @@ def strong_toy(grid: TokenGrid = LINE, code: str = "additive") -> Toy:
     generator = torch.Generator().manual_seed(3)
     for parameter in model.adapter.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    model.adapter.requires_grad_(False)
+    model.adapter.freeze()
     return model
 
 

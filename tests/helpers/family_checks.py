@@ -104,7 +104,7 @@ def with_parts(model: ImageModel, folder: Path) -> Iterator[Decoder]:
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     adapter.save(folder / "sjd2", model.dtype)
-    model.adapter = adapter.eval().requires_grad_(False)
+    model.adapter = adapter.freeze()
     yield decoder("sjd2", window=8, steps=2)
 
 

@@ -95,5 +95,5 @@ def adapted_toy(grid: TokenGrid, dtype: torch.dtype = torch.float64) -> Toy:
     toy.adapter = Adapter(AdapterSettings(rank=2), toy)
     for parameter in toy.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    toy.adapter.requires_grad_(False)
+    toy.adapter.freeze()
     return toy
