@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.flop_counter import register_flop_formula
 
 from sjd2.errors import first_line
 
@@ -33,6 +34,11 @@ def add_low_rank(x: Tensor, down: Tensor, up: Tensor, gate: Tensor, out: Tensor)
     from sjd2.models import low_rank_kernel  # Triton need not be installed
 
     low_rank_kernel.add_low_rank(x, down, up, gate, out)
+
+
+@register_flop_formula(torch.ops.sjd2.add_low_rank)
+def _(x: torch.Size, down: torch.Size, up: torch.Size, *args: object, **more: object) -> int:
+    return 2 * x[0] * down[0] * (x[1] + up[0])
 
 
 @dataclass

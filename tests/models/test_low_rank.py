@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import ARCHITECTURES
 from harness.job import Models
@@ -235,6 +236,8 @@ def test_kernels_split_long_sums_and_many_rows() -> None:
         gate = (torch.arange(rows) % 3 == 0).float()
         before, x[1] = out.clone(), float("inf")  # in a slot that is not adapted
         wanted = out + (x.nan_to_num(0, 0) @ down.T * gate[:, None]) @ up.T
-        add_low_rank(x, down, up, gate, out)
+        with FlopCounterMode(display=False) as counter:  # as runtime.flops counts
+            add_low_rank(x, down, up, gate, out)
+        assert counter.get_total_flops() == 2 * rows * numbers * (width + outputs)
         assert torch.allclose(out, wanted, atol=1e-4 * float(wanted.abs().max()))
         assert torch.equal(out[gate == 0], before[gate == 0])
