@@ -62,10 +62,12 @@ def states(model: ImageModel, gate: Tensor | None = None) -> tuple[Tensor, int]:
 # ---- gated
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("order", "dtype"), [
+    ("alone", torch.float64), ("alone", torch.float32), ("joined", torch.float32), ("joined first", torch.float32),
+    ("joined", torch.bfloat16),
+])  # fmt: skip
 @pytest.mark.parametrize("targets", [ALL, ("v_proj", "q_proj", "up_proj"), ("o_proj", "down_proj")])
-@pytest.mark.parametrize("order", ["alone", "joined", "joined first"])
-def test_stacked_products_are_pefts(dtype: torch.dtype, targets: tuple[str, ...], order: str) -> None:
+def test_stacked_products_are_pefts(order: str, dtype: torch.dtype, targets: tuple[str, ...]) -> None:
     peft, stacked = Toy(GRID, dtype=dtype), Toy(GRID, dtype=dtype)
     settings = AdapterSettings(rank=2, targets=targets)
     wanted_names = adapt(peft, settings).state_dict().keys()
@@ -204,7 +206,8 @@ def test_quantised_layers_keep_pefts_path_and_one_line_says_so(gated: bool) -> N
 # ---- kernels, under Triton's interpreter on a CPU
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no products in bfloat16
+# the interpreter has no products in bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)])
 def test_kernels_are_torchs_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", minversion="3.9")  # older ones do not interpret with numpy 2.4
     model, plain = Toy(GRID, dtype=dtype), Toy(GRID, dtype=dtype)
