@@ -177,7 +177,9 @@ def test_a_fine_tuning_that_changes_the_weights_is_announced(capsys: pytest.Capt
         toy = Toy(GRID)
         adapt(toy, AdapterSettings(rank=2, gated=gated)).freeze()
         spec = SimpleNamespace(name="toy", load=lambda *_, toy=toy: toy)
-        plan: Any = SimpleNamespace(spec=spec, identity={"digest": ""}, device="cpu", dtype="float32", fused=True, compiled=False)
+        plan: Any = SimpleNamespace(
+            spec=spec, identity={"digest": ""}, device="cpu", dtype="float32", fused=True, compiled=False
+        )
         Models().load(plan)
         assert ("for AR and for lossless decoders too" in capsys.readouterr().out) is not gated
 
