@@ -290,8 +290,8 @@ def table(result: Row) -> str:
             )
     lines += [
         "",
-        "| model | batch | decoder | slots | prefill ms | pass ms | host ms | graph ms | to AR | to SCD |",
-        "|" + "---|" * 10,
+        "| model | batch | decoder | slots | prefill ms | pass ms | host ms | graph ms | to AR |",
+        "|" + "---|" * 9,
     ]
     for model in result["models"]:
         base: dict[int, float] = {}
@@ -303,7 +303,7 @@ def table(result: Row) -> str:
             times = " | ".join(_milliseconds(row, key) for key in ("prefill_ms", "ms", "host_ms", "graph_ms"))
             lines.append(
                 f"| {model['title']} | {row['batch']} | {row['decoder']} | {row['slots']} | {times} | "
-                f"{best / base[row['batch']]:.2f} | {_milliseconds(row, 'to_scd')} |"
+                f"{best / base[row['batch']]:.2f} |"
             )
     for model in result["models"]:
         lines += [*ratios(model), *_free(model), *overview(model)]
