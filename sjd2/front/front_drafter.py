@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,20 @@ class FrontMemory:
     source: Tensor
 
 
+class Stale(NamedTuple):
+    """What the corrector is given of slots.
+
+    states [R, F, D]; source [R, F, D]: those on their left; old, new [B, F]: the token that each state was computed with, and
+    the one that stands there now; valid [B, F]: whether there are both, and the slot's own token is not forced.
+    """
+
+    states: Tensor
+    source: Tensor
+    old: Tensor
+    new: Tensor
+    valid: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Front(Drafter):
     """A chain drafter with branches at its front, optionally corrected.
@@ -49,8 +64,8 @@ class Front(Drafter):
     chain: drafts the main chain. siblings: further draft tokens at depths 1, 2, ..., drawn without replacement. copies: the
     depth to which each branch copies the main chain's tokens; or one of them for each sibling, in order. full: siblings at
     every node, not only on the main chain (SJD-PAC's K-ary tree). weights: folder or hub id of a corrector, None for none.
-    corrected: depths that it corrects. apart: each branch token is a draw of its own instead of a copy, as joint decisions
-    need (`separated`).
+    corrected: depths that it corrects one after the other. rest: correct the main chain below them as well, all slots at
+    once. apart: each branch token is a draw of its own instead of a copy, as joint decisions need (`separated`).
     """
 
     chain: Drafter
@@ -59,6 +74,7 @@ class Front(Drafter):
     full: bool = False
     weights: str | None = None
     corrected: int = 0
+    rest: bool = False
     apart: bool = False
 
     needs_records = True
@@ -68,6 +84,10 @@ class Front(Drafter):
             raise UserError(f"decoder.drafter.siblings must be 0 or more at each depth, got {list(self.siblings)}.")
         if min(self.depths) < 0 or self.corrected < 0:
             raise UserError("decoder.drafter.copies and decoder.drafter.corrected must be 0 or more.")
+        if self.rest and self.corrected == 0:
+            raise UserError(
+                "decoder.drafter.rest corrects what lies below the front; set decoder.drafter.corrected, e.g. to 3."
+            )
         if (self.weights is None) != (self.corrected == 0):
             raise UserError(
                 "decoder.drafter.weights (a front corrector) and decoder.drafter.corrected (the depths it corrects) go "
@@ -114,7 +134,7 @@ class Front(Drafter):
         return chain_slots(window, self.siblings, self.depths, self.full)
 
     def num_forwards(self, window: int) -> int:
-        return self.corrected
+        return self.corrected + self.rest
 
     def bind(self, model: ImageModel, window: int) -> FrontDrafter:
         return FrontDrafter(self, model, window)
@@ -140,10 +160,15 @@ class FrontDrafter(Drafter):
         self.repeated_draws = (Purpose.SIBLING, sibling_marks(count, model.device)) if count > 1 else None
         self.corrector = None if settings.weights is None else Corrector.load(locate_part(settings.source()), model)
 
+    @property
+    def num_remembered(self) -> int:
+        """Return T, the depths that the corrector may correct."""
+        return self.front.chain - 1 if self.settings.rest else self.settings.corrected
+
     def init_state(self, rows: int, capacity: int, sampling: SamplingParams) -> FrontMemory | None:
         if self.corrector is None:
             return None
-        device, depths = self.model.device, self.settings.corrected
+        device, depths = self.model.device, self.num_remembered
         width, branches = self.corrector.depth, 2 if sampling.guided else 1
         zeros = torch.zeros(rows, depths, dtype=torch.long, device=device)
         stale = torch.zeros(branches * rows, depths, width, dtype=self.model.dtype, device=device)
@@ -179,6 +204,9 @@ class FrontDrafter(Drafter):
                 token = self.draw_first(level, depth, token, q, state)
             tokens[:, level.first], probs[:, level.first - 1] = token, q
             self.draw_siblings(level, depth, draft, token, q, state)
+            if depth == self.settings.corrected < self.num_remembered:  # branches copy what is below as corrected
+                assert hidden is not None
+                self.correct_rest(tokens, probs, hidden[:, 0], state)
         draft.tokens = state.force(tokens, front.shape)
         if chain.level is not None:  # branches are clean
             draft.level = pad(chain.level, (0, front.side))
@@ -207,26 +235,61 @@ class FrontDrafter(Drafter):
             draft.tokens[:, slots], probs[:, slots - 1] = token, q
 
     def correct(
-        self, level: Level, depth: int, tokens: Tensor, token: Tensor, q: Tensor, source: Tensor, state: State
+        self,
+        level: Level,
+        depth: int,
+        tokens: Tensor,
+        token: Tensor,
+        q: Tensor,
+        source: Tensor,
+        state: State,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Correct the distribution q [B, F, V] of each family for its left token, and couple the carried token to it.
+        """Correct the distribution q [B, F, V] of each family for its left token, and couple the carried token to it."""
+        memory, families = state.memory, len(level.parents)
+        position, forced = state.at_depth(depth)
+        stale = Stale(
+            memory.stale[:, depth - 1, None].expand(-1, families, -1),
+            source,
+            memory.old[:, depth - 1, None].expand(-1, families),
+            tokens[:, level.parents],
+            (memory.valid[:, depth - 1, None] & (forced < 0)).expand(-1, families),
+        )
+        return self.couple(stale, token, q, position.expand(-1, families), state)
+
+    def correct_rest(self, tokens: Tensor, probs: Tensor, source: Tensor, state: State) -> None:
+        """Correct the main chain below the front at once, each slot for the token that stands on its left now.
+
+        source [R, D]: the state at the last depth of the front; below it, that of the last pass. A token on the left may move
+        in the same step; the distribution was computed from earlier positions nonetheless, so the pair stays exact.
+        """
+        memory, first, size = state.memory, self.settings.corrected, self.front.chain
+        stale, place = memory.stale[:, first:], state.positions(size)[:, first + 1 :]
+        parts = Stale(
+            stale,
+            torch.cat([source[:, None], stale[:, :-1]], 1),
+            memory.old[:, first:],
+            tokens[:, first : size - 1],
+            memory.valid[:, first:] & (state.forced_at(place) < 0),
+        )
+        token, q = tokens[:, first + 1 : size], probs[:, first : size - 1]
+        token, q, _ = self.couple(parts, token, q, place, state)
+        tokens[:, first + 1 : size], probs[:, first : size - 1] = token, q
+
+    def couple(
+        self, stale: Stale, token: Tensor, q: Tensor, place: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Correct distributions q [B, F, V] of tokens [B, F] at positions `place` -> tokens, distributions, states [R, F, D].
 
         A token x of q stays with min(1, q'(x) / q(x)), else moves to norm(max(0, q' - q)): it is one of q', recorded.
         """
-        assert self.corrector is not None  # `corrected` is 0 without
-        memory, rows, families = state.memory, len(tokens), len(level.parents)
-        branches = len(memory.stale) // rows
-        stale = memory.stale[:, depth - 1, None].expand(-1, families, -1)
-        old, new = memory.old[:, depth - 1, None].expand(-1, families), tokens[:, level.parents]
-        position, forced = state.at_depth(depth)
-        free = forced < 0
-        changed = memory.valid[:, depth - 1, None] & (old != new) & free
-        embed = self.model.embed(torch.cat([old, new], 1)).repeat(branches, 1, 1)
-        hidden = self.corrector(stale, source, embed[:, :families], embed[:, families:])
-        hidden = torch.where(changed.repeat(branches, 1)[..., None], hidden, stale)
+        assert self.corrector is not None  # nothing is corrected without
+        branches, families = len(stale.states) // len(token), token.shape[1]
+        changed = stale.valid & (stale.old != stale.new)
+        embed = self.model.embed(torch.cat([stale.old, stale.new], 1)).repeat(branches, 1, 1)
+        hidden = self.corrector(stale.states, stale.source, embed[:, :families], embed[:, families:])
+        hidden = torch.where(changed.repeat(branches, 1)[..., None], hidden, stale.states)
         corrected = torch.where(changed[..., None], state.sampling.probs(self.model.logits(hidden)).to(q), q)
-        place, sampler = position.expand(-1, families), state.sampler
-        code = token.clamp(max=q.shape[-1] - 1)
+        code, sampler = token.clamp(max=q.shape[-1] - 1), state.sampler
         accept_prob = sampler.accept_prob(EXACT, corrected, q, code, place)
         accepted = state.noise.uniform(place, Purpose.CORRECT, state.iteration) < accept_prob
         moved = sampler.recover(corrected, q, code, accepted, place, Purpose.MOVE, state.iteration)
@@ -239,7 +302,7 @@ class FrontDrafter(Drafter):
             return
         branches = len(result.hidden) // len(result.num_new)
         last = result.path.slots.gather(1, (result.num_new - 1).clamp(min=0)[:, None])  # its output drew the last token
-        coming = slice(1, self.settings.corrected + 1)
+        coming = slice(1, self.num_remembered + 1)
         parent = draft.shape.parent_slots(result.source[:, coming])
         memory.stale = gather_slots(result.hidden, parent.repeat(branches, 1))
         memory.source = gather_slots(result.hidden, last.repeat(branches, 1))[:, 0]

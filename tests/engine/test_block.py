@@ -173,7 +173,11 @@ LOSSLESS = {
     "sjd++": (lambda n: block(4, Jacobi(), Reuse(threshold=0.3)), GUIDED, LINE),
     "sjd2 age": (lambda n: block(5, Denoise(steps=1), Coupled()), CUT, LINE),
     "sjd2 slot": (lambda n: block(5, Denoise(steps=3, levels="slot", clean=2, early=0.5), Coupled()), GUIDED, LINE),
-    "sjd-fc": (lambda n: block(5, Front(chain=Jacobi(), weights=n["front"], corrected=2), Coupled()), GUIDED, LINE),
+    "sjd-fc": (
+        lambda n: block(5, Front(chain=Jacobi(), weights=n["front"], corrected=1, rest=True), Coupled()),
+        GUIDED,
+        LINE,
+    ),
     "sjd2-fc": (lambda n: block(5, Front(chain=Denoise(), weights=n["front"], corrected=2), Coupled()), GUIDED, LINE),
     "eagle": (lambda n: block(4, Eagle(weights=n["eagle"], shape="chain")), GUIDED, LINE),
 }

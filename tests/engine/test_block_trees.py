@@ -263,7 +263,7 @@ LOSSLESS = {
     "resampled": (lambda n: block(9, Jacobi(), refiner=Resample(), siblings=(2, 1), copies=2), CUT, LINE),
     "k-ary tree": (lambda n: block(13, Jacobi(), siblings=(2, 1), copies=2, full=True), GUIDED, LINE),
     "corrected": (lambda n: block(13, Jacobi(), n["front"], corrected=3, **BRANCHES), GUIDED, LINE),
-    "corrected, forced": (lambda n: block(13, Jacobi(), n["front"], corrected=3, **BRANCHES), CUT, FORCED),
+    "corrected, forced": (lambda n: block(13, Jacobi(), n["front"], corrected=1, rest=True, **BRANCHES), CUT, FORCED),
     "noise": (lambda n: block(11, Denoise(), n["front"], corrected=2, siblings=(1, 1), copies=3), GUIDED, LINE),
     "tails": (lambda n: block(14, Jacobi(), verifier=TAILS, siblings=(2,), copies=4), GUIDED, LINE),
     "corrected tails": (

@@ -42,8 +42,12 @@ LOSSLESS = {
     "corrected": (lambda n: front(4, n, corrected=1), GUIDED),
     "corrected twice": (lambda n: front(5, n, corrected=2), CUT),
     "corrected branches": (lambda n: front(13, n, siblings=(2, 1), copies=3, corrected=3), GUIDED),
+    "corrected below the front": (
+        lambda n: front(7, n, refiner=Resample(), siblings=(1,), copies=2, corrected=1, rest=True),
+        GUIDED,
+    ),
     "noise after branches": (
-        lambda n: front(9, n, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2),
+        lambda n: front(9, n, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2, rest=True),
         GUIDED,
     ),
     "eagle chain": (lambda n: eagle(4, n, shape="chain"), GUIDED),
@@ -76,10 +80,10 @@ def test_appended_timestep_tokens_in_trees_do_not_change_the_distribution(nets: 
 
 
 class StaleRecord(FrontDrafter):
-    """A draft token moved to its corrected distribution, recorded with the one it had before."""
+    """A draft token moved to its corrected distribution, at the front or below, recorded with the one it had before."""
 
-    def correct(self, level, depth, tokens, token, q, source, state):
-        moved, _, hidden = super().correct(level, depth, tokens, token, q, source, state)
+    def couple(self, stale, token, q, place, state):
+        moved, _, hidden = super().couple(stale, token, q, place, state)
         return moved, q, hidden
 
 
@@ -152,7 +156,7 @@ def broken(settings: Front | Eagle | JacobiPaths, runs: type) -> Front | Eagle |
 @pytest.mark.parametrize(
     "drafter",
     [
-        lambda n: broken(Front(chain=Jacobi(), weights=n["front"], corrected=1), StaleRecord),
+        lambda n: broken(Front(chain=Jacobi(), weights=n["front"], corrected=1, rest=True), StaleRecord),
         lambda n: broken(Front(chain=Jacobi(), siblings=(1, 1), copies=2), Unnormalised),
         lambda n: broken(Eagle(weights=n["eagle"], shape="static", tree=PATHS), WholeRecord),
         lambda n: broken(
@@ -196,7 +200,7 @@ def model() -> Toy:
 
 
 MANY = [
-    lambda n: front(20, n, siblings=(2, 1, 1), copies=4, corrected=3),
+    lambda n: front(20, n, siblings=(2, 1, 1), copies=4, corrected=3, rest=True),
     lambda n: front(18, n, siblings=(1, 1), copies=2, full=True),
     lambda n: paths(13, paths=3),
     lambda n: eagle(5, n, shape="chain"),
@@ -287,6 +291,7 @@ def test_branches_are_counted_as_published() -> None:
         (lambda n: front(8, n, siblings=(3, 2), copies=3), "is too small"),
         (lambda n: front(8, n, siblings=(-1,)), "siblings must be 0 or more"),
         (lambda n: Front(chain=Jacobi(), corrected=1), "go together"),
+        (lambda n: Front(chain=Jacobi(), rest=True), "below the front"),
         (lambda n: eagle(4, n, shape="tree"), "did you mean 'static'|Valid"),
         (lambda n: eagle(4, n, shape="static", tree=((0,), (2,))), "without its parent or earlier sibling"),
         (lambda n: eagle(9, n, shape="static", tree=PATHS).check(None), "must be 7"),

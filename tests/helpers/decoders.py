@@ -76,7 +76,7 @@ KINDS = {
     "ar": lambda nets: AR,
     "sjd": lambda nets: sjd(6),
     "jacobi": lambda nets: jacobi(6),
-    "front": lambda nets: front(20, nets, siblings=(2, 1, 1), copies=4, corrected=3),
+    "front": lambda nets: front(20, nets, siblings=(2, 1, 1), copies=4, corrected=3, rest=True),
     "paths": lambda nets: paths(13, paths=3),
     "eagle chain": lambda nets: eagle(5, nets, shape="chain"),
     "eagle": lambda nets: eagle(12, nets, shape="dynamic", depth=3, top_k=3),
