@@ -269,7 +269,7 @@ class FrontDrafter(Drafter):
             torch.cat([source[:, None], stale[:, :-1]], 1),
             memory.old[:, first:],
             tokens[:, first : size - 1],
-            memory.valid[:, first:] & (state.forced_at(place) < 0),
+            memory.valid[:, first:] & (state.forced_slots(size)[:, first + 1 :] < 0),
         )
         token, q = tokens[:, first + 1 : size], probs[:, first : size - 1]
         token, q, _ = self.couple(parts, token, q, place, state)
