@@ -55,7 +55,7 @@ def groups(decoder: str) -> tuple[str, ...]:
     found = {key.split()[-1] for entry in entries if isinstance(entry, DictConfig) for key in entry} & set(PARTS)
     for parent in (entry for entry in entries if isinstance(entry, str) and entry != "_self_"):
         found |= set(groups(parent))
-    if decoder in ("sjd2-fc", "sjd2-wc"):  # its yaml chooses the chain inside its drafter, which therefore stays
+    if decoder == "sjd2-fc":  # its yaml chooses the chain inside its drafter, which therefore stays
         found.remove("drafter")
     return tuple(part for part in PARTS if part in found)
 
