@@ -137,7 +137,7 @@ def test_a_search_predicts_checks_and_writes_the_best_window(cli: Cli, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 16])
 def test_the_prediction_for_the_embedded_model(cli: Cli, batch: int) -> None:
-    """Passes are predicted within 6 %, also by a busy machine; its seconds are held to a factor of two."""
+    """Passes of 16 images vary by 3 % on each side: four standard errors; seconds of a busy machine by a factor of two."""
     command = (
         *SMALL[:3],
         "model=tiny",
@@ -152,5 +152,5 @@ def test_the_prediction_for_the_embedded_model(cli: Cli, batch: int) -> None:
         run = [row for row in csv.DictReader(file) if row["tokens_per_s_measured"]]
     assert len(run) >= 4
     for row in run:
-        assert float(row["passes"]) == pytest.approx(float(row["passes_measured"]), rel=0.06)
+        assert float(row["passes"]) == pytest.approx(float(row["passes_measured"]), rel=0.12)
         assert 0.5 < float(row["tokens_per_s_predicted"]) / float(row["tokens_per_s_measured"]) < 2
