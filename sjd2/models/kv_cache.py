@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # the second one is its name before transformers 5.24
+NARROW = 256  # slots up to which a cache keeps what causal passes share
 SPAN_BUCKET = 64  # kernels want multiples of 64, and each span is a shape of its own
 
 
@@ -124,6 +125,22 @@ class RowCache(Cache):
         self.slots = self.lengths[:, None]
         self.span = 0
         self.bound = 0
+        self._chains: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _chain(self, width: int) -> tuple[Tensor, Tensor]:
+        """Return 0..S-1 and what the slots of a causal pass see of a `Window` [1, S, 1 + S]: made once for narrow passes.
+
+        Not kept from within a recording: there a tensor has no value until it is replayed.
+        """
+        if width in self._chains:
+            return self._chains[width]
+        device = self.lengths.device
+        seen = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        seen = torch.cat([seen[:, :1], seen], 1)[None]  # all see slot 0, and so the entries before the pass
+        chain = torch.arange(width, device=device), seen
+        if width <= NARROW and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._chains[width] = chain
+        return chain
 
     def _room(self, capacity: int) -> int:
         return capacity if self.reads else _rounded(capacity)  # so that the last span is a multiple too
@@ -140,13 +157,15 @@ class RowCache(Cache):
         in eager attention.
         """
         device = self.lengths.device
+        if attn_mask is None and self.fused:
+            steps, seen = self._chain(width)
+            self.slots, self.span = self.lengths[:, None] + steps, self.capacity
+            return {"attention_mask": None, "window": Window(self.lengths, seen)}
         self.slots = self.lengths[:, None] + torch.arange(width, device=device)
-        if attn_mask is None and not self.fused:
+        if attn_mask is None:
             self.span = self._reach(self.lengths, width)
             seen = torch.arange(self.span, device=device) <= self.slots[..., None]
             return {"attention_mask": additive(seen, dtype)[:, None]}
-        if attn_mask is None:
-            attn_mask = torch.ones(1, width, width, dtype=torch.bool, device=device).tril()
         tail = attn_mask.shape[2]
         first = torch.ones_like(attn_mask[:, :, :1]) if past else attn_mask[:, :, :1]
         window = Window(self.lengths + (width - tail), torch.cat([first, attn_mask], 2))
