@@ -14,6 +14,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 
 from baselines.eagle.head import EagleHead, EagleSettings
 from benchmarks.architectures import ARCHITECTURES
+from benchmarks.kernels import Launches
 from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.generate import generate
 from sjd2.models.base import ImageModel
@@ -28,7 +29,6 @@ from tests.helpers import tape
 from tests.helpers.bounded_spans import as_on_a_gpu
 from tests.helpers.decoders import GRID, GUIDED, sjd2
 from tests.helpers.enumeration import strong_toy
-from tests.helpers.launches import Launches
 from tests.helpers.reference_kernels import replace_kernels
 from tests.helpers.toy import Toy
 
