@@ -11,6 +11,7 @@ setup(
         "": ["py.typed"],
         "sjd2": ["models/tiny/**/*"],
         "sjd2.conf": ["**/*.yaml"],
+        "benchmarks": ["conf/**/*.yaml"],
         "sweeps": ["tables/*.csv", "wandb/*.yaml", "report/*"],
     },
 )
