@@ -97,6 +97,12 @@ class ZipEngine(Engine):
             image_entry=torch.zeros_like(common["image_start"]),
         )
 
+    @torch.inference_mode()
+    def clear(self) -> None:
+        super().clear()
+        self.state.drawn.fill_(self.model.layout.columns)  # of which `committed` is counted
+        self.state.fed.fill_(True)
+
     def prompts(self, condition: Condition) -> list[Prompt]:
         return [self._with_header(prompt) for prompt in super().prompts(condition)]
 

@@ -315,3 +315,16 @@ def warm_up(job: Job, model: ImageModel) -> None:
         with torch.inference_mode():
             model.warm_up_pixels(len(batch))
     synchronize(model.device)
+
+
+def compile_other_rows(job: Job, model: ImageModel, share: list[Id]) -> None:
+    """Warm up the numbers of rows that the missing images `share` take beside a whole batch's.
+
+    Compiled pieces are made for a number of rows: a last, smaller batch would compile its own while it is timed.
+    """
+    if model.compiler is None:
+        return
+    few = {min(job.batch_size, len(share))} if job.refill else {len(job.batch(number)) for number in job.numbers(share)}
+    for rows in sorted(few - {0, min(job.batch_size, len(job.ids))}):
+        cond = _encode(model, [job.prompts[p] for p, _ in job.ids[:rows]])
+        warm_up_passes(model, job.decoder, cond, sampling=job.sampling, graphs=job.graphs)

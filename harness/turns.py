@@ -21,7 +21,7 @@ from harness.flops import gflops_per_token
 from harness.meter import GpuWatch, Meter
 from harness.provenance import start_entry
 from harness.ranks import ALONE, Ranks
-from harness.sample import Job, make_batch, refilled, report, warm_up
+from harness.sample import Job, compile_other_rows, make_batch, refilled, report, warm_up
 from harness.signals import Dropped, Stopping, listening
 from sjd2.errors import UserError
 from sjd2.models.base import ImageModel
@@ -145,6 +145,7 @@ def _shares(jobs: Sequence[Job], missing: Sequence[list[Id]], ranks: Ranks) -> l
 
 def _make(sides: Sequence[Side], model: ImageModel, ranks: Ranks) -> None:
     """Make the images of this rank and write their records batch by batch."""
+    known = {} if model.compiler is None else dict(model.compiler.seconds)
     crowded = _warm_up(sides, model)
     for side in sides:
         side.meter = Meter(model.device)
@@ -160,7 +161,7 @@ def _make(sides: Sequence[Side], model: ImageModel, ranks: Ranks) -> None:
         for side in sides:
             if ranks.main and side.meter is not None:
                 spent = {"warm_up_s": round(side.warm_up_s, 3)}
-                spent |= {} if model.compiler is None else {"compiled": model.compiler.entry()}
+                spent |= {} if model.compiler is None else {"compiled": model.compiler.entry(known)}
                 side.job.run.close_launch(side.launch, side.meter.entry() | watch.entry() | spent)
 
 
@@ -186,6 +187,7 @@ def _prepare(side: Side, model: ImageModel) -> None:
     begin = time.perf_counter()
     with patience(f"{side.job.run.path.name}: first passes, which load, compile and record, are not timed"):
         warm_up(side.job, model)
+        compile_other_rows(side.job, model, side.share)
     side.warm_up_s += time.perf_counter() - begin
 
 

@@ -198,6 +198,8 @@ def generate(
     graphs = _graphs(model, decoder, graph)
     with _threads(model, threads), _bar(model, len(prompts), on_step, shown=progress) as watch:
         condition = model.encode(prompts)
+        if graphs is not None and graphs.kept is not None and graphs.kept.num_rows != len(prompts):
+            graphs.release()  # it would serve fewer prompts too, each pass at the price of all its rows
         if graphs is not None and not graphs.refused and not graphs.holds(model, decoder, len(prompts), sampling):
             warm_up(model, decoder, condition, sampling=sampling, graphs=graphs)
         result = run_decoder(model, decoder, condition, seeds, sampling=sampling, on_step=watch, graphs=graphs)

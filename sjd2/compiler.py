@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,9 +43,10 @@ class Compiler:
         self._pieces.append((function, owner, piece))
         return piece
 
-    def entry(self) -> dict[str, Any]:
-        """Return what provenance.jsonl keeps: seconds by piece, and what runs as it is."""
-        seconds = {name: round(value, 2) for name, value in self.seconds.items()}
+    def entry(self, known: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Return what provenance.jsonl keeps: seconds by piece, without those `known` before, and what runs as it is."""
+        spent = {name: value - (known or {}).get(name, 0.0) for name, value in self.seconds.items()}
+        seconds = {name: round(value, 2) for name, value in spent.items() if value > 0}
         return {"backend": str(self.backend), "seconds": seconds} | (
             {"left_out": self.left_out} if self.left_out else {}
         )
@@ -69,8 +70,6 @@ class _Piece:
         self.run: Callable[..., Any] = torch.compile(own, dynamic=False, fullgraph=True, backend=compiler.backend)
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.calls >= FIRST:
-            return self.run(*arguments)
         self.calls += 1
         begin = time.perf_counter()
         try:
@@ -80,14 +79,17 @@ class _Piece:
         except (
             Exception
         ) as error:  # of dynamo, of the backend, of the C++ compiler or Triton: many classes, nothing has run
-            self.run, self.calls = self.function, FIRST
+            if self.run is self.function:
+                raise
+            self.run = self.function
             why = _reason(error)
             if self.name not in self.compiler.left_out:
                 self.compiler.left_out[self.name] = why
                 logger.warning("%s runs as it is, not compiled: %s.", self.name, why.rstrip("."))
             return self.function(*arguments)
-        spent = time.perf_counter() - begin
-        self.compiler.seconds[self.name] = self.compiler.seconds.get(self.name, 0.0) + spent
+        if self.calls <= FIRST and self.run is not self.function:
+            spent = time.perf_counter() - begin
+            self.compiler.seconds[self.name] = self.compiler.seconds.get(self.name, 0.0) + spent
         return out
 
 

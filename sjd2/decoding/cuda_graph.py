@@ -69,7 +69,7 @@ class Replayed(Engine):
         record: Callable[[Callable[[], None]], Replay],
     ) -> None:
         super().__init__(model, decoder, rows, prompt, sampling)
-        self.record, self.adapter = record, model.adapter
+        self.record, self.adapter, self.compiler = record, model.adapter, model.compiler
         self.graphs: dict[int, Replay | None] = {}  # None: one pass has run at this bound
         self.fixed: list[Tensor] = []  # the tensors that outlive a pass, at the addresses that the graphs know
         self.num_new = torch.zeros_like(self.state.committed)  # [B] tokens committed in the last pass
@@ -154,7 +154,7 @@ class Replayed(Engine):
         A smaller batch is served too: its other rows stay empty, as recording passes of its own would cost more.
         """
         same = self.model is model and self.adapter is model.adapter and self.decoder == decoder
-        same = same and self.cache.fused == model.fused
+        same = same and self.cache.fused == model.fused and self.compiler is model.compiler
         return same and self.num_rows >= rows and self.sampling == sampling
 
 

@@ -147,7 +147,8 @@ class Tree:
     reorder_depth: depths 1..reorder_depth hold slots whose number is not their depth. lanes [b, S]: which chain each slot
     belongs to, where several chains live on from pass to pass. spine [P]: the slots of first children from slot 0 downwards;
     waves: all others, in an order in which joint decisions can weigh them; order [S]: children in their order, then their
-    parent; tails: runs of slots without siblings; static only.
+    parent; tails: runs of slots without siblings; static only. number [1, S - 1]: what tells all draft tokens apart, kept, as
+    Inductor multiplies an arange of a traced pass as an index, which overflows.
     """
 
     parents: Tensor
@@ -168,6 +169,7 @@ class Tree:
     waves: tuple[Wave, ...] = ()
     order: Tensor | None = None
     tails: Tails | None = None
+    number: Tensor | None = None
 
     @classmethod
     def of(cls, parents: Tensor, *, ranks: int, deepest: int) -> Tree:
@@ -183,7 +185,10 @@ class Tree:
         before = (earlier * slot).amax(-1)
         last = torch.zeros_like(parents).scatter_reduce(1, parents, slot.expand_as(parents) * child, "amax")
         depth, rank = seen.sum(-1) - 1, earlier.sum(-1)
-        return cls(parents, depth, seen, rank, earlier, before, last, ranks, deepest, reorder_depth=deepest)
+        number = slot[None, 1:]
+        return cls(
+            parents, depth, seen, rank, earlier, before, last, ranks, deepest, reorder_depth=deepest, number=number
+        )
 
     @classmethod
     def static(cls, parents: list[int], *, chain: int, device: torch.device, lanes: list[int] | None = None) -> Tree:
@@ -230,11 +235,6 @@ class Tree:
     def lane(self) -> Tensor | None:
         """Return the lane of each draft token: [b, S - 1]; None where only one chain is kept."""
         return None if self.lanes is None else self.lanes[:, 1:]
-
-    @property
-    def number(self) -> Tensor:
-        """Return what tells all draft tokens apart: [1, S - 1]."""
-        return torch.arange(1, self.parents.shape[1], device=self.parents.device)[None]
 
     def depths(self, size: int, device: torch.device) -> Tensor:
         return self.depth

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from baselines.gsd import Grouped
 from sjd2.compiler import Compiler
@@ -17,6 +18,7 @@ from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import generate
 from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.refine import Coupled
+from sjd2.decoding.shapes import Tree
 from tests.helpers.decoders import AR, GRID, PROMPTS, SAMPLING, front, sjd, sjd2
 from tests.helpers.toy import Toy, adapted_toy
 
@@ -52,10 +54,11 @@ def test_traced_pieces_give_the_tokens_of_plain_ones(model: Toy) -> None:
     assert decode(model, SCD, GUMBEL, "aot_eager") == plain
     # the pieces serve another engine of an equal decoder
     assert model.compiler is not None
-    seconds = dict(model.compiler.seconds)
+    seconds, graphs = dict(model.compiler.seconds), counters["stats"]["unique_graphs"]
     again = generate(model, sjd(6, Coupled()), model.encode(PROMPTS), SEEDS, sampling=GUMBEL)
     assert again.tokens.tolist() == plain[0]
     assert model.compiler.seconds == seconds
+    assert counters["stats"]["unique_graphs"] == graphs  # no piece is compiled again in silence
 
 
 @pytest.mark.slow
@@ -91,10 +94,12 @@ def test_inductors_code_for_two_windows_in_one_process(model: Toy) -> None:
 def test_inductor_mixes_the_same_random_numbers() -> None:
     # 64-bit products that wrap around; it takes the product of an arange for an index, which must not
     noise, place = Noise(torch.arange(7) * 2**40 + 5, length=60), torch.arange(50).expand(7, -1)
+    tree = Tree.static([0, 0, 0, *range(1, 49)], chain=1, device=place.device)
 
     def numbers(place: torch.Tensor) -> list[torch.Tensor]:
         uniform = noise.uniform(place, Purpose.ACCEPT, torch.arange(7), 3)
-        return [uniform, noise._field(place, Purpose.SAMPLE, 30)]
+        coin = noise.uniform(place, Purpose.ACCEPT, torch.arange(7), tree.number)
+        return [uniform, coin, noise._field(place, Purpose.SAMPLE, 30)]
 
     compiled = torch.compile(numbers, dynamic=False, fullgraph=True)
     for expected, found in zip(numbers(place), compiled(place), strict=True):
@@ -113,6 +118,25 @@ def test_what_cannot_be_compiled_runs_as_it_is(model: Toy, caplog: pytest.LogCap
     assert list(compiler.left_out) == ["AutoregressiveEngine.settle"]
     assert caplog.text.count("AutoregressiveEngine.settle runs as it is, not compiled:") == 1
     assert "no such card" in caplog.text
+
+
+def test_a_shape_that_cannot_be_compiled_later_runs_as_it_is() -> None:
+    def refuse_large(graph: Any, inputs: Any) -> Any:
+        if len(inputs[0]) > 4:
+            raise RuntimeError("too large")
+        return graph.forward
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    compiler = Compiler(refuse_large)
+    piece = compiler.piece(double, ())
+    for size in (1, 1, 2, 2, 3, 5, 6):  # in the middle of a run, after the first calls
+        assert piece(torch.ones(size)).tolist() == [2.0] * size
+    assert "too large" in compiler.left_out["double"]
+    spent = compiler.seconds["double"]
+    assert compiler.entry()["seconds"] == {"double": round(spent, 2)}
+    assert compiler.entry({"double": spent})["seconds"] == {}  # what an earlier run of this process has compiled
 
 
 def test_float64_is_left_as_it_is() -> None:

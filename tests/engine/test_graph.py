@@ -10,10 +10,11 @@ import torch
 
 from baselines.pjd import ParallelJacobi
 from baselines.zipar import ZipAR
+from sjd2.compiler import Compiler
 from sjd2.decoding.block import Block
 from sjd2.decoding.cuda_graph import Graphs, Replayed
 from sjd2.decoding.decoder import Decoder
-from sjd2.decoding.generate import StepInfo, generate, stream
+from sjd2.decoding.generate import StepInfo, generate, stream, warm_up
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Keep, Resample
 from sjd2.decoding.verify import Exact
@@ -95,6 +96,17 @@ def test_replayed_passes_give_the_tokens_of_the_plain_engine(
                  on_step=fault.after(1, torch.nan))  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["zipar", "pjd"])
+def test_rows_that_a_warm_up_has_left_in_an_image_stay_empty(model: Toy, name: str, nets: dict[str, str]) -> None:
+    decoder, graphs = DECODERS[name](nets), Graphs(tape.record)
+    with as_on_a_gpu():
+        warm_up(model, decoder, model.encode(PROMPTS[:2]), sampling=SAMPLING, graphs=graphs)
+        engine = graphs.start(model, decoder, 1, 3, SAMPLING)
+        for _ in range(2):
+            engine.step()
+        assert engine.finished() == [0, 1]
+
+
 @pytest.mark.parametrize("name", ["ar", "sjd2", "eagle"])
 def test_a_device_that_cannot_record_runs_the_passes_as_they_are(
     model: Toy, name: str, nets: dict[str, str], caplog: pytest.LogCaptureFixture
@@ -155,6 +167,12 @@ def test_another_batch_size_adapter_or_sampling_opens_another_engine(
     assert graphs.start(model, decoder, 2, 5, replace(SAMPLING, top_k=3)) is not engine
     assert graphs.start(model, decoder, 2, 5, replace(SAMPLING, min_p=0.1)) is not engine
     assert graphs.start(model, sjd(5), 2, 5, SAMPLING) is not engine  # another window of the same decoder
+    engine = graphs.start(model, decoder, 2, 5, SAMPLING)
+    model.compiler = Compiler()
+    other = graphs.start(model, decoder, 2, 5, SAMPLING)
+    model.compiler = None
+    assert other is not engine
+    assert graphs.start(model, decoder, 2, 5, SAMPLING) is not other  # its passes are compiled
     engine = graphs.start(model, decoder, 2, 5, SAMPLING)
     monkeypatch.setattr(model, "adapter", None)
     assert graphs.start(model, decoder, 2, 5, SAMPLING) is not engine

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 import sjd2
 from sjd2.config import compose, instantiate
 from sjd2.decoding.cuda_graph import Graphs, usual_graphs
-from sjd2.decoding.generate import warm_up
+from sjd2.decoding.generate import StepInfo, warm_up
 from sjd2.devices import resolve_dtype
 from sjd2.errors import UserError
 from sjd2.files import ROOT
@@ -241,6 +241,10 @@ def test_a_model_has_a_dtype_of_its_own_and_the_command_wins() -> None:
     assert sjd2.load("tiny", dtype="bfloat16").dtype == torch.bfloat16
 
 
+def interrupt(info: StepInfo) -> None:
+    raise KeyboardInterrupt
+
+
 def test_passes_are_recorded_once_and_replayed_by_the_next_call(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with a tape in place of CUDA graphs."""
     plain = sjd2.generate(model, PROMPTS[:1], decoder="scd", window=12)
@@ -256,6 +260,11 @@ def test_passes_are_recorded_once_and_replayed_by_the_next_call(model, monkeypat
     assert warm == [1]  # nothing is recorded in the second call
     assert torch.equal(first.tokens, plain.tokens)
     assert torch.equal(again.tokens, plain.tokens)
+    monkeypatch.setattr("sjd2.api.warm_up", lambda *_, **__: None)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        with as_on_a_gpu(), pytest.raises(KeyboardInterrupt):
+            sjd2.generate(model, prompts, decoder="scd", window=12, on_step=interrupt)
+        assert model.graphs.kept.num_rows == len(prompts)  # one prompt does not pay for the rows of two
     monkeypatch.setattr("sjd2.api.usual_graphs", usual_graphs)
     sjd2.generate(model, PROMPTS[:1], decoder="scd", window=12)
     assert model.graphs is None  # eager passes: the recorded ones' keys and values are let go

@@ -6,16 +6,18 @@ import contextlib
 import csv
 import json
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from evaluation.prompts import ImageIds
 from evaluation.run_folder import RunFolder, Snapshot, run_folders
 from evaluation.timings import newest_timings, retimings
-from harness import meter, turns
-from harness.sample import make_batch
+from harness import meter, sample, turns
+from harness.sample import Job, make_batch
 from harness.turns import Side
 from sjd2.decoding.cuda_graph import Graphs
 from sjd2.errors import UserError
@@ -285,13 +287,31 @@ def test_runs_that_do_not_fit_beside_each_other_free_what_they_keep(monkeypatch:
 
     monkeypatch.setattr(turns, "warm_up", warm_up)
     monkeypatch.setattr(turns, "make_batch", make)
-    crowded = turns._warm_up(sides, None)
+    model = SimpleNamespace(compiler=None)
+    crowded = turns._warm_up(sides, model)
     assert crowded
     stop = SimpleNamespace(begin=lambda: None)
-    assert [place for place, _ in turns._turns(sides, None, stop, crowded=crowded)] == [0, 1, 0, 1]
+    assert [place for place, _ in turns._turns(sides, model, stop, crowded=crowded)] == [0, 1, 0, 1]
     assert kept == [[True, False], [False, True]] * 2
     sides[0].job.graphs.release()
     sides[1].job.graphs = None
     monkeypatch.setattr(turns, "warm_up", lambda job, model: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):  # nothing to free
-        turns._warm_up(sides, None)
+        turns._warm_up(sides, model)
+
+
+def test_a_last_smaller_batch_is_compiled_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm: list[int] = []
+    monkeypatch.setattr(sample, "_encode", lambda model, prompts: prompts)
+    monkeypatch.setattr(sample, "warm_up_passes", lambda model, decoder, cond, **_: warm.append(len(cond)))
+    ids = ImageIds(prompts=7, count=7)
+    settings = dict.fromkeys(("run", "load", "decoder", "sampling", "limit", "seed", "trace"))
+    job = Job(**settings, prompts=["a"] * 7, ids=ids, batch_size=3, refill=False)
+    compiled, plain = SimpleNamespace(compiler=object()), SimpleNamespace(compiler=None)
+    sample.compile_other_rows(job, compiled, ids[:6])  # batches of three
+    sample.compile_other_rows(job, plain, ids[:7])
+    assert warm == []
+    sample.compile_other_rows(job, compiled, ids[4:])  # the third batch has one image
+    assert warm == [1]
+    sample.compile_other_rows(replace(job, refill=True), compiled, ids[5:])
+    assert warm == [1, 2]
