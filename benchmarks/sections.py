@@ -157,8 +157,8 @@ class Bench:
 
         found = time_call(self.device, engine.step, **(self.effort | {"warm": WARM + 2}), between=hold)
         prefill = time_call(self.device, lambda: engine.admit(rows, condition, rows), warm=1, most=5, least=2)
-        times = {f"{name}ms": found.ms, f"{name}n": found.n}
-        return times if name else times | {"host_ms": found.host_ms, "prefill_ms": prefill.ms}
+        times = {f"{name}ms": found.ms, f"{name}n": found.n, f"{name}prefill_ms": prefill.ms}
+        return times if name else times | {"host_ms": found.host_ms}
 
     # ---- attention alone
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from sjd2.decoding.decoder import BaseDecoder
 from sjd2.decoding.dispatch import engine_class
 from sjd2.decoding.engine import Engine
+from sjd2.decoding.recorded_prompt import MOST_TOKENS, RecordedPrompt
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.errors import first_line
 from sjd2.models.base import ImageModel
@@ -71,6 +72,7 @@ class Replayed(Engine):
         super().__init__(model, decoder, rows, prompt, sampling)
         self.record, self.adapter, self.compiler = record, model.adapter, model.compiler
         self.graphs: dict[int, Replay | None] = {}  # None: one pass has run at this bound
+        self.prefills: dict[int, RecordedPrompt] = {}  # by the number of prompts
         self.fixed: list[Tensor] = []  # the tensors that outlive a pass, at the addresses that the graphs know
         self.num_new = torch.zeros_like(self.state.committed)  # [B] tokens committed in the last pass
         self.warm = 0
@@ -79,6 +81,24 @@ class Replayed(Engine):
     def grow(self) -> None:
         super().grow()
         self.graphs.clear()  # keys and values may lie elsewhere now, the model's or a draft network's
+        self.prefills.clear()  # there is room for longer prompts
+
+    def run_prompts(self, embeds: Tensor) -> tuple[Tensor, RowCache]:
+        """Run prompts: replayed where they fill the engine's rows, or are one that all rows share, and are not many tokens."""
+        count = len(embeds)
+        if self.refused or count not in (1, self.num_rows) or count * self.prompt > MOST_TOKENS:
+            return super().run_prompts(embeds)
+        if count not in self.prefills:
+            self.prefills[count] = RecordedPrompt(self.model, embeds, self.prompt)
+        prefill = self.prefills[count]
+        return prefill(embeds, self._record_prompts), prefill.cache
+
+    def _record_prompts(self, work: Callable[[], None]) -> Replay:
+        try:
+            return self.record(work)
+        except RuntimeError as error:  # of CUDA
+            self._refuse(error)
+        return work
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -107,8 +127,7 @@ class Replayed(Engine):
         try:
             return self.record(self._work)
         except RuntimeError as error:  # of CUDA: nothing of the pass has been done
-            logger.warning("passes run as they are, not as CUDA graphs: %s.", first_line(error))
-        self.record, self.refused = (lambda work: work), True
+            self._refuse(error)
         for name, owner in owners.items():
             setattr(self, name, owner)
         for (owner, name), fixed in zip(kept, self.fixed, strict=True):
@@ -116,6 +135,10 @@ class Replayed(Engine):
         del self.history[passes:]
         self.cache.bound = bound
         return self._work
+
+    def _refuse(self, error: RuntimeError) -> None:
+        logger.warning("passes run as they are, not as CUDA graphs: %s.", first_line(error))
+        self.record, self.refused = (lambda work: work), True
 
     def _fix(self) -> None:
         """Give every tensor that outlives a pass an address of its own, once."""
@@ -211,6 +234,7 @@ class Graphs:
     def release(self) -> None:
         """Free the last engine: its keys and values, and its graphs."""
         if self.kept is not None:
+            self.kept.prefills.clear()
             self.kept.graphs.clear()  # a refused pass refers to its engine, which would stay until Python looks for cycles
         self.kept = None
 

@@ -172,13 +172,18 @@ class Engine:
             Prompt(condition.uncond_embeds, condition.uncond_lengths),
         ]
 
+    def run_prompts(self, embeds: Tensor) -> tuple[Tensor, RowCache]:
+        """Return the last hidden states of prompts, and a cache with their keys and values: [b, P, D] -> [b, P, D]."""
+        count, width = embeds.shape[:2]
+        scratch = self.model.cache(count, width)
+        positions = torch.arange(width, device=embeds.device).expand(count, -1)
+        return self.model.forward(embeds, positions, scratch), scratch
+
     def _prefill(self, prompt: Prompt, rows: Tensor) -> None:
         """Run a prompt into model rows [b]."""
-        count, width = prompt.embeds.shape[:2]
+        count = len(prompt.embeds)
         self.state.finite[FaultSource.PROMPT, rows % self.num_rows] &= prompt.embeds.isfinite().flatten(1).all(1)
-        scratch = self.model.cache(count, width)
-        positions = torch.arange(width, device=rows.device).expand(count, -1)
-        prompt.hidden = self.model.forward(prompt.embeds, positions, scratch)
+        prompt.hidden, scratch = self.run_prompts(prompt.embeds)
         scratch.lengths = prompt.lengths
         sources = torch.arange(count, device=rows.device) if count > 1 else torch.zeros_like(rows)
         self.cache.take_rows(rows, scratch, sources)

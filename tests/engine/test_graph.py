@@ -81,6 +81,8 @@ def test_replayed_passes_give_the_tokens_of_the_plain_engine(
     assert isinstance(engine, Replayed)
     assert engine is graphs.kept
     assert any(engine.graphs.values())
+    assert all(prefill.replay.__func__ is tape.Tape.replay for prefill in engine.prefills.values())
+    assert 2 in engine.prefills  # the third batch's prompts are shorter than the room that the second one made
     assert torch.equal(first.tokens, plain.tokens[:2])
     assert torch.equal(then.tokens, plain.tokens[2:4])
     assert torch.equal(again.tokens, plain.tokens[:2])
