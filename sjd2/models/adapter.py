@@ -72,7 +72,6 @@ class Adapter(nn.Module):
         self._on = True
         self._stacked: list[LowRank] = []
         self.left_out = 0  # layers that `freeze` could not speed up
-        self._dtype = model.dtype
         width = model.transformer.get_input_embeddings().weight.shape[1]
         self.code = AdditiveCode(width) if settings.code == "additive" else None
         self.layers: list[Any] = []  # that run as PEFT has them
@@ -102,12 +101,12 @@ class Adapter(nn.Module):
             raise UserError(f"the model has no layers named {', '.join(self.settings.targets)} to adapt.")
 
     def _mask(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        assert self._gate.rows is not None  # without one the layers are off
-        return output * self._gate.rows.to(output)
+        assert self._gate.shut is not None  # without a gate the layers are off
+        return output.masked_fill(self._gate.shut.to(output.device), 0.0)
 
     def set_gate(self, gate: Tensor | None) -> None:
         """Set which slots the next forward pass adapts: [R, S], or None for none; without gating the LoRA always acts."""
-        self._gate.rows = None if gate is None else gate[..., None].to(self._dtype)
+        self._gate.set(gate)
         for group in self._stacked:
             group.refresh()
         on = gate is not None or not self.settings.gated

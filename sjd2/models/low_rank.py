@@ -27,7 +27,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the or
 
 @torch.library.custom_op("sjd2::add_low_rank", mutates_args=("out",))
 def add_low_rank(x: Tensor, down: Tensor, up: Tensor, gate: Tensor, out: Tensor) -> None:
-    """Add gate (x down^T) up^T to `out` in place: x [M, D], down [N, D], up [O, N], gate [M], out [M, O].
+    """Add gate (x down^T) up^T to `out` in place: x [M, D], down [N, D], up [O, N], gate [M] bool, out [M, O].
 
     One operation to whatever records or compiles a pass.
     """
@@ -43,13 +43,18 @@ def _(x: torch.Size, down: torch.Size, up: torch.Size, *args: object, **more: ob
 
 @dataclass
 class Gate:
-    """Which slots of the coming pass are adapted: rows [R, S, 1] of zeros and ones, None for no slot.
+    """Which slots of the coming pass are adapted: rows [R, S] bool, None for no slot; shut [R, S, 1]: which are not.
 
     fused: whether that is one operation for each input, two kernels on a GPU.
     """
 
     rows: Tensor | None = None
+    shut: Tensor | None = None
     fused: bool = False
+
+    def set(self, rows: Tensor | None) -> None:
+        """Set both for the coming pass. What is shut is filled, not multiplied by 0: in float16 it may be infinite."""
+        self.rows, self.shut = rows, None if rows is None else rows.logical_not()[..., None]
 
 
 def plain(layer: Any) -> bool:
@@ -126,14 +131,15 @@ class LowRank:
 
     def add_(self, x: Tensor, out: Tensor, number: int | None = None) -> Tensor:
         """Add to `out` [..., O] what the LoRA of a layer makes of x [..., D]; number=None: all, to the joined output."""
-        if self.gate.rows is None or (number is not None and number not in self.blocks):
+        if self.gate.rows is None or self.gate.shut is None or (number is not None and number not in self.blocks):
             return out
         if self.gate.fused and (number is None or len(self.parts) == 1):
             flat = x.flatten(0, -2), out.view(-1, out.shape[-1])
-            add_low_rank(flat[0], self.down, self.up, self.gate.rows.to(x).flatten(), flat[1])
+            add_low_rank(flat[0], self.down, self.up, self.gate.rows.to(x.device).flatten(), flat[1])
             return out
         if self.given is not x:
-            self.given, self.low = x, linear(x, self.down).mul_(self.gate.rows.to(x)).flatten(0, -2)
+            low = linear(x, self.down).masked_fill_(self.gate.shut.to(x.device), 0.0)
+            self.given, self.low = x, low.flatten(0, -2)
         assert self.low is not None
         rows, columns = self.blocks[number]
         out.view(-1, out.shape[-1]).addmm_(self.low[:, columns], self.up[rows, columns].t())
@@ -198,7 +204,7 @@ def _fault(group: LowRank) -> str | None:
                 torch.randn(*shape, generator=random, device=down.device).to(down.dtype)
                 for shape in ((rows, down.shape[1]), (rows, len(up)), down.shape, up.shape)
             )
-            gate = (torch.arange(rows, device=down.device) % 2).to(x)
+            gate = torch.arange(rows, device=down.device) % 2 == 1
             before = out.clone()
             add_low_rank(x, a, b, gate, out)
             wanted = before.float() + (x.float() @ a.float().T * gate[:, None]) @ b.float().T

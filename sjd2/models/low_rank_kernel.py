@@ -60,8 +60,8 @@ def _up(
     for part in range(num_parts):
         where = (part * num_rows + row)[:, None] * NUMBERS + number[None]
         low += tl.load(parts + where, mask=real[:, None] & known[None], other=0.0)
-    share = tl.load(gate + row, mask=real, other=0.0).to(tl.float32)[:, None]
-    low = tl.where(share != 0, low * share, 0.0)
+    opened = tl.load(gate + row, mask=real, other=0) != 0
+    low = tl.where(opened[:, None], low, 0.0)
     inside = output < num_outputs
     weight = tl.load(up + output[:, None] * NUMBERS + number[None], mask=inside[:, None] & known[None], other=0.0)
     added = tl.dot(low.to(weight.dtype), tl.trans(weight), input_precision="tf32x3")
@@ -81,7 +81,7 @@ def shape_of(rows: int, numbers: int, dtype: torch.dtype) -> tuple[dict[str, int
 
 
 def add_low_rank(x: Tensor, down: Tensor, up: Tensor, gate: Tensor, out: Tensor) -> None:
-    """Add gate (x down^T) up^T to `out` in place: x [M, D], down [N, D], up [O, N], gate [M], out [M, O]."""
+    """Add gate (x down^T) up^T to `out` in place: x [M, D], down [N, D], up [O, N], gate [M] bool, out [M, O]."""
     (rows, width), (outputs, numbers) = x.shape, up.shape
     shape, columns = shape_of(rows, numbers, x.dtype)
     tiles = triton.cdiv(rows, shape["TILE"])
@@ -92,4 +92,6 @@ def add_low_rank(x: Tensor, down: Tensor, up: Tensor, gate: Tensor, out: Tensor)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _down[(tiles, num_parts)](x, down, parts, x.stride(0), rows, width, chunk, BLOCK=64, **shape)
         grid = (tiles, triton.cdiv(outputs, columns))
-        _up[grid](parts, gate, up, out, out.stride(0), rows, outputs, num_parts, BLOCK=columns, **shape)
+        _up[grid](
+            parts, gate.view(torch.uint8), up, out, out.stride(0), rows, outputs, num_parts, BLOCK=columns, **shape
+        )

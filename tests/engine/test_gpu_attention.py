@@ -14,6 +14,7 @@ from sjd2.decoding.cuda_graph import Graphs
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import DecodeResult, generate
 from sjd2.decoding.sampling import SamplingParams
+from sjd2.models.adapter import Adapter, AdapterSettings
 from sjd2.models.base import ImageModel
 from sjd2.models.layer_check import device_seconds, fuse_layers
 from sjd2.models.projections import join_projections
@@ -127,6 +128,8 @@ def test_every_family_passes_the_check_of_its_layers(name: str, dtype: torch.dty
     model = ARCHITECTURES[name].small().build(GPU, dtype)
     assert fuse_attention(model) is None
     assert fuse_layers(model, lambda work: 1.0) == []  # narrow models are not what is timed
+    model.adapter = Adapter(AdapterSettings(rank=16), model).freeze()
+    assert model.adapter.fuse(True) is None
     x = torch.randn(2, 6, model.transformer.get_input_embeddings().weight.shape[1], device=GPU, dtype=dtype)
     with torch.inference_mode():
         assert device_seconds(GPU, lambda: model.transformer.layers[0].mlp(x)) > 0

@@ -91,7 +91,7 @@ def compiled_layer(capability: int, width: int, dtype: torch.dtype, slots: int) 
 def compiled_low_rank(capability: int, dtype: torch.dtype, slots: int) -> dict[str, Any]:
     """Compile the products of a gated LoRA of rank 16 on queries, keys and values."""
     fixed, columns = shape_of(2 * slots, 48, dtype)
-    types = dict.fromkeys(("x", "down", "gate", "up", "out"), NAMES[dtype]) | {"parts": "*fp32"}
+    types = dict.fromkeys(("x", "down", "up", "out"), NAMES[dtype]) | {"parts": "*fp32", "gate": "*u8"}
     return {
         "down": build(_down, capability, types, {**fixed, "BLOCK": 64}, {}),
         "up": build(_up, capability, types, {**fixed, "BLOCK": columns}, {}),

@@ -34,7 +34,7 @@ from tests.helpers.toy import Toy
 
 pytest.importorskip("triton", minversion="3.9")  # older ones do not interpret with numpy 2.4
 layer_kernels = pytest.importorskip("sjd2.models.layer_kernels", reason="needs Triton", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted; test_gpu_layers.py")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted; test_gpu_attention.py")
 FAMILIES = sorted({plan.family: name for name, plan in ARCHITECTURES.items()}.values())
 CPU = torch.device("cpu")
 

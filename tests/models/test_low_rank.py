@@ -26,6 +26,7 @@ from tests.helpers.toy import Toy
 FAMILIES = sorted({plan.family: name for name, plan in ARCHITECTURES.items()}.values())
 
 ALL = AdapterSettings().targets
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 0.1}  # hidden states of the toy are about 1
 NOISY = torch.tensor([[False, False, True, True, False], [False, True, False, False, True]])
 
@@ -80,12 +81,12 @@ def test_stacked_products_are_pefts(order: str, dtype: torch.dtype, targets: tup
     (wanted, before), (found, after) = states(peft, NOISY), states(stacked, NOISY)
     assert float((found - wanted).abs().max()) < LIMITS[dtype]
     plain = states(Toy(GRID, dtype=dtype))[1]
-    # three operations a layer instead of five or more
-    assert after - plain < (before - plain) * 0.61
+    # three operations a layer instead of five or more, and one for the gate
+    assert after - plain - 1 <= (before - plain - 1) * 0.6
     assert not torch.allclose(states(stacked)[0], found, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("joined", [False, True])
 def test_clean_slots_are_the_untouched_models_bit_for_bit(dtype: torch.dtype, joined: bool) -> None:
     plain, tuned = Toy(GRID, dtype=dtype), Toy(GRID, dtype=dtype)
@@ -111,6 +112,19 @@ def test_a_gate_of_0_adds_nothing_to_any_layer() -> None:
     difference = layer(x) - layer.base_layer(x)
     assert (difference[~NOISY] == 0).all()
     assert (difference[NOISY].abs() > 1e-6).any(-1).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["as PEFT has it", "stacked"])
+def test_low_rank_numbers_that_overflow_leave_clean_slots_alone(frozen: bool) -> None:
+    model, plain = Toy(GRID, dtype=torch.float16), Toy(GRID, dtype=torch.float16)
+    adapter = adapt(model, AdapterSettings(rank=2))
+    for name, parameter in adapter.named_parameters():
+        if name.startswith("layers"):
+            parameter.data.fill_(6e4)
+    if frozen:
+        adapter.freeze()
+    assert torch.equal(states(model, torch.zeros_like(NOISY))[0], states(plain)[0])
+    assert not states(model, NOISY)[0].isfinite().all()
 
 
 def test_weights_that_were_moved_or_replaced_are_used() -> None:
@@ -153,7 +167,7 @@ def test_an_ungated_fine_tuning_becomes_the_weights(dtype: torch.dtype) -> None:
     adapt(merged, settings).freeze()
     assert merged.transformer.state_dict().keys() == names
     assert states(merged)[1] == states(plain)[1]
-    for gate in (None, NOISY):  # it acts on every slot, whatever the gate says
+    for gate in (None, NOISY):  # it acts on every slot, whatever the gate is
         wanted, found = states(peft, gate)[0], states(merged, gate)[0]
         assert float((found - wanted).norm() / wanted.norm()) < LIMITS[dtype]
     assert not torch.allclose(states(plain)[0], states(merged)[0], atol=1e-2)
@@ -192,7 +206,7 @@ class Quantised(nn.Linear):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_quantised_layers_keep_pefts_path_and_one_line_says_so(gated: bool) -> None:
+def test_quantised_layers_keep_pefts_path_and_one_line_reports_it(gated: bool) -> None:
     peft, tuned = Toy(GRID), Toy(GRID)
     settings = AdapterSettings(rank=2, gated=gated)
     for toy in (peft, tuned):
@@ -209,6 +223,7 @@ def test_quantised_layers_keep_pefts_path_and_one_line_says_so(gated: bool) -> N
 
 
 # the interpreter has no products in bfloat16
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted; test_gpu_attention.py has the same")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)])
 def test_kernels_are_torchs_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", minversion="3.9")  # older ones do not interpret with numpy 2.4
@@ -233,16 +248,16 @@ def test_kernels_are_torchs_products(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 def test_kernels_split_long_sums_and_many_rows() -> None:
-    pytest.importorskip("triton", minversion="3.9")
+    pytest.importorskip("triton", minversion="3.9" if DEVICE.type == "cpu" else None)
     generator = torch.Generator().manual_seed(0)
     for rows, width, outputs, numbers in ((5, 40, 70, 6), (70, 600, 130, 48)):
         shapes = ((rows, width), (numbers, width), (outputs, numbers), (rows, outputs))
-        x, down, up, out = (torch.randn(shape, generator=generator) for shape in shapes)
-        gate = (torch.arange(rows) % 3 == 0).float()
+        x, down, up, out = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+        gate = torch.arange(rows, device=DEVICE) % 3 == 0
         before, x[1] = out.clone(), float("inf")  # in a slot that is not adapted
         wanted = out + (x.nan_to_num(0, 0) @ down.T * gate[:, None]) @ up.T
         with FlopCounterMode(display=False) as counter:  # as runtime.flops counts
             add_low_rank(x, down, up, gate, out)
         assert counter.get_total_flops() == 2 * rows * numbers * (width + outputs)
         assert torch.allclose(out, wanted, atol=1e-4 * float(wanted.abs().max()))
-        assert torch.equal(out[gate == 0], before[gate == 0])
+        assert torch.equal(out[~gate], before[~gate])
