@@ -6,9 +6,12 @@ go to benchmarks/results/.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from benchmarks.result_file import result_file
 from sjd2.files import split_lines
@@ -41,6 +44,16 @@ def run(name: str, seconds: int, arguments: tuple[str, ...]) -> str:
     return f"{name}: {ended}, {log}\n{last}\n"
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run all steps; ends with one sentence where torch sees no GPU."""
+    first = str(__doc__).partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_gpu_run", description=first)
+    parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU; to try the commands without one: python -m benchmarks.gpu --small")
+    for name, (seconds, words) in STEPS.items():
+        print(run(name, seconds, words), flush=True)
+
+
 if __name__ == "__main__":
-    for name, (seconds, arguments) in STEPS.items():
-        print(run(name, seconds, arguments), flush=True)
+    main()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.architectures import ARCHITECTURES, Architecture
-from sjd2.errors import choose
+from sjd2.errors import UserError, choose
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.hub import WeightSource
 from sjd2.models.layout import TokenGrid
@@ -41,6 +41,14 @@ class RandomSpec(ModelSpec):
     def sources(self) -> list[WeightSource]:
         """Return nothing: no weights are read."""
         return []
+
+    def check(self) -> None:
+        """Raise `UserError` if a setting is wrong, or for a full-size model without a GPU: building it takes minutes there."""
+        super().check()
+        if not self.small and not torch.cuda.is_available():
+            raise UserError(
+                "model=random at full size needs a GPU, and torch sees none; add model.small=true to try it here."
+            )
 
     def digest(self) -> str:
         """Return a name in place of weights."""

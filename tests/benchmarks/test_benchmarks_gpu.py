@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import first_gpu_run, gpu
 from benchmarks.architectures import ARCHITECTURES, entry_bytes, weight_bytes
+from benchmarks.random_model import RandomSpec
 from benchmarks.roofline import SHEETS, Peaks, Work, free_window, work
 from benchmarks.timing import Budget, graphed, time_call
 from sjd2.decoding.decoder import Decoder
@@ -19,6 +20,7 @@ from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled
 from sjd2.decoding.sampling import SamplingParams
 from sjd2.decoding.verify import Exact
+from sjd2.errors import UserError
 from sjd2.files import ROOT
 
 CPU = torch.device("cpu")
@@ -218,6 +220,17 @@ def test_gpu_tests_are_marked_and_skipped_without_a_device() -> None:
 def test_registered_marks(pytestconfig: pytest.Config) -> None:
     names = {line.split(":")[0] for line in pytestconfig.getini("markers")}
     assert {"gpu", "slow"} <= names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_full_size_commands_end_at_once_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        first_gpu_run.main([])
+    assert "benchmarks.gpu --small" in capsys.readouterr().err
+    spec = {"name": "random", "weights": "none", "vocabulary": 8192, "architecture": "lumina"}
+    with pytest.raises(UserError, match=r"model\.small=true"):
+        RandomSpec(**spec).check()
+    RandomSpec(**spec, small=True).check()
 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
