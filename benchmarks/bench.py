@@ -194,5 +194,5 @@ def run(cfg: DictConfig) -> Path:
     out = result_file(result["hardware"], plan.spec.name, plan.decoder.name, plan.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    say(f"written: {out.name}")
+    say(f"written: {out}")
     return out

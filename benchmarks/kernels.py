@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> Path:
     out = options.out or result_file(result["hardware"], options.model, "kernels", options.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {out.name}")
+    print(f"\nwritten: {out}")
     return out
 
 

@@ -147,7 +147,7 @@ class WindowRow:
     """One width: what a pass costs, what is predicted, and what was measured where it was run.
 
     depth: D. pass_s: seconds of a pass. passes: of the mean image, predicted. rate: tokens per second, predicted. measured,
-    measured_passes: the same two, where it was run.
+    measured_passes: the same two, where it was run. disturbed: what inflated these timings, '' if nothing is known to have.
     against_own: time of an image over that with the command's own window, with its interval.
     """
 
@@ -158,6 +158,7 @@ class WindowRow:
     rate: float
     measured: float | None = None
     measured_passes: float | None = None
+    disturbed: str = ""
     against_own: tuple[float, float | None, float | None] | None = None
 
     @property

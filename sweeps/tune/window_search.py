@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from evaluation.bootstrap import Interval, median_of_ratios
 from evaluation.metrics.speed import Speed
 from evaluation.run_folder import Record, RunFolder, record_id
+from evaluation.timings import disturbance
 from harness import job
 from harness.console import say, sentence
 from harness.plan import Plan, make_plan
@@ -177,6 +178,7 @@ class WindowSearch(TrialRuns):
             batches[row.width] = self.latencies(run)
             seconds = statistics.median(batches[row.width].values())
             row.measured = self.rows * run.records()[0]["tokens"] / seconds
+            row.disturbed = disturbance(run.provenance())
             row.measured_passes = statistics.fmean(record["forwards"] - 1 for record in run.records()[: self.finals])
         own, level = batches.get(self.own, {}), 1 - (1 - LEVEL) / max(1, len(batches) - 1)
         for row in rows if own else ():
@@ -230,6 +232,11 @@ class WindowSearch(TrialRuns):
         accepted = f"acceptance: {self.images} images each at a wide and a narrow window"
         pairs = f"time to own: median of the ratios of {batches} pairs of batches, intervals of {LEVEL:.0%} together"
         notes = [f"{where}; {cost}; {accepted}.", f"Measured: {self.finals} other images, in turns; {pairs}."]
+        notes += [
+            f"Warning: timings of window {row.width} are inflated: the process {row.disturbed}."
+            for row in rows
+            if row.disturbed
+        ]
         return Table(f"Windows of {self.cfg.decoder.name} on {plan.spec.name}", header, cells, notes)
 
     def recommend(self, rows: Sequence[WindowRow], cfgs: dict[int, DictConfig], plans: dict[int, Plan]) -> Path:

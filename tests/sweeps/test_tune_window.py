@@ -108,6 +108,7 @@ def test_a_search_predicts_checks_and_writes_the_best_window(cli: Cli, monkeypat
         "latencies",
         lambda self, run: dict.fromkeys(range(8), fast[run.config.decoder.window]),
     )
+    monkeypatch.setattr(window_search, "disturbance", lambda launches: "got only 20 % of its CPU" if launches else "")
     command = (*SMALL, "tune.widths=[3,5,9,99]", "decoder.window=3", "batch_size=2", "limit=2")
     assert cli(*command) == 0, cli.err
     assert "window 99 is left out" in cli.out
@@ -120,7 +121,9 @@ def test_a_search_predicts_checks_and_writes_the_best_window(cli: Cli, monkeypat
     assert float(rows[9]["passes"]) < float(rows[3]["passes"]) < 15
     assert rows[1]["tokens_per_s_measured"] == ""
     assert [rows[w]["time_to_own"] for w in (3, 5, 9)] == ["", "0.5", "0.25"]
-    assert "| 3 (own) |" in (out / "windows.md").read_text()
+    text = (out / "windows.md").read_text()
+    assert "| 3 (own) |" in text
+    assert "timings of window 9 are inflated: the process got only 20 % of its CPU." in text
     assert "best window: 9, 0.250 [0.250, 0.250] of the time with 3" in cli.out
     file = out / "decoder" / "scd-b2.yaml"
     assert yaml.safe_load(file.read_text())["window"] == 9
