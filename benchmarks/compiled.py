@@ -65,13 +65,13 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run the command and return the file written."""
     options = _parse(arguments)
     model = api.load(options.model, device=options.device, dtype=options.dtype)
-    law: dict[str, Any] = dict(model.spec.sampling) if model.spec is not None else {}
+    settings: dict[str, Any] = dict(model.spec.sampling) if model.spec is not None else {}
     result: dict[str, Any] = start_entry(model.device, dtype=options.dtype, model=options.model)
-    result |= {"law": law, "decoders": []}
+    result |= {"law": settings, "decoders": []}
     print(f"{result['hardware']}, {options.model}, {options.dtype}")
     for name in options.decoders:
         decoder = api.decoder(name, model=options.model)
-        row = {"decoder": name} | measure(model, decoder, SamplingParams(**law), options.images)
+        row = {"decoder": name} | measure(model, decoder, SamplingParams(**settings), options.images)
         result["decoders"].append(row)
         low, high = row["ratio_ci95"]
         print(
@@ -95,6 +95,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--out", type=Path, help="the JSON file; default benchmarks/results/")
     options = parser.parse_args(arguments)
+    if options.images < 4:
+        parser.error("--images must be 4 or more, or the ratio has no interval")
     options.decoders = options.decoders.split(",")
     try:
         for name in options.decoders:

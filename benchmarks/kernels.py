@@ -177,8 +177,8 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run the command and return the file written."""
     options = _parse(arguments)
     model = api.load(options.model, device=options.device, dtype=options.dtype)
-    law: dict[str, Any] = dict(model.spec.sampling) if model.spec is not None else {}
-    sampling = SamplingParams(**law | {"sampler": options.sampler})
+    settings: dict[str, Any] = dict(model.spec.sampling) if model.spec is not None else {}
+    sampling = SamplingParams(**settings | {"sampler": options.sampler})
     result: dict[str, Any] = start_entry(model.device, dtype=options.dtype, model=options.model, batch=options.batch)
     result |= {"law": sampling.settings(), "decoders": [], "skipped": {}}
     for name in options.decoders:

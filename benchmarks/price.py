@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> Path:
     model = api.load(options.model, device=options.device, dtype=options.dtype, **given)
     if model.adapter is None:
         parser.error(f"--model {options.model} has no SJD2 fine-tuning of its own: give one with --adapter FOLDER.")
-    law: dict[str, Any] = {} if model.spec is None else dict(model.spec.sampling)
-    sampling = SamplingParams(**law)
+    settings: dict[str, Any] = {} if model.spec is None else dict(model.spec.sampling)
+    sampling = SamplingParams(**settings)
     result: dict[str, Any] = start_entry(model.device, dtype=options.dtype, model=options.model)
     result |= {"law": sampling.settings(), "passes": options.passes, "rows": []}
     print("| decoder | window | ms of a pass | to SCD |\n| :--- | ---: | ---: | ---: |")

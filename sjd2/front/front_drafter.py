@@ -91,7 +91,8 @@ class Front(Drafter):
         if (self.weights is None) != (self.corrected == 0):
             raise UserError(
                 "decoder.drafter.weights (a front corrector) and decoder.drafter.corrected (the depths it corrects) go "
-                "together: set both, or weights=null and corrected=0; make one with stage=finetune finetune=front."
+                "together: set both, or weights=null and corrected=0; make one with stage=finetune finetune=front. "
+                "In Python sjd2.decoder(name, model=...) finds the one that ships for a model."
             )
         if self.chain is None or isinstance(self.chain, Front) or self.chain.num_carried(9) != 9:
             raise UserError(
