@@ -240,7 +240,7 @@ class WindowSearch(TrialRuns):
         return Table(f"Windows of {self.cfg.decoder.name} on {plan.spec.name}", header, cells, notes)
 
     def recommend(self, rows: Sequence[WindowRow], cfgs: dict[int, DictConfig], plans: dict[int, Plan]) -> Path:
-        """Write the fastest window that was run as a decoder, if it beats the command's own beyond noise."""
+        """Write the fastest window that was run as a decoder, if it beats the command's own beyond noise, on a quiet machine."""
         run = [(row.against_own, row.width) for row in rows if row.against_own is not None]
         (value, low, high), width = min(run, default=((1.0, None, None), self.own))
         ar = next((row for row in rows if row.width == 1), None)
@@ -248,6 +248,11 @@ class WindowSearch(TrialRuns):
             say(f"AR is predicted to be faster than every window at batch size {self.rows}: decoder=ar.")
         if high is None or high >= 1:
             say(f"no better than your window: none is faster than {self.own} beyond noise.")
+            return self.out
+        if any(row.disturbed for row in rows):
+            say(
+                f"window {width} looks best, but timings are inflated: remove {self.out} and search on a quiet machine."
+            )
             return self.out
         where, name = hardware(torch.device(plans[width].device)), f"{self.cfg.decoder.name}-b{self.rows}"
         words = f"window {width} for {where}, model {plans[width].spec.name}, batch_size={self.rows}"
