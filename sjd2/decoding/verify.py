@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sjd2.decoding.interfaces import Draft, DraftRun, Judgement, State, Verifier
 from sjd2.decoding.noise import Purpose
-from sjd2.decoding.sampling import TINY_MASS, Sampler, accept_prob, residual
+from sjd2.decoding.sampling import Sampler, accept_prob, residual
 from sjd2.decoding.shapes import Shape, Tree, gather_slots
 from sjd2.errors import UserError
 
@@ -67,7 +67,7 @@ class Verification:
         if q is None or self.weight is None:
             return q
         left = residual(q, self.weight[..., None] * self.tested, self.draft.codes(q.shape[-1]))
-        return left / left.sum(-1, keepdim=True).clamp(min=TINY_MASS)  # rows that no request has entered have no q
+        return left / left.sum(-1, keepdim=True)
 
     def exact(self) -> Verification:
         """Return this test by the exact rule, token by token: refiners need it whatever the verifier relaxes.

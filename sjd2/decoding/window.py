@@ -51,7 +51,8 @@ class WindowEngine(Engine):
             memory=memory,
         )
         device, vocabulary = model.device, model.layout.vocabulary
-        probs = torch.zeros(rows, self.num_carried - 1, vocabulary, dtype=self.dtype, device=device)
+        # rows without a request draft too, and nothing can be drawn from no mass
+        probs = torch.full((rows, self.num_carried - 1, vocabulary), 1 / vocabulary, dtype=self.dtype, device=device)
         tokens = torch.zeros(rows, self.num_carried, dtype=torch.long, device=device)
         self.carried = Draft(tokens, probs if self.refiner.records else None)
         self.fresh = torch.zeros_like(tokens, dtype=torch.bool)  # [B, C] slots that hold no draft token yet

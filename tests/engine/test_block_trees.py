@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from sjd2.decoding.block import Block
 from sjd2.decoding.decoder import Decoder
-from sjd2.decoding.interfaces import Draft, Drafter, DraftRun, Refiner
+from sjd2.decoding.interfaces import Draft, Drafter, DraftRun, Judgement, Refiner
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.noise import Noise
 from sjd2.decoding.refine import Coupled, Resample
@@ -286,6 +286,20 @@ LOSSLESS = {
 def test_trees_under_block_verification_have_the_enumerated_distribution(name: str, nets: dict[str, str]) -> None:
     make, sampling, grid = LOSSLESS[name]
     assert abs(z_score(make(nets), sampling, grid)) < 5
+
+
+@pytest.mark.parametrize("verifier", [Block(), TAILS])
+def test_each_draft_token_has_a_coin_of_its_own(verifier: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[Tensor] = []
+
+    def judge(verifier: Block, run: DraftRun) -> Judgement:
+        passes.append(run.coin[0])
+        return verifier.judge_tree(run, run.shape) if verifier.apart else verifier.judge_tails(run, run.shape)
+
+    monkeypatch.setattr(Block, "judge", judge)
+    decode(adapted_toy(GRID), block(13, Jacobi(), verifier=verifier, **BRANCHES), prompts=["one"])
+    coins = torch.cat(passes)
+    assert len(coins.unique()) == len(coins) == 12 * len(passes)
 
 
 @dataclass(frozen=True, kw_only=True)

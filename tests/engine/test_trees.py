@@ -11,6 +11,7 @@ from torch import Tensor
 from baselines.eagle.eagle_drafter import Eagle, EagleDrafter
 from baselines.pathspec import JacobiPaths, JacobiPathsDrafter
 from baselines.reuse import Reuse
+from sjd2.decoding.block import Block
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import stream
 from sjd2.decoding.jacobi import Jacobi
@@ -217,8 +218,12 @@ def test_gumbel_matching_on_trees_returns_exactly_the_tokens_of_ar(model: Toy, m
     assert sum(s.forwards for s in got.samples) < sum(s.forwards for s in expected.samples)
 
 
-@pytest.mark.parametrize("make", MANY)
-@pytest.mark.parametrize("rows", by_default([1, 2], [2]))
+def jointly(nets: dict[str, str]) -> Decoder:
+    return replace(front(20, nets, siblings=(2, 1, 1), copies=4, corrected=3, rest=True), verifier=Block())
+
+
+@pytest.mark.parametrize("make", [*MANY, jointly])
+@pytest.mark.parametrize("rows", by_default([1, 2, 7], [2]))  # 7: some without a request
 def test_trees_do_not_depend_on_batch_or_refilling(model: Toy, make, rows: int, nets: dict[str, str]) -> None:
     decoder = make(nets)
     expected = decode(model, decoder).samples
