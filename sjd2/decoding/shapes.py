@@ -125,10 +125,11 @@ class Tails(NamedTuple):
                 runs.append((head, run))
         length = max((len(run) for _, run in runs), default=0)
         slots = [run + [1] * (length - len(run)) for _, run in runs]
+        real = [[at < len(run) for at in range(length)] for _, run in runs]
         place = [t * length + at for t, (_, run) in enumerate(runs) for at in range(len(run))]
         return cls(
-            torch.tensor(slots, dtype=torch.long, device=device).view(-1, length),
-            torch.tensor([[at < len(run) for at in range(length)] for _, run in runs], device=device).view(-1, length),
+            torch.tensor(slots, dtype=torch.long, device=device).view(len(runs), length),
+            torch.tensor(real, dtype=torch.bool, device=device).view(len(runs), length),
             torch.tensor([head for head, _ in runs], dtype=torch.long, device=device),
             torch.tensor([slot for _, run in runs for slot in run], dtype=torch.long, device=device),
             torch.tensor(place, dtype=torch.long, device=device),

@@ -77,12 +77,13 @@ def exchange(
     window = {"eagle chain": 4, "paths": 13}.get(kind, 12)
     for (name, verifier), (refining, refiner) in itertools.product(verifiers.items(), refiners.items()):
         decoder = build(window, DRAFTERS[kind](nets), verifier, refiner)
-        # a chain that is kept is refined, no other is; rising redraws single chains; a joint decision needs a chain, and
-        # an exact one a refiner that knows of it
+        # a chain that is kept is refined, no other is; rising redraws single chains; a joint decision needs a chain, or a
+        # front's tree where it can judge one, and an exact one a refiner that knows of it
         fits = (refiner is None) == kind.startswith("eagle")
         fits = fits and not (kind == "paths" and "rising" in refining)
         if verifier.joint:
-            fits = fits and kind not in TREES and not (verifier.exact and refining == "keep")
+            judged = kind not in TREES or (verifier.joint_trees and kind.startswith("front"))
+            fits = fits and judged and not (verifier.exact and refining == "keep")
         assert (decoder is not None) == fits, (name, refining)
         if decoder is None:
             continue

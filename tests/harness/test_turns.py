@@ -279,7 +279,7 @@ def test_runs_that_do_not_fit_beside_each_other_free_what_they_keep(monkeypatch:
     def warm_up(job, model):
         if any(side.job.graphs.kept for side in sides if side.job is not job):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        job.graphs.kept = SimpleNamespace(graphs={})  # an engine with its keys and values
+        job.graphs.kept = SimpleNamespace(graphs={}, prefills={})  # an engine with its keys and values
 
     def make(job, *_):
         kept.append([side.job.graphs.kept is not None for side in sides])
