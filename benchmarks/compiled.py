@@ -10,7 +10,6 @@ meets both. The ratio is that of the seconds per pass, its interval 95 % over im
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.result_file import result_file
+from benchmarks.result_file import write_result
 from harness.provenance import start_entry
 from sjd2 import api
 from sjd2.compiler import Compiler, why_not
@@ -79,11 +78,7 @@ def main(arguments: list[str] | None = None) -> Path:
             f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}], n {row['images']}, compiled in {row['compile_s']:.0f} s",
             flush=True,
         )
-    out = options.out or result_file(result["hardware"], options.model, "compiled", options.dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {out}")
-    return out
+    return write_result(result, options.out, options.model, "compiled", options.dtype)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -101,8 +96,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     try:
         for name in options.decoders:
             choose("--decoders", name, api.list_decoders())
-        if options.images < 2:
-            raise UserError(f"--images must be 2 or more, got {options.images}.")
         if options.device == "cpu" and (why := why_not()) is not None:
             raise UserError(f"compiling for a CPU needs a C++ compiler: {why}.")
     except UserError as error:

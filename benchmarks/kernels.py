@@ -12,7 +12,6 @@ goes; the transformer is transformers' plain one there and the fused one on a GP
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.result_file import result_file
+from benchmarks.result_file import write_result
 from harness.provenance import start_entry
 from sjd2 import api
 from sjd2.compiler import Compiler
@@ -194,11 +193,7 @@ def main(arguments: list[str] | None = None) -> Path:
     print(table(result["decoders"]))
     for name, why in result["skipped"].items():
         print(f"{name}: {why}")
-    out = options.out or result_file(result["hardware"], options.model, "kernels", options.dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {out}")
-    return out
+    return write_result(result, options.out, options.model, "kernels", options.dtype)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

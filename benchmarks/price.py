@@ -12,7 +12,6 @@ On a CPU the clock is the process's own: other programs on the machine lengthen 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.result_file import result_file
+from benchmarks.result_file import write_result
 from evaluation.bootstrap import median_of_ratios
 from harness.provenance import start_entry
 from harness.sample import synchronize
@@ -124,11 +123,7 @@ def main(arguments: list[str] | None = None) -> Path:
             result["rows"].append(row)
             ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*row["to_scd"])
             print(f"| {row['decoder']} | {window} | {row['pass_ms']:.2f} | {ratio} |", flush=True)
-    out = options.out or result_file(result["hardware"], options.model, "price", options.dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {out}")
-    return out
+    return write_result(result, options.out, options.model, "price", options.dtype)
 
 
 if __name__ == "__main__":

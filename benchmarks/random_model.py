@@ -1,4 +1,4 @@
-"""A published architecture with random weights behind the settings of a real model, so that run.py times whole images of it.
+"""A published architecture with random weights under the settings of a real model, so that run.py times whole images of it.
 
 python run.py --config-dir benchmarks/conf model=random decoder=scd evaluation=none limit=4
 """

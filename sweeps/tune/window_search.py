@@ -240,7 +240,7 @@ class WindowSearch(TrialRuns):
         return Table(f"Windows of {self.cfg.decoder.name} on {plan.spec.name}", header, cells, notes)
 
     def recommend(self, rows: Sequence[WindowRow], cfgs: dict[int, DictConfig], plans: dict[int, Plan]) -> Path:
-        """Write the fastest window that was run as a decoder, if it beats the command's own beyond noise, on a quiet machine."""
+        """Write the fastest window that was run as a decoder, if on a quiet machine it beats the own one beyond noise."""
         run = [(row.against_own, row.width) for row in rows if row.against_own is not None]
         (value, low, high), width = min(run, default=((1.0, None, None), self.own))
         ar = next((row for row in rows if row.width == 1), None)
