@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import Distribution, distribution, distributions
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -38,13 +39,18 @@ def closure(dist: Distribution) -> dict[str, Distribution]:
 
 
 def link(dist: Distribution, site: Path) -> None:
-    """Link the top folders and files of a distribution into `site`; packages that share a folder are merged."""
+    """Link the files of a distribution into `site`, with what is compiled of them; packages that share a folder are merged."""
     for file in dist.files or []:
         source, target = Path(str(dist.locate_file(file))), site / file
         if file.parts[0] in ("..", "__pycache__") or target.exists():
             continue  # scripts, and what another distribution has brought already
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(source)
+        if source.suffix == ".py" and (compiled := Path(cache_from_source(str(source)))).is_file():
+            cached = Path(cache_from_source(str(target)))  # Python looks here, and compiles for seconds what it lacks
+            cached.parent.mkdir(exist_ok=True)
+            if not cached.exists():
+                cached.symlink_to(compiled)
 
 
 if __name__ == "__main__":
