@@ -20,10 +20,10 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU, slowly
 
-from tests.helpers.cli import cli  # noqa: E402
+from tests.helpers.cli import cli, plain  # noqa: E402
 from tests.helpers.process_state import seed_everything, unchanged  # noqa: E402
 
-__all__ = ["cli"]
+__all__ = ["cli", "plain"]
 
 # a shell starts background jobs with Ctrl-C ignored, which every process below would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -193,6 +193,7 @@ def test_composing_needs_no_torch() -> None:
         (errno.EACCES, "no permission"),
     ],
 )
+@pytest.mark.usefixtures("plain")
 def test_a_disk_that_refuses(cli: Cli, monkeypatch: pytest.MonkeyPatch, number: int, message: str) -> None:
     fsync, calls = os.fsync, []
 

@@ -29,9 +29,8 @@ from harness import sample as sampling
 from harness import turns
 from sjd2.models.base import Condition, ImageModel
 from tests.helpers.cli import ROOT, Cli
-from tests.helpers.forked import Forked, plain
+from tests.helpers.forked import Forked
 
-__all__ = ["plain"]
 pytestmark = pytest.mark.usefixtures("plain")
 JOB = ("decoder=sjd", "limit=14", "baseline=null")
 

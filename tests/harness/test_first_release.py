@@ -40,6 +40,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("made", COMMANDS, ids=lambda made: " ".join(made["command"]))
+@pytest.mark.usefixtures("plain")
 def test_commands_give_the_tokens_they_gave(cli: Cli, made: dict) -> None:
     rest = ("limit=2", "dtype=float64", "baseline=null", "evaluation=none")
     names = {word.partition("=")[0] for word in made["command"]}
@@ -52,6 +53,7 @@ def test_commands_give_the_tokens_they_gave(cli: Cli, made: dict) -> None:
     assert [{key: record.get(key) for key in made["images"][0]} for record in records] == made["images"]
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_same_command_finds_the_folders_and_makes_nothing_again(finished: Cli) -> None:
     before = {path.name: content(path) for path in finished.runs_dir.iterdir()}
     assert finished(*TINY, "evaluation=tiny", "limit=3") == 0, finished.err
@@ -59,6 +61,7 @@ def test_the_same_command_finds_the_folders_and_makes_nothing_again(finished: Cl
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_a_higher_limit_continues_the_folders(finished: Cli) -> None:
     before = {path.name: content(path) for path in finished.runs_dir.iterdir()}
     assert finished(*TINY, "evaluation=none", "limit=4") == 0, finished.err
@@ -73,6 +76,7 @@ def test_a_higher_limit_continues_the_folders(finished: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_another_run_does_not_take_the_folder(finished: Cli) -> None:
     assert finished(*TINY, "evaluation=none", "limit=1", "baseline=null", "decoder.window=16") == 0, finished.err
     assert len(run_folders(finished.runs_dir)) == 3

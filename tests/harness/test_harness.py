@@ -48,6 +48,7 @@ def wait_for_records(cli: Cli, process: subprocess.Popen, count: int) -> RunFold
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_kill_and_start_again(cli: Cli) -> None:
     command = ("decoder=sjd", "limit=18", "baseline=null")
     process = cli.start(*command, **SLOW)
@@ -90,6 +91,7 @@ def test_sigterm_ends_after_the_batch_in_hand(cli: Cli) -> None:
     assert "peak_memory_gb" in run.provenance()[0]
 
 
+@pytest.mark.usefixtures("plain")
 def test_only_missing_records_of_a_cut_batch_are_written(cli: Cli) -> None:
     command = ("decoder=sjd", "limit=10", "baseline=null")
     assert cli(*command) == 0
@@ -105,6 +107,7 @@ def test_only_missing_records_of_a_cut_batch_are_written(cli: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_a_higher_limit_continues_the_same_run(cli: Cli) -> None:
     assert cli("decoder=sjd", "limit=3", "baseline=null") == 0
     run = cli.run("sjd")
@@ -122,6 +125,7 @@ def test_a_higher_limit_continues_the_same_run(cli: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_refill_has_the_same_tokens_and_resumes(cli: Cli) -> None:
     command = ("decoder=sjd", "limit=7", "dtype=float64", "baseline=null")
     assert cli(*command) == 0
@@ -171,6 +175,7 @@ def planned(cli: Cli, *arguments: str) -> str:
     return make_plan(cfg).run.path.name
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_folder_of_another_run_is_refused(cli: Cli, tmp_path: Path) -> None:
     command = ("decoder=ar", "limit=2", f"run_dir={tmp_path / 'mine'}")
     assert cli(*command) == 0
@@ -181,6 +186,7 @@ def test_a_folder_of_another_run_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert lines(RunFolder(tmp_path / "mine")) == before
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_folder_in_use_is_refused(cli: Cli) -> None:
     assert cli("decoder=ar", "limit=2") == 0
     with cli.run("ar").lock():
@@ -239,6 +245,7 @@ def test_tokens_without_images(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Skipped" not in cli.out
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_warm_up_is_short_and_leaves_no_record(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
 
@@ -271,6 +278,7 @@ def test_waiting_passes() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_the_baseline_is_made_once_with_its_own_decoder_settings(cli: Cli) -> None:
     assert cli("decoder=sjd", "decoder.window=4", "limit=4", "seed=3", "temperature=0.9") == 0
     run = cli.run("ar")
@@ -286,6 +294,7 @@ def test_the_baseline_is_made_once_with_its_own_decoder_settings(cli: Cli) -> No
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_a_multirun_goes_on_past_a_failed_job(cli: Cli) -> None:
     code = cli("-m", "decoder=jacobi,sjd", "decoder.window=4,0", "limit=2")
     assert code == 1
@@ -301,6 +310,7 @@ def test_a_multirun_goes_on_past_a_failed_job(cli: Cli) -> None:
     assert cli("-m", "decoder=ar,sjd", "decoder.window=1", "limit=2") == 0
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_lower_limit_tabulates_its_own_images(cli: Cli) -> None:
     assert cli("decoder=sjd", "limit=8", "evaluation=tiny", "output=json") == 0
     known = cli.run("sjd").metrics
@@ -334,6 +344,7 @@ def test_own_prompts_are_never_cut_without_a_word(cli: Cli, tmp_path: Path) -> N
 # ---- other stages
 
 
+@pytest.mark.usefixtures("plain")
 def test_score_and_table_need_no_weights(cli: Cli) -> None:
     assert cli("decoder=ar", "limit=2") == 0
     run = cli.run("ar")

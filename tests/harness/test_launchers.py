@@ -28,11 +28,10 @@ from sjd2.config import CONF, check_node
 from sjd2.errors import UserError
 from sweeps.multirun import jobs
 from tests.helpers.cli import ROOT, Cli
-from tests.helpers.forked import Forked, plain
+from tests.helpers.forked import Forked
 from tests.helpers.tiers import by_default
 
 PLUGINS = {"slurm": "hydra_submitit_launcher", "processes": "hydra_joblib_launcher", "ray_tasks": "hydra_ray_launcher"}
-__all__ = ["plain"]
 pytestmark = pytest.mark.usefixtures("plain")
 LAUNCHERS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
 SLOW = {"TOY_SECONDS_PER_BATCH": "0.3"}

@@ -50,6 +50,7 @@ def test_one_command_from_prompts_to_the_table(cli: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_sjd2_killed_and_started_again_has_the_tokens_of_an_undisturbed_run(cli: Cli) -> None:
     job = (*MAIN, "evaluation=none", "logger=none", "baseline=null", "limit=8")
     assert cli(*job, "runs_dir=" + str(cli.runs_dir / "whole")) == 0
@@ -80,6 +81,7 @@ def ar_tokens(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("decoder", ["sjd2", "sjd-pac", "eagle", "eagle1", "sjd2-fc"])
+@pytest.mark.usefixtures("plain")
 def test_gumbel_matching_gives_ars_images_on_any_batch_size(cli: Cli, decoder: str, ar_tokens: list[list[int]]) -> None:
     assert cli(*MATCHING, f"decoder={decoder}", "batch_size=1") == 0
     assert tokens(only_run(cli)) == ar_tokens
@@ -94,6 +96,7 @@ DECODERS = {
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_every_rival_runs_and_stands_in_the_table(cli: Cli) -> None:
     job = ("model=tiny", "evaluation=none", "baseline=null", "limit=2", "batch_size=2", "logger=none")
     assert cli("-m", *job, "decoder=" + ",".join(DECODERS)) == 0
@@ -106,6 +109,7 @@ def test_every_rival_runs_and_stands_in_the_table(cli: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_greedy_trees_return_greedy_ar(cli: Cli) -> None:
     job = ("model=tiny", "dtype=float64", "temperature=0", "limit=1", "baseline=null", "evaluation=none")
     for decoder in ("ar", "sjd-fc", "eagle", "eagle1"):
@@ -115,6 +119,7 @@ def test_greedy_trees_return_greedy_ar(cli: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_the_papers_rule_is_labelled_lossy(cli: Cli) -> None:
     assert cli("model=tiny", "decoder=sjd2", "decoder.rule=paper", "limit=2", "batch_size=2") == 0
     assert "| sjd2 rule=paper | **lossy** | 2 | 2 |" in cli.out

@@ -60,6 +60,7 @@ def test_python_uses_a_plugin(plugin: Path) -> None:
     assert max(result.accepted[0]) <= 3
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_command_uses_a_plugin(plugin: Path, cli: Cli) -> None:
     assert cli("decoder=halves", "decoder.window=8", "evaluation=darkness", "limit=4") == 0, cli.err
     run = cli.run("halves")
@@ -68,6 +69,7 @@ def test_a_command_uses_a_plugin(plugin: Path, cli: Cli) -> None:
     assert "halves" in cli.out
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_folder_of_yaml_files_with_targets_in_a_package(
     package: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_offline_without_an_account_and_everything_is_in_it(cli: Cli) -> None:
     assert not Path("~").exists()
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_hint_is_a_command_and_a_finished_run_is_not_tracked_again(cli: Cli) -> None:
     command = ("decoder=ar", "limit=2", "logger=wandb")
     assert cli(*command) == 0
@@ -87,6 +88,7 @@ def test_the_hint_is_a_command_and_a_finished_run_is_not_tracked_again(cli: Cli)
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_one_run_per_job_of_a_multirun(cli: Cli) -> None:
     assert cli("-m", "decoder=ar,jacobi,sjd", "limit=2", "logger=wandb") == 0
     runs = [read(path) for path in offline_runs(cli.runs_dir)]
@@ -95,6 +97,7 @@ def test_one_run_per_job_of_a_multirun(cli: Cli) -> None:
     assert {run.group for run in runs} == {sweep.name}
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_failed_run_is_closed_so_that_the_next_opens_its_own(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -103,6 +106,7 @@ def test_a_failed_run_is_closed_so_that_the_next_opens_its_own(cli: Cli, monkeyp
     assert wandb.run is None
 
 
+@pytest.mark.usefixtures("plain")
 def test_logger_none_leaves_nothing(cli: Cli) -> None:
     assert cli("decoder=ar", "limit=2", "logger=none") == 0
     assert not list(cli.runs_dir.rglob("wandb*"))

@@ -22,9 +22,7 @@ from harness.turns import Side
 from sjd2.decoding.cuda_graph import Graphs
 from sjd2.errors import UserError
 from tests.helpers.cli import Cli
-from tests.helpers.forked import plain
 
-__all__ = ["plain"]
 COMMAND = ("decoder=sjd", "limit=10")
 
 

@@ -68,6 +68,16 @@ class Cli:
 
 
 @pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out images and plots, which other tests look at: they are most of a small command's time."""
+    from harness import job
+    from sweeps.tables import figures
+
+    monkeypatch.setattr(job, "draw_grids", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_plots", lambda *_, **__: figures.Plots())
+
+
+@pytest.fixture
 def cli(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
     with restored():
         yield Cli(tmp_path, capfd, monkeypatch)

@@ -10,20 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from harness import job
 from harness.cli import main
-from sweeps.tables import figures
 from tests.helpers.cli import Cli
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out images and plots, which other tests look at: they are most of a small command's time."""
-    monkeypatch.setattr(job, "draw_grids", lambda *_: None)
-    monkeypatch.setattr(figures, "draw_plots", lambda *_, **__: figures.Plots())
 
 
 class Forked:

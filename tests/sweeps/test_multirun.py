@@ -23,9 +23,8 @@ from sjd2.decoding.generate import generate
 from sweeps.multirun import callback, child, jobs, slurm
 from sweeps.multirun.callback import Tables
 from tests.helpers.cli import Cli
-from tests.helpers.forked import Forked, plain
+from tests.helpers.forked import Forked
 
-__all__ = ["plain"]
 SLOW = {"TOY_SECONDS_PER_BATCH": "0.3"}
 
 

@@ -149,6 +149,7 @@ def test_an_unknown_table_is_refused_with_the_valid_ones(cli: Cli) -> None:
     assert "unknown paper 'Table 9'" in cli.err
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_multirun_puts_the_papers_table_below_its_own(cli: Cli) -> None:
     assert cli("-m", "decoder=ar,sjd", "limit=2", "paper=Table 3") == 0, cli.err
     assert "SJD2 paper, Table 3" in cli.out

@@ -181,6 +181,7 @@ def test_a_search_from_start_to_decoder(cli: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_settings_that_nothing_beats_stay(cli: Cli) -> None:
     """The own window lies outside the space."""
     space = ("tune.space.decoder.window.low=2", "tune.space.decoder.window.high=3")
@@ -269,6 +270,7 @@ def test_a_trial_that_keeps_ending_the_process_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_the_captions_of_search_and_judgement_are_disjoint(cli: Cli) -> None:
     assert cli(*BEATEN, "tune.trials=4") == 0
     found: dict[int, set[str]] = {}
@@ -281,6 +283,7 @@ def test_the_captions_of_search_and_judgement_are_disjoint(cli: Cli) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("plain")
 def test_settings_that_do_not_fit_are_left_and_nothing_within_the_bound_is_said(cli: Cli) -> None:
     lossy = ("tune.trust_lossless=false", "tune.bound=-100")
     assert cli(*SMALL, *lossy, "tune.trials=2") == 1
