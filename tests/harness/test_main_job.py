@@ -11,6 +11,7 @@ import pytest
 
 from evaluation.run_folder import RunFolder, run_folders
 from tests.helpers.cli import Cli
+from tests.helpers.process_state import restored
 
 MAIN = ("model=tiny", "decoder=sjd2", "evaluation=tiny", "batch_size=2", "logger=wandb")
 CONTRACT = (
@@ -73,7 +74,7 @@ MATCHING = ("model=tiny", "dtype=float64", "sampler=gumbel", "limit=2", "baselin
 @pytest.fixture(scope="module")
 def ar_tokens(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     """Return what AR draws in batches of 2."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, restored():  # made before the first test's own check begins
         cli = Cli(tmp_path_factory.mktemp("ar"), SimpleNamespace(readouterr=lambda: ("", "")), patch)
         assert cli(*MATCHING, "decoder=ar", "batch_size=2") == 0
         return tokens(only_run(cli))
