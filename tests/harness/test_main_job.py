@@ -112,7 +112,8 @@ def test_every_rival_runs_and_stands_in_the_table(cli: Cli) -> None:
 @pytest.mark.full
 @pytest.mark.usefixtures("plain")
 def test_greedy_trees_return_greedy_ar(cli: Cli) -> None:
-    job = ("model=tiny", "dtype=float64", "temperature=0", "limit=1", "baseline=null", "evaluation=none")
+    alone = ("batch_size=1", "limit=1")  # a batch runs whole, whatever limit is
+    job = ("model=tiny", "dtype=float64", "temperature=0", *alone, "baseline=null", "evaluation=none")
     for decoder in ("ar", "sjd-fc", "eagle", "eagle1"):
         assert cli(*job, f"decoder={decoder}") == 0
     first, *others = (tokens(RunFolder(path)) for path in run_folders(cli.runs_dir))
