@@ -8,6 +8,7 @@ others have left; and a corrector, which moves the recorded distribution towards
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -61,15 +62,18 @@ class Stale(NamedTuple):
 class Front(Drafter):
     """A chain drafter with branches at its front, optionally corrected.
 
-    chain: drafts the main chain. siblings: further draft tokens at depths 1, 2, ..., drawn without replacement. copies: the
-    depth to which each branch copies the main chain's tokens; or one of them for each sibling, in order. full: siblings at
-    every node, not only on the main chain (SJD-PAC's K-ary tree). weights: folder or hub id of a corrector, None for none.
-    corrected: depths that it corrects one after the other. rest: correct the main chain below them as well, all slots at
-    once. apart: each branch token is a draw of its own instead of a copy, as joint decisions need (`separated`).
+    chain: drafts the main chain. siblings: further draft tokens at depths 1, 2, ..., drawn without replacement.
+    sibling_temperature: T of the distribution that they are drawn from, q^(1/T): siblings matter where q is wrong, and a
+    flatter one covers more alternatives. copies: the depth to which each branch copies the main chain's tokens; or one for
+    each sibling, in order. full: siblings at every node, not only on the main chain (SJD-PAC's K-ary tree). weights: folder
+    or hub id of a corrector, None for none. corrected: depths that it corrects one after the other. rest: correct the main
+    chain below them as well, all slots at once. apart: each branch token is a draw of its own instead of a copy, as joint
+    decisions need (`separated`).
     """
 
     chain: Drafter
     siblings: Sequence[int] = ()
+    sibling_temperature: float = 1.0
     copies: int | Sequence[int] = 1
     full: bool = False
     weights: str | None = None
@@ -82,16 +86,14 @@ class Front(Drafter):
     def __post_init__(self) -> None:
         if any(count < 0 for count in self.siblings):
             raise UserError(f"decoder.drafter.siblings must be 0 or more at each depth, got {list(self.siblings)}.")
+        if not 0 < self.sibling_temperature < math.inf:
+            raise UserError(f"decoder.drafter.sibling_temperature must be above 0, got {self.sibling_temperature}.")
         if min(self.depths) < 0 or self.corrected < 0:
             raise UserError("decoder.drafter.copies and decoder.drafter.corrected must be 0 or more.")
-        if self.rest and self.corrected == 0:
+        if (self.weights is None) != (self.corrected == 0 and not self.rest):
             raise UserError(
-                "decoder.drafter.rest corrects what lies below the front; set decoder.drafter.corrected, e.g. to 3."
-            )
-        if (self.weights is None) != (self.corrected == 0):
-            raise UserError(
-                "decoder.drafter.weights (a front corrector) and decoder.drafter.corrected (the depths it corrects) go "
-                "together: set both, or weights=null and corrected=0; make one with stage=finetune finetune=front. "
+                "decoder.drafter.weights (a front corrector) is needed where decoder.drafter.corrected is above 0 or "
+                "decoder.drafter.rest is true, and only there; make one with stage=finetune finetune=front. "
                 "In Python sjd2.decoder(name, model=...) finds the one that ships for a model."
             )
         if self.chain is None or isinstance(self.chain, Front) or self.chain.num_carried(9) != 9:
@@ -195,6 +197,8 @@ class FrontDrafter(Drafter):
         tokens, probs = draft.tokens, draft.probs
         assert probs is not None  # a chain of the front draws from distributions
         hidden = None if state.memory is None else state.memory.source[:, None]  # [R, F, D] of the families above
+        if hidden is not None and self.settings.rest and self.settings.corrected == 0:
+            self.correct_rest(tokens, probs, hidden[:, 0], state)
         for depth, level in enumerate(front.levels, 1):
             q = probs[:, depth - 1 : depth].repeat(1, len(level.parents), 1)
             token = tokens[:, depth : depth + 1].repeat(1, len(level.parents))
@@ -227,6 +231,10 @@ class FrontDrafter(Drafter):
         """Draw further children without replacement, from q without the earlier ones, renormalised and recorded."""
         position, probs = state.at_depth(depth)[0], draft.probs
         assert probs is not None
+        if level.siblings and (temperature := self.settings.sibling_temperature) != 1:
+            q = q[:, : len(level.siblings[0])]
+            q = (q / q.amax(-1, keepdim=True)) ** (1 / temperature)
+            q = q / q.sum(-1, keepdim=True)
         for rank, slots in enumerate(level.siblings, 1):
             codes = token[:, : len(slots)].clamp(max=q.shape[-1] - 1)
             q = without(q[:, : len(slots)], codes)

@@ -257,7 +257,7 @@ def block(
     )  # fmt: skip
 
 
-BRANCHES = {"siblings": (2, 1), "copies": 3}
+BRANCHES = {"siblings": (2, 1), "sibling_temperature": 0.1, "copies": 3}
 LOSSLESS = {
     "siblings": (lambda n: block(13, Jacobi(), **BRANCHES), GUIDED, LINE),
     "resampled": (lambda n: block(9, Jacobi(), refiner=Resample(), siblings=(2, 1), copies=2), CUT, LINE),

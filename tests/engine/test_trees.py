@@ -16,6 +16,7 @@ from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.generate import stream
 from sjd2.decoding.jacobi import Jacobi
 from sjd2.decoding.refine import Coupled, Resample
+from sjd2.decoding.sampling import without
 from sjd2.decoding.shapes import AcceptedPath, Tree
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
@@ -42,9 +43,12 @@ LOSSLESS = {
     "paths reused": (lambda n: paths(7, Reuse(threshold=0.3)), GUIDED),
     "corrected": (lambda n: front(4, n, corrected=1), GUIDED),
     "corrected twice": (lambda n: front(5, n, corrected=2), CUT),
-    "corrected branches": (lambda n: front(13, n, siblings=(2, 1), copies=3, corrected=3), GUIDED),
+    "corrected branches": (
+        lambda n: front(13, n, siblings=(2, 1), sibling_temperature=0.1, copies=3, corrected=3),
+        GUIDED,
+    ),
     "corrected below the front": (
-        lambda n: front(7, n, refiner=Resample(), siblings=(1,), copies=2, corrected=1, rest=True),
+        lambda n: front(7, n, refiner=Resample(), siblings=(1,), copies=2, corrected=0, rest=True),
         GUIDED,
     ),
     "noise after branches": (
@@ -95,6 +99,16 @@ class Unnormalised(FrontDrafter):
         super().draw_siblings(level, depth, draft, token, q, state)
         for slots in level.siblings:
             draft.probs[:, slots - 1] = q[:, : len(slots)]
+
+
+class RecordWithoutTemperature(FrontDrafter):
+    """Siblings drawn from q^(1/T), recorded as drawn from q."""
+
+    def draw_siblings(self, level, depth, draft, token, q, state):
+        super().draw_siblings(level, depth, draft, token, q, state)
+        for slots in level.siblings:
+            q = without(q[:, : len(slots)], token[:, : len(slots)].clamp(max=q.shape[-1] - 1))
+            token, draft.probs[:, slots - 1] = draft.tokens[:, slots], q
 
 
 class WholeRecord(EagleDrafter):
@@ -159,6 +173,9 @@ def broken(settings: Front | Eagle | JacobiPaths, runs: type) -> Front | Eagle |
     [
         lambda n: broken(Front(chain=Jacobi(), weights=n["front"], corrected=1, rest=True), StaleRecord),
         lambda n: broken(Front(chain=Jacobi(), siblings=(1, 1), copies=2), Unnormalised),
+        lambda n: broken(
+            Front(chain=Jacobi(), siblings=(2,), copies=1, sibling_temperature=0.1), RecordWithoutTemperature
+        ),
         lambda n: broken(Eagle(weights=n["eagle"], shape="static", tree=PATHS), WholeRecord),
         lambda n: broken(
             Eagle(weights=n["eagle"], shape="static", tree=((0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1))), BestFirst
@@ -168,6 +185,7 @@ def broken(settings: Front | Eagle | JacobiPaths, runs: type) -> Front | Eagle |
     ids=[
         "stale record",
         "unnormalised siblings",
+        "siblings without their temperature",
         "whole record",
         "best first",
         "longest",
@@ -295,8 +313,9 @@ def test_branches_are_counted_as_published() -> None:
     [
         (lambda n: front(8, n, siblings=(3, 2), copies=3), "is too small"),
         (lambda n: front(8, n, siblings=(-1,)), "siblings must be 0 or more"),
-        (lambda n: Front(chain=Jacobi(), corrected=1), "go together"),
-        (lambda n: Front(chain=Jacobi(), rest=True), "below the front"),
+        (lambda n: front(9, n, siblings=(1,), sibling_temperature=0), "above 0"),
+        (lambda n: Front(chain=Jacobi(), corrected=1), "and only there"),
+        (lambda n: Front(chain=Jacobi(), rest=True), "and only there"),
         (lambda n: eagle(4, n, shape="tree"), "did you mean 'static'|Valid"),
         (lambda n: eagle(4, n, shape="static", tree=((0,), (2,))), "without its parent or earlier sibling"),
         (lambda n: eagle(9, n, shape="static", tree=PATHS).check(None), "must be 7"),

@@ -101,7 +101,7 @@ def test_tuned_defaults_reach_their_pair_and_the_command_line_wins(path: Path) -
         (["decoder=eagle"], r"finetune=eagle model=toy .* training-free decoder=scd"),
         (["decoder=eagle", "decoder.drafter.weights=/nope"], r"/nope has no eagle.json"),
         (["decoder=eagle", "decoder/refiner=coupled"], r"nothing to refine"),
-        (["decoder=sjd-fc"], r"go together.*finetune=front"),
+        (["decoder=sjd-fc"], r"and only there.*finetune=front"),
         (["decoder=sjd-pac", "decoder.window=8"], r"decoder.window=8 is too small"),
         (["decoder=sjd", "decoder/verifier=relaxed"], r"claims to be lossless, but its part Relaxed is not exact"),
         (["decoder=gsd", "sampler=gumbel"], r"leaves nothing to relax"),

@@ -52,7 +52,7 @@ def sjd2(window: int = 6, refiner: object = None, *, rule: str = "exact", lossle
 
 
 def front(window: int, nets: dict[str, str], chain=None, refiner=None, corrected: int = 0, **more) -> Decoder:
-    weights = nets["front"] if corrected else None
+    weights = nets["front"] if corrected or more.get("rest") else None
     drafter = Front(chain=chain or Jacobi(), weights=weights, corrected=corrected, **more)
     return Decoder(
         name="front", window=window, lossless=True, drafter=drafter, verifier=Exact(), refiner=refiner or Coupled()
