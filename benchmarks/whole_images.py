@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from sjd2.decoding.decoder import BaseDecoder
 from sjd2.errors import UserError
 from sjd2.files import find, read_text, split_lines
 from sjd2.models.base import ImageModel
+
+FEWEST = 4  # images of each decoder that an interval needs
 
 
 class Drawn(NamedTuple):
@@ -48,16 +50,15 @@ def decoder_of(words: str, model: str) -> BaseDecoder:
 
 def draw_in_turns(
     model: ImageModel, decoders: Sequence[BaseDecoder], prompts: Sequence[str], **settings: Any
-) -> list[list[Drawn]]:
-    """Return what each decoder took for each prompt, after one image of each that does not count."""
-    found: list[list[Drawn]] = [[] for _ in decoders]
+) -> Iterator[list[Drawn]]:
+    """Yield for each prompt what each decoder took, after one image of each that does not count."""
     for seed, prompt in enumerate([prompts[0], *prompts]):
         order = [(seed + i) % len(decoders) for i in range(len(decoders))]  # each comes first in turn
+        found = {}
         for number in order[:: -1 if seed % 2 else 1]:  # and after the one before it as well as after the next
-            drawn = _draw(model, decoders[number], prompt, seed, settings)
-            if seed > 0:
-                found[number].append(drawn)
-    return found
+            found[number] = _draw(model, decoders[number], prompt, seed, settings)
+        if seed > 0:
+            yield [found[number] for number in range(len(decoders))]
 
 
 def _draw(model: ImageModel, decoder: BaseDecoder, prompt: str, seed: int, settings: dict[str, Any]) -> Drawn:
@@ -73,12 +74,19 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run the command and return the file written."""
     options = _parse(arguments)
     result: dict[str, Any] = start_entry(options.loaded.device, dtype=options.dtype, model=options.model)
-    result |= {"guidance_scale": options.guidance_scale, "images": len(options.lines), "rows": []}
+    spec = options.loaded.spec
     given = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    rounds: list[list[Drawn]] = []
     try:
-        found = draw_in_turns(options.loaded, options.built, options.lines, **given)
+        rounds.extend(draw_in_turns(options.loaded, options.built, options.lines, **given))
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        if len(rounds) < FEWEST:
+            raise
+        print(f"interrupted: the {len(rounds)} images of each decoder that are finished count.")
+    result |= {"sampling": ({} if spec is None else dict(spec.sampling)) | given, "images": len(rounds), "rows": []}
+    found = list(zip(*rounds, strict=True))
     print(f"| decoder | slots | passes + draft | s per image | to {options.decoders[0]} |")
     print("| :--- | ---: | ---: | ---: | ---: |")
     for words, decoder, images in zip(options.decoders, options.built, found, strict=True):
@@ -110,8 +118,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32", "float64"))
     parser.add_argument("--out", type=Path, help="the JSON file; default benchmarks/results/")
     options = parser.parse_args(arguments)
-    if options.images < 4:
-        parser.error("--images must be 4 or more: fewer are too few for an interval")
+    if options.images < FEWEST:
+        parser.error(f"--images must be {FEWEST} or more: fewer are too few for an interval")
     if options.skip < 0:
         parser.error("--skip must be 0 or more")
     try:

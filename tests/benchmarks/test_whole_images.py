@@ -37,10 +37,23 @@ def test_each_comes_first_in_turn_and_the_first_round_does_not_count(monkeypatch
     monkeypatch.setattr(whole_images.api, "generate", generate)
     decoders = [Decoder(name=name, window=1, lossless=True) for name in "abc"]
     model = SimpleNamespace(device=torch.device("cuda"))
-    found = whole_images.draw_in_turns(model, decoders, ["one", "two", "three"], guidance_scale=1.0)
+    rounds = list(whole_images.draw_in_turns(model, decoders, ["one", "two", "three"], guidance_scale=1.0))
     assert "".join(name for name, _, _ in calls) == "abc" + "acb" + "cab" + "cba"
     assert [(seed, prompt) for _, seed, prompt in calls[::3]] == [(0, "one"), (1, "one"), (2, "two"), (3, "three")]
-    assert all([tuple(drawn) for drawn in row] == [(2.0, 100, 0), (3.0, 200, 0), (4.0, 300, 0)] for row in found)
+    assert rounds == [[(2.0, 100, 0)] * 3, [(3.0, 200, 0)] * 3, [(4.0, 300, 0)] * 3]
+
+
+def test_finished_images_count_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounds(*_, **__):
+        for image in range(5):
+            yield [whole_images.Drawn(1.0 + image, 144, 0)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole_images, "draw_in_turns", rounds)
+    out = whole_images.main(["ar", "--images", "9", "--out", str(tmp_path / "images.json")])
+    result = json.loads(out.read_text())
+    assert result["images"] == len(result["rows"][0]["each"]) == 5
+    assert result["sampling"]["guidance_scale"] == 3
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from sjd2.decoding.shapes import AcceptedPath, Tree
 from sjd2.decoding.verify import Exact
 from sjd2.denoising.denoise import Denoise
 from sjd2.errors import UserError
+from sjd2.front.corrector import Corrector
 from sjd2.front.front_drafter import Front, FrontDrafter
 from sjd2.front.front_shape import branches, front_shape
 from sjd2.models.kv_cache import RowCache
@@ -82,6 +83,22 @@ def test_forced_tokens_in_trees_do_not_change_the_distribution(name: str, nets: 
 def test_appended_timestep_tokens_in_trees_do_not_change_the_distribution(nets: dict[str, str]) -> None:
     decoder = front(9, nets, Denoise(steps=1), siblings=(2, 1), copies=2, corrected=2)
     assert abs(z_score(decoder, GUIDED, code="appended")) < 5
+
+
+@pytest.mark.parametrize("corrected", [0, 2])
+def test_the_rest_is_corrected_once_a_pass_with_and_without_a_front(
+    corrected: int, nets: dict[str, str], model: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, plain = [], Corrector.forward
+
+    def forward(corrector: Corrector, *states: Tensor) -> Tensor:
+        calls.append(states[0].shape[1])
+        return plain(corrector, *states)
+
+    monkeypatch.setattr(Corrector, "forward", forward)
+    result = decode(model, front(8, nets, corrected=corrected, rest=True))
+    passes = max(sample.forwards for sample in result.samples) - 1  # the prefill drafts nothing
+    assert calls == ([1] * corrected + [7 - corrected]) * passes
 
 
 class StaleRecord(FrontDrafter):
