@@ -1,7 +1,7 @@
-"""Time whole images of several decoders in turns, beside the first one's: python -m benchmarks.whole_images.
+"""Time whole images of several decoders in turns and compare each with the first one.
 
     python -m benchmarks.whole_images scd sjd2 sjd2-wc         # the embedded model, one image at a time, one thread
-    python -m benchmarks.whole_images scd "sjd2-wc window=24 drafter.siblings=[] drafter.copies=0" --images 48
+    python -m benchmarks.whole_images scd "scd window=20" sjd2-wc-narrow --images 48
     python -m benchmarks.whole_images scd sjd-pac --model lumina --device cuda --dtype bfloat16
 
 A decoder is its name, followed by its settings. All draw the same prompts with the same seeds, image by image in turns, so
@@ -106,17 +106,24 @@ def main(arguments: list[str] | None = None) -> Path:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.whole_images", description=str(__doc__).partition("\n")[0]
+        prog="python -m benchmarks.whole_images",
+        description=f"{str(__doc__).partition(chr(10))[0]} Seconds are CPU time where the device is a CPU; "
+        "prints passes, seconds and the ratio with a 95 % interval, and writes a JSON file.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("decoders", nargs="+", metavar="DECODER", help='a name, or "NAME SETTING=VALUE ..."')
     parser.add_argument("--model", default="tiny", choices=api.list_models(), help="its weights must be there")
     parser.add_argument("--images", type=int, default=24, help="images per decoder")
     parser.add_argument("--prompts", default="sjd2/models/tiny/captions.txt", help="a text file, one prompt per line")
-    parser.add_argument("--skip", type=int, default=0, help="lines of it that are left out")
-    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32", "float64"))
-    parser.add_argument("--out", type=Path, help="the JSON file; default benchmarks/results/")
+    parser.add_argument("--skip", type=int, default=0, help="first lines of the prompts file that are left out")
+    parser.add_argument("--guidance-scale", type=float, help="None: the model's own")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("bfloat16", "float16", "float32", "float64"), help="of the model"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the JSON file; None: one named after machine and model in benchmarks/results/"
+    )
     options = parser.parse_args(arguments)
     if options.images < FEWEST:
         parser.error(f"--images must be {FEWEST} or more: fewer are too few for an interval")

@@ -117,9 +117,10 @@ def make_pairs(
 
     def target(hidden: Tensor) -> Tensor:
         probs = hidden.new_empty(*tokens.shape, model.layout.vocabulary, dtype=torch.float32)
-        for scale in set(scales.tolist()):
+        for scale, sampling in samplings.items():
             rows = scales == scale
-            probs[rows] = probs_of(model, hidden[:, : tokens.shape[1]][rows.repeat(2)], samplings[scale]).float()
+            if rows.any():
+                probs[rows] = probs_of(model, hidden[:, : tokens.shape[1]][rows.repeat(2)], sampling).float()
         return probs
 
     code = tokens.clamp(max=model.layout.vocabulary - 1)

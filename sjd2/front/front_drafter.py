@@ -8,6 +8,7 @@ others have left; and a corrector, which moves the recorded distribution towards
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from sjd2.front.front_shape import Level, chain_slots, front_shape
 from sjd2.models.base import ImageModel
 from sjd2.models.hub import WeightSource, check_part, locate_part
 from sjd2.models.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -159,6 +162,12 @@ class FrontDrafter(Drafter):
             corrected=settings.corrected,
             device=model.device,
         )
+        if self.front.chain < self.front.side:
+            logger.warning(
+                "decoder.drafter.siblings take %d of %d slots and leave %d to the main chain, so a pass accepts little; "
+                "take fewer siblings or a larger decoder.window.",
+                self.front.side, window, size,
+            )  # fmt: skip
         count = 1 + max((len(level.siblings) for level in self.front.levels), default=0)
         self.repeated_draws = (Purpose.SIBLING, sibling_marks(count, model.device)) if count > 1 else None
         self.corrector = None if settings.weights is None else Corrector.load(locate_part(settings.source()), model)

@@ -115,7 +115,7 @@ def _scores(rows: Sequence[Row]) -> list[str]:
             known.append(f"{name} {float(text):.3f}")
     by_chance = sorted(f"{row.metrics['alignment_chance']:.3f}" for row in rows if "alignment_chance" in row.metrics)
     if by_chance:
-        known.append(f"chance level {' to '.join(dict.fromkeys((by_chance[0], by_chance[-1])))}")
+        known.append(f"chance level on these captions {' to '.join(dict.fromkeys((by_chance[0], by_chance[-1])))}")
     if known:
         found.append(f"Alignment, the share of the caption's attributes found in the image: {', '.join(known)}.")
     return list(dict.fromkeys(found))

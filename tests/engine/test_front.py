@@ -131,6 +131,15 @@ def test_replaced_tokens_are_rejected_drafts(tmp_path: Path) -> None:
     assert not torch.equal(pairs.old, training.pairs(model, 48, 1).old)
 
 
+def test_guidance_scales_need_not_be_exact_in_float32(tmp_path: Path) -> None:
+    model, training = toy(), recipe()
+    training.data = Generated(captions=Words(), images=24, validation_images=12, batch_size=12, scales=(1.0, 1.2))
+    training.data.prepare(model, tmp_path)
+    pairs = training.pairs(model, 24, 0)
+    assert len(set(pairs.scales.tolist())) == 2
+    assert pairs.weight.isfinite().all()
+
+
 def test_training_raises_the_overlap_and_writes_what_loads(tmp_path: Path) -> None:
     model = toy()
     figures = recipe(80, round_steps=20).run(model=model, out=tmp_path, log=None, device="cpu", seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields, replace
 
 import pytest
@@ -313,6 +314,14 @@ def test_the_accepted_path_takes_the_first_accepted_sibling() -> None:
     path = tree.accepted_path(accepted, clean)
     assert path.end.tolist() == [4, 2, 0, 3]  # a noisy input may be committed, nothing after it
     assert path.can_extend.tolist() == [False, True, True, True]
+
+
+def test_a_window_that_is_filled_by_branches_is_told(nets: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sjd2"):
+        front(20, nets, siblings=(2, 1), copies=3).bind(Toy(GRID))
+        assert not caplog.records
+        front(12, nets, siblings=(2, 1), copies=3).bind(Toy(GRID))
+    assert "take 8 of 12 slots and leave 4 to the main chain" in caplog.text
 
 
 def test_branches_are_counted_as_published() -> None:

@@ -91,6 +91,7 @@ def test_gumbel_matching_gives_ars_images_on_any_batch_size(cli: Cli, decoder: s
 # what every decoder should make of 2 images: tokens per pass, within wide limits, and whether it counts draft passes
 DECODERS = {
     "sjd++": (2, 4, False), "sjd-pac": (3, 5, False), "sjd-fc": (3.5, 7, True), "sjd2-wc": (3.5, 8, True),
+    "sjd2-wc-narrow": (3.5, 7, True),
     "eagle": (1.1, 4, True), "eagle1": (1.5, 4, True), "lantern": (1.2, 9, True), "lantern++": (1.5, 6, True),
     "gsd": (2.5, 5, False), "zipar": (1.9, 2.2, False), "lookup": (0.99, 2, False),
 }  # fmt: skip

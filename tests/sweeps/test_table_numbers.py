@@ -122,7 +122,7 @@ def test_scores_stand_with_what_made_them(tmp_path: Path) -> None:
     assert rows[1]["fid_extractor"] == "net abc"
     assert "features of net abc, reference held-out" in text
     assert "ceiling (VQ reconstructions) 0.970" in text
-    assert "chance level 0.310 to 0.330" in text
+    assert "chance level on these captions 0.310 to 0.330" in text
     assert "Warning: FID: N=4 is few for 64 features." in text
     assert "KID is –: fewer than 100 images, too few to tell decoders apart." in text
     assert {"kid", "kid_std"} & rows[1].keys() == set()
