@@ -15,6 +15,7 @@ from PIL import Image
 
 from evaluation.run_folder import Snapshot
 from harness.console import say
+from sjd2.decoding.decoder import BaseDecoder
 from sjd2.errors import first_line
 from sjd2.files import write_atomically
 from sjd2.models.layout import TokenGrid
@@ -22,9 +23,9 @@ from sjd2.models.layout import TokenGrid
 log = logging.getLogger(__name__)
 
 
-def draw_grids(run: Snapshot, layout: TokenGrid, window: int, most: int) -> None:
+def draw_grids(run: Snapshot, layout: TokenGrid, decoder: BaseDecoder, most: int) -> None:
     """Write grid.png and acceptance.png; one that cannot be drawn is reported and left out: scoring does not need it."""
-    draws = {"grid.png": lambda: image_grid(run, most), "acceptance.png": lambda: acceptance_map(run, layout, window)}
+    draws = {"grid.png": lambda: image_grid(run, most), "acceptance.png": lambda: acceptance_map(run, layout, decoder)}
     for name, draw in draws.items():
         try:
             draw()
@@ -48,21 +49,22 @@ def image_grid(run: Snapshot, most: int) -> None:
     _write(run, "grid.png", sheet)
 
 
-def waiting(accepted: Sequence[int], window: int) -> np.ndarray:
+def waiting(accepted: Sequence[int], window: int, draft_in_prefill: bool = False) -> np.ndarray:
     """Return how many passes each position held a draft token in the window before the pass that committed it: [N].
 
-    accepted: tokens committed at each pass, the prefill first, which drafts nothing. A later pass from n committed
-    tokens drafts positions n .. n + window - 2, so AR waits nowhere; for trees window - 1 is their depth.
+    accepted: tokens committed at each pass, the prefill first, which drafts nothing unless it is `draft_in_prefill`. A pass
+    from n committed tokens drafts positions n .. n + window - 2, so AR waits nowhere; for trees window - 1 is their depth.
     """
     waited = np.zeros(sum(accepted), dtype=np.int64)
-    committed = accepted[0]
-    for count in accepted[1:]:
-        waited[committed + count : committed + window - 1] += 1
+    committed = 0
+    for number, count in enumerate(accepted):
+        if number or draft_in_prefill:
+            waited[committed + count : committed + window - 1] += 1
         committed += count
     return waited
 
 
-def acceptance_map(run: Snapshot, layout: TokenGrid, window: int) -> None:
+def acceptance_map(run: Snapshot, layout: TokenGrid, decoder: BaseDecoder) -> None:
     """Write acceptance.png: per grid position the passes it waited in the window, mean over the run's images."""
     records = run.records
     if not records:
@@ -73,7 +75,8 @@ def acceptance_map(run: Snapshot, layout: TokenGrid, window: int) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams["text.usetex"] = False  # whatever the user's matplotlibrc says
-    mean = np.mean([waiting(record["accepted"], window) for record in records], axis=0)
+    window, early = decoder.lookahead + 1, decoder.draft_in_prefill
+    mean = np.mean([waiting(record["accepted"], window, early) for record in records], axis=0)
     shown = np.asarray(layout.shown)
     plot, axes = pyplot.subplots(figsize=(4.8, 4), layout="constrained")
     drawn = axes.imshow(mean[shown].reshape(layout.rows, layout.columns), cmap="viridis")

@@ -199,7 +199,7 @@ def _make(
     for entry, resolved, new in zip(entries, settings, made, strict=True):
         run = Snapshot(entry.plan.run)
         if (new and session is None) or not (run.path / "acceptance.png").is_file():
-            draw_grids(run, entry.plan.spec.layout, entry.plan.decoder.lookahead + 1, GRID)
+            draw_grids(run, entry.plan.spec.layout, entry.plan.decoder, GRID)
         numbers = measure(run, metrics, resolved.evaluation, retimed=session is not None)
         found.append((run, numbers, entry.tracker))
     return found

@@ -26,6 +26,7 @@ from sjd2.errors import first_line
 from sjd2.models.base import ImageModel
 from sjd2.models.kv_cache import RowCache
 from sjd2.models.spec import ModelSpec
+from sjd2.models.timesteps import Timesteps
 
 # tokens between two bounds of a cache that is not fused: each is a graph, and a pass reads up to so many entries for nothing
 BUCKET = 256
@@ -83,15 +84,22 @@ class Replayed(Engine):
         self.graphs.clear()  # keys and values may lie elsewhere now, the model's or a draft network's
         self.prefills.clear()  # there is room for longer prompts
 
-    def run_prompts(self, embeds: Tensor) -> tuple[Tensor, RowCache]:
+    def run_prompts(
+        self,
+        embeds: Tensor,
+        positions: Tensor | None = None,
+        gate: Tensor | None = None,
+        timesteps: Timesteps | None = None,
+    ) -> tuple[Tensor, RowCache]:
         """Run prompts: replayed where they fill the engine's rows, or are one that all rows share, and are not many tokens."""
-        count = len(embeds)
-        if self.refused or count not in (1, self.num_rows) or count * self.prompt > MOST_TOKENS:
-            return super().run_prompts(embeds)
+        count, room = len(embeds), self.prompt + self.drafted
+        usual = count in (1, self.num_rows, self.branches * self.num_rows) and count * room <= MOST_TOKENS
+        if self.refused or not usual or timesteps is not None:
+            return super().run_prompts(embeds, positions, gate, timesteps)
         if count not in self.prefills:
-            self.prefills[count] = RecordedPrompt(self.model, embeds, self.prompt)
+            self.prefills[count] = RecordedPrompt(self.model, embeds, room)
         prefill = self.prefills[count]
-        return prefill(embeds, self._record_prompts), prefill.cache
+        return prefill(embeds, positions, gate, self._record_prompts), prefill.cache
 
     def _record_prompts(self, work: Callable[[], None]) -> Replay:
         try:

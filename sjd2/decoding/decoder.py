@@ -17,7 +17,8 @@ class BaseDecoder:
     """What `generate` runs. engine: the class that runs it, where it is neither AR's nor the window's.
 
     window: model inputs per pass. lookahead: positions after the last committed token that a pass drafts. num_forwards:
-    evaluations of a draft network per pass.
+    evaluations of a draft network per pass. draft_in_prefill: draft tokens follow the prompt in its prefill, which is then
+    the window's first pass.
     """
 
     name: str
@@ -25,6 +26,7 @@ class BaseDecoder:
     window: int
     lookahead: int = 0
     num_forwards: int = 0
+    draft_in_prefill: bool = False
     # Any is an Engine, whose name only a type checker could import here
     engine: ClassVar[type[Any] | None] = None
 
@@ -68,6 +70,7 @@ class Decoder(BaseDecoder):
     refiner: Refiner | None = None
     rule: str = "exact"
     refeed: bool = True
+    draft_in_prefill: bool = False
     # the parts of the last (model, fine-tuning): all batches of a run share their tables and networks
     _bound: dict[tuple, Parts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -76,6 +79,11 @@ class Decoder(BaseDecoder):
             raise UserError(f"decoder.window must be 1 or more, got {self.window}; 1 is plain AR.")
         if self.window > 1:
             self._check_parts()
+        if self.draft_in_prefill and (self.num_carried == 1 or (self.drafter is not None and self.drafter.keeps_lanes)):
+            raise UserError(
+                f"decoder.draft_in_prefill needs one chain of draft tokens that lives on from pass to pass, which decoder "
+                f"'{self.name}' does not have; set decoder.draft_in_prefill=false."
+            )
         if self.rule not in ("exact", "paper"):
             raise UserError(f"decoder.rule must be exact or paper, got '{self.rule}'.")
         if self.rule == "paper" and self.num_carried != self.window:

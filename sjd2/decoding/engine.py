@@ -22,6 +22,7 @@ from sjd2.decoding.noise import Noise, Purpose
 from sjd2.decoding.sampling import SAMPLERS, SamplingParams
 from sjd2.models.base import Condition, ImageModel
 from sjd2.models.kv_cache import RowCache
+from sjd2.models.timesteps import Timesteps
 
 
 @dataclass
@@ -55,7 +56,8 @@ class Engine:
 
     replayable: whether passes read nothing on the host, so that they can be recorded. raster: whether tokens are committed
     in raster order. persistent: attributes whose tensors
-    outlive a pass. first: the image position of the token that the prefill draws.
+    outlive a pass. first: the image position of the token that the prefill draws. drafted: draft tokens that follow each prompt
+    in the prefill.
     """
 
     replayable: ClassVar[bool] = True
@@ -71,7 +73,7 @@ class Engine:
         self.model, self.decoder, self.sampling = model, decoder, sampling
         self.num_rows, self.prompt = rows, prompt
         self.branches = 2 if sampling.guided else 1
-        self.total, self.first = model.layout.length, 0
+        self.total, self.first, self.drafted = model.layout.length, 0, 0
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of probabilities
         self.history: list[Tensor] = []  # per pass [B]: tokens committed
         self.started = [0] * rows  # pass at which the row was admitted
@@ -155,15 +157,19 @@ class Engine:
             self.capacity, self.prompt = self.capacity + longest - self.prompt, longest
             self.grow()
         self.state.finite.index_fill_(1, index, True)
-        for branch, prompt in enumerate(prompts[: self.branches]):
-            self._prefill(prompt, index + branch * self.num_rows)
-        self.place(index, prompts[: self.branches], self._first_token(index, prompts[: self.branches]))
+        self.enter(index, prompts[: self.branches])
         for row in rows:
             self.started[row] = self.dropped + len(self.history)
         oldest = min(self.started) - self.dropped
         self.dropped, self.history = self.dropped + oldest, self.history[oldest:]
-        self.cache.bound = max(self.cache.bound, self.prompt)
+        self.cache.bound = max(self.cache.bound, self.prompt + self.drafted)
         self.seconds["prefill"] += self.now() - begin
+
+    def enter(self, index: Tensor, prompts: list[Prompt]) -> None:
+        """Prefill these prompts, one for each guidance branch, into rows `index` [b], and let them begin."""
+        for branch, prompt in enumerate(prompts):
+            self._prefill(prompt, index + branch * self.num_rows)
+        self.place(index, prompts, self._first_token(index, prompts))
 
     def prompts(self, condition: Condition) -> list[Prompt]:
         """Return what is prefilled of each guidance branch."""
@@ -172,12 +178,23 @@ class Engine:
             Prompt(condition.uncond_embeds, condition.uncond_lengths),
         ]
 
-    def run_prompts(self, embeds: Tensor) -> tuple[Tensor, RowCache]:
-        """Return the last hidden states of prompts, and a cache with their keys and values: [b, P, D] -> [b, P, D]."""
+    def run_prompts(
+        self,
+        embeds: Tensor,
+        positions: Tensor | None = None,
+        gate: Tensor | None = None,
+        timesteps: Timesteps | None = None,
+    ) -> tuple[Tensor, RowCache]:
+        """Return the last hidden states of prompts, and a cache with their keys and values: [b, P, D] -> [b, P, D].
+
+        positions [b, P]: their ids (None: 0 .. P - 1); gate, timesteps: as in `ImageModel.forward`, where a prompt is
+        followed by draft tokens.
+        """
         count, width = embeds.shape[:2]
-        scratch = self.model.cache(count, width)
-        positions = torch.arange(width, device=embeds.device).expand(count, -1)
-        return self.model.forward(embeds, positions, scratch), scratch
+        scratch = self.model.cache(count, width + (0 if timesteps is None else len(timesteps.tokens)))
+        if positions is None:
+            positions = torch.arange(width, device=embeds.device).expand(count, -1)
+        return self.model.forward(embeds, positions, scratch, gate=gate, timesteps=timesteps), scratch
 
     def _prefill(self, prompt: Prompt, rows: Tensor) -> None:
         """Run a prompt into model rows [b]."""

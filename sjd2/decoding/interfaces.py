@@ -264,6 +264,10 @@ class Drafter(Part):
         """Return the draft of the coming pass from the tokens carried over: `fresh` [B, C] slots have just entered."""
         raise NotImplementedError
 
+    def propose_first(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
+        """Return a chain of draft tokens for the pass that is the prefill too; all slots but the first are fresh."""
+        return self.propose(carried, fresh, state)
+
     def update(self, result: PassResult, state: State) -> None:
         """Learn from a pass, after its commit."""
 

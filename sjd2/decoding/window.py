@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sjd2.decoding.decoder import Decoder
 from sjd2.decoding.draft_counter import AcceptanceCounter
+from sjd2.decoding.drafted_prefill import prefill_with_drafts
 from sjd2.decoding.engine import Engine, Prompt
 from sjd2.decoding.finite import FaultSource
 from sjd2.decoding.interfaces import Draft, PassResult, State
@@ -37,6 +38,7 @@ class WindowEngine(Engine):
         super().__init__(model, decoder, rows, prompt, sampling)
         self.drafter, self.verifier, self.refiner = decoder.bind(model)
         self.rule, self.num_carried = decoder.commit_rule, decoder.num_carried
+        self.drafted = self.num_carried - 1 if decoder.draft_in_prefill else 0
         appended = 0 if self.drafter.timesteps is None else len(self.drafter.timesteps)
         self.capacity = prompt + self.total + decoder.window + appended
         self.cache = model.cache(self.branches * rows, self.capacity)
@@ -68,6 +70,13 @@ class WindowEngine(Engine):
     def clear(self) -> None:
         super().clear()
         self.state.cached.fill_(self.total - 1)
+
+    def enter(self, index: Tensor, prompts: list[Prompt]) -> None:
+        if not self.drafted:
+            super().enter(index, prompts)
+            return
+        newcomers = WindowEngine(self.model, self.decoder, len(index), 0, self.sampling)
+        prefill_with_drafts(self, newcomers, index, prompts)
 
     def place(self, index: Tensor, prompts: list[Prompt], token: Tensor) -> None:
         state, carried = self.state, self.carried

@@ -24,6 +24,7 @@ def sjd2(
     clean: int = 0,
     early: float | None = None,
     refeed: bool = True,
+    draft_in_prefill: bool = False,
 ) -> Decoder:
     """Build the decoder from flat settings.
 
@@ -42,4 +43,5 @@ def sjd2(
         refiner=refiner or (Keep() if paper else Coupled()),
         rule=rule,
         refeed=refeed,
+        draft_in_prefill=draft_in_prefill,
     )

@@ -229,6 +229,9 @@ class FrontDrafter(Drafter):
             draft.embeds = torch.where((draft.level > 0)[..., None], noisy, self.model.embed(draft.tokens))
         return draft
 
+    def propose_first(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
+        return self.chain.propose(carried, fresh, state)  # nothing is known yet that could be corrected
+
     def draw_first(self, level: Level, depth: int, token: Tensor, q: Tensor, state: State) -> Tensor:
         """Draw the first token of each branch anew, all but the main chain's: q [B, F, V] -> [B, F]."""
         slots = level.first[1:]

@@ -194,9 +194,9 @@ def mean_waiting(run: Run) -> np.ndarray:
     """Return the mean number of passes that each position was a draft token before it was committed: [N]."""
     from harness.grids import waiting
 
-    window = num_drafted(run) + 1
+    window, early = num_drafted(run) + 1, bool(run.folder.config["decoder"].get("draft_in_prefill", False))
     images = [run.images[key] for key in sorted(run.images)[:MAP_IMAGES]]
-    return np.mean([waiting(image.accepted.tolist(), window) for image in images], axis=0)
+    return np.mean([waiting(image.accepted.tolist(), window, early) for image in images], axis=0)
 
 
 def _histogram(rows: Sequence[Row], path: Path, title: str) -> str:

@@ -272,6 +272,8 @@ def test_waiting_passes() -> None:
     assert waiting([1, 1, 1, 1], window=1).tolist() == [0, 0, 0, 0]  # AR drafts nothing
     # pass 1 from n = 1 drafts 1 2 3 and commits 1; pass 2 drafts 2 3 4 and commits 2 3 4; pass 3 commits 5
     assert waiting([1, 1, 3, 1], window=4).tolist() == [0, 0, 1, 1, 0, 0]
+    # the prefill drafts 0 1 2 and commits 0, so 1 and 2 have waited once more
+    assert waiting([1, 1, 3, 1], window=4, draft_in_prefill=True).tolist() == [0, 1, 2, 1, 0, 0]
 
 
 # ---- baseline and multirun

@@ -27,7 +27,7 @@ from sjd2.models.base import ImageModel
 LOSSLESS = {
     "jacobi": {"window": 6},
     "sjd": {"window": 6},
-    "scd": {"window": 8},
+    "scd": {"window": 8, "draft_in_prefill": True},
     "sjd++": {"window": 6},
     "sjd-pac": {"window": 24, "drafter": {"siblings": [1], "copies": 1}},
     "lookup": {},

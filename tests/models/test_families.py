@@ -97,5 +97,5 @@ def test_decoders_with_trained_parts(family: Family, tmp_path: Path) -> None:
     parts = family_checks.with_parts(fresh, tmp_path)
     family_checks.lossless_decoders_return_the_tokens_of_ar(fresh, parts, PROMPTS, family.sampling)
     again = family.load(adapter=str(tmp_path / "sjd2"))
-    parts = iter([decoder("sjd2", window=8, steps=2)])
+    parts = iter([decoder("sjd2", window=8, steps=2, draft_in_prefill=True)])
     family_checks.lossless_decoders_return_the_tokens_of_ar(again, parts, PROMPTS, family.sampling)
