@@ -55,9 +55,8 @@ class Engine:
     """B rows in flight: `admit` starts rows, `step` is one pass, `collect` hands out a finished row.
 
     replayable: whether passes read nothing on the host, so that they can be recorded. raster: whether tokens are committed
-    in raster order. persistent: attributes whose tensors
-    outlive a pass. first: the image position of the token that the prefill draws. drafted: draft tokens that follow each prompt
-    in the prefill.
+    in raster order. persistent: attributes whose tensors outlive a pass. first: the image position of the token that the
+    prefill draws. drafted: draft tokens that follow each prompt in the prefill.
     """
 
     replayable: ClassVar[bool] = True
