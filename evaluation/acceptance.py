@@ -31,7 +31,7 @@ def accept_rate(drafts: Iterable[Mapping[str, Any]]) -> float | None:
 def accept_length(drafts: Sequence[Mapping[str, Any]], forwards: Sequence[int]) -> float | None:
     """Return 1 + accepted draft tokens / passes that draft, as EAGLE, vLLM and NeMo report it; None where none drafts.
 
-    The prefill drafts nothing and is left out; the 1 is the recovered or bonus token.
+    The prefill is left out, and so are the draft tokens that it may have had; the 1 is the recovered or bonus token.
     """
     passes = sum(forwards) - len(forwards)
     return 1 + sum(image["accepted"] for image in drafts) / passes if passes else None

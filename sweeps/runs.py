@@ -46,7 +46,7 @@ class ImageCost:
     turns: str | None = None  # what the launch that timed it shares with the run it took turns with
     diffusion: float | None = None  # seconds of the diffusion stage of its batch; None where the model has none
     whole: float | None = None  # seconds from prompt to pixels of its batch, where there is a diffusion stage
-    prefill: float = 0.0  # seconds of `latency` before the first pass that drafts; with refill they count as decoding
+    prefill: float = 0.0  # seconds of `latency` until the first token; with refill they count as decoding
     drafts: dict[str, Any] | None = None  # what became of its draft tokens (evaluation/acceptance.py)
     energy_j: float | None = None  # joules that the GPU drew for it
 

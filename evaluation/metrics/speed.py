@@ -75,7 +75,7 @@ def whole_latency(record: Record) -> float | None:
 
 
 def accepted_histogram(records: Iterable[Record]) -> dict[str, int]:
-    """Count the passes by the tokens they committed: {"1": passes, "2": ...}; the prefill is one that committed 1."""
+    """Count the passes by the tokens they committed: {"1": passes, "2": ...}; the prefill is one of them."""
     counts = Counter(tokens for record in records for tokens in record["accepted"])
     return {str(tokens): counts[tokens] for tokens in sorted(counts)}
 

@@ -91,9 +91,10 @@ class Replayed(Engine):
         gate: Tensor | None = None,
         timesteps: Timesteps | None = None,
     ) -> tuple[Tensor, RowCache]:
-        """Run prompts: replayed where they fill the engine's rows, or are one that all rows share, and are not many tokens."""
+        """Run prompts: replayed where they are those of all rows, of one, or one that all share, and are not many tokens."""
         count, room = len(embeds), self.prompt + self.drafted
-        usual = count in (1, self.num_rows, self.branches * self.num_rows) and count * room <= MOST_TOKENS
+        entering = count // self.branches if self.drafted else count  # with draft tokens the branches come together
+        usual = entering in (1, self.num_rows) and count * room <= MOST_TOKENS
         if self.refused or not usual or timesteps is not None:
             return super().run_prompts(embeds, positions, gate, timesteps)
         if count not in self.prefills:

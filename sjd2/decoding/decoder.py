@@ -79,11 +79,6 @@ class Decoder(BaseDecoder):
             raise UserError(f"decoder.window must be 1 or more, got {self.window}; 1 is plain AR.")
         if self.window > 1:
             self._check_parts()
-        if self.draft_in_prefill and (self.num_carried == 1 or (self.drafter is not None and self.drafter.keeps_lanes)):
-            raise UserError(
-                f"decoder.draft_in_prefill needs one chain of draft tokens that lives on from pass to pass, which decoder "
-                f"'{self.name}' does not have; set decoder.draft_in_prefill=false."
-            )
         if self.rule not in ("exact", "paper"):
             raise UserError(f"decoder.rule must be exact or paper, got '{self.rule}'.")
         if self.rule == "paper" and self.num_carried != self.window:
@@ -122,6 +117,11 @@ class Decoder(BaseDecoder):
             raise UserError(
                 f"refiner {type(self.refiner).__name__} would draw the draft tokens of all chains with the same noise, and "
                 "then they cannot be tested one after the other; use decoder/refiner=resample or coupled (coupling=maximal)."
+            )
+        if self.draft_in_prefill and (self.num_carried == 1 or self.drafter.keeps_lanes):
+            raise UserError(
+                f"decoder.draft_in_prefill needs one chain of draft tokens that lives on from pass to pass, which decoder "
+                f"'{self.name}' does not have; set decoder.draft_in_prefill=false."
             )
         if self.verifier.joint:
             self._check_joint(self.verifier, self.drafter)

@@ -3,12 +3,12 @@
 After a prefill of the prompt alone, the next pass sees all slots of the window for the first time and accepts next to nothing.
 Here they stand after the prompt in the same forward pass, which is then a pass like any other: its slot 0 is the last token of
 the prompt, at position -1 of the image, and no token has been committed yet.
-# B rows of the engine, b admitted rows, R = 2b model rows with guidance, else b, P prompt tokens, C carried slots, D width
+# b admitted rows, R their model rows (2b with guidance, else b), P prompt tokens, C carried slots, D width
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +17,8 @@ from torch.nn.functional import pad
 
 from sjd2.decoding.finite import FaultSource
 from sjd2.decoding.interfaces import Draft
-from sjd2.decoding.noise import Noise
-from sjd2.decoding.sampling import SAMPLERS
-from sjd2.decoding.shapes import gather_slots
+from sjd2.decoding.shapes import CHAIN, gather_slots
+from sjd2.errors import UserError
 from sjd2.models.timesteps import Timesteps
 
 if TYPE_CHECKING:
@@ -36,6 +35,11 @@ def prefill_with_drafts(engine: WindowEngine, newcomers: WindowEngine, index: Te
     state, drafter = newcomers.state, newcomers.drafter
     state.noise.roll(state.begin(), state.iteration)
     draft = drafter.propose_first(newcomers.carried, newcomers.fresh, state)
+    if draft.shape is not CHAIN or draft.tokens.shape != newcomers.carried.tokens.shape:
+        raise UserError(
+            f"{type(drafter).__name__} must return a chain of all carried slots from propose_first; set "
+            "decoder.draft_in_prefill=false."
+        )
     if draft.probs is not None:
         state.watch(draft.probs, FaultSource.DRAFT)
     lengths = torch.cat([prompt.lengths.expand(len(index)) for prompt in prompts])
@@ -51,18 +55,20 @@ def prefill_with_drafts(engine: WindowEngine, newcomers: WindowEngine, index: Te
     rows = torch.cat([index + branch * engine.num_rows for branch in range(engine.branches)])
     engine.cache.take_rows(rows, cache, torch.arange(len(rows), device=rows.device))
     engine.counter.clear(index)  # accept rates are those of the passes after the prefill
-    for name in ("tokens", "committed", "iteration", "cached", "image_start", "memory"):
-        _hand_over(state, engine.state, name, index, rows)
-    engine.state.finite[:, index] = state.finite
-    for name in ("carried", "fresh"):
-        _hand_over(newcomers, engine, name, index, rows)
+    own = engine.state
+    for name in ("tokens", "committed", "iteration", "cached"):
+        getattr(own, name)[index] = getattr(state, name)
+    own.image_start[rows], own.finite[:, index] = state.image_start, state.finite
+    engine.fresh[index] = newcomers.fresh
+    _put(engine.carried, newcomers.carried, index, rows)
+    if state.memory is not None:
+        _put(own.memory, state.memory, index, rows)
 
 
 def _open(newcomers: WindowEngine, seeds: Tensor, prompts: list[Prompt]) -> None:
     """Start all rows before their first token."""
     state, count = newcomers.state, len(seeds)
-    state.noise = Noise(seeds, newcomers.dtype)  # not tabled: its tables begin at position 0
-    state.sampler = SAMPLERS[newcomers.sampling.sampler](state.noise)
+    state.noise.put(torch.arange(count, device=seeds.device), seeds)
     state.committed.fill_(0)
     state.cached.fill_(-1)
     newcomers.fresh[:, 1:] = True
@@ -103,15 +109,12 @@ def _lay_out(
     return embeds, positions, gate, slots.clamp(min=0)
 
 
-def _hand_over(source: Any, target: Any, name: str, index: Tensor, rows: Tensor) -> None:
-    """Copy the rows of an attribute of tensors, or of a dataclass of them, to rows `index` [b] ([R] where it has those)."""
-    theirs, mine = getattr(source, name), getattr(target, name)
-    if isinstance(theirs, Tensor):
-        if mine is None:
-            per_row = target.tokens.shape[0] * len(theirs) // len(index)
-            mine = theirs.new_zeros(per_row, *theirs.shape[1:])
-            setattr(target, name, mine)
-        mine[index if len(theirs) == len(index) else rows] = theirs
-    elif is_dataclass(theirs) and not isinstance(theirs, type):
-        for field in fields(theirs):
-            _hand_over(theirs, mine, field.name, index, rows)
+def _put(mine: Any, theirs: Any, index: Tensor, rows: Tensor) -> None:
+    """Copy the tensors of a dataclass to rows `index` [b] of an equal one, or `rows` [R] where they have model rows."""
+    for field in fields(theirs):
+        value = getattr(theirs, field.name)
+        if not isinstance(value, Tensor):
+            continue
+        if getattr(mine, field.name) is None:  # noise of a draft, before the engine's first pass
+            setattr(mine, field.name, value.new_zeros(len(mine.tokens), *value.shape[1:]))
+        getattr(mine, field.name)[index if len(value) == len(index) else rows] = value

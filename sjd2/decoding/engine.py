@@ -115,11 +115,14 @@ class Engine:
         self.history, self.dropped, self.started = [], 0, [0] * self.num_rows
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
-    def empty_rows(self, slack: int) -> dict[str, Any]:
-        """Return the fields of `Rows` without samples, which look finished, with `slack` forced dummies after the image."""
+    def empty_rows(self, slack: int, tabled: bool = True) -> dict[str, Any]:
+        """Return the fields of `Rows` without samples, which look finished, with `slack` forced dummies after the image.
+
+        tabled: whether random numbers are mixed once for all passes (`Noise`).
+        """
         device = self.model.device
         zeros = torch.zeros(self.num_rows, dtype=torch.long, device=device)
-        noise = Noise(zeros.clone(), self.dtype, length=self.total + slack + 1)
+        noise = Noise(zeros.clone(), self.dtype, length=self.total + slack + 1 if tabled else 0)
         return {
             "length": self.total,
             "tokens": torch.zeros(self.num_rows, self.total + slack, dtype=torch.long, device=device),

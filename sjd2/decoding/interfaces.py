@@ -258,7 +258,10 @@ class Drafter(Part):
     def admit(
         self, memory: Any, rows: Tensor, branch: int, embeds: Tensor, hidden: Tensor, lengths: Tensor, token: Tensor
     ) -> None:
-        """See prompts enter rows [b]: embeds, hidden [b, P, D], lengths [b], first token [b]; branch 1 is unconditional."""
+        """See prompts enter rows [b]: embeds, hidden [b, P, D], lengths [b], first token [b]; branch 1 is unconditional.
+
+        Not called with `draft_in_prefill`, where `update` sees the prefill.
+        """
 
     def propose(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
         """Return the draft of the coming pass from the tokens carried over: `fresh` [B, C] slots have just entered."""

@@ -45,6 +45,7 @@ class Jacobi(Drafter):
     def _copy(self, tokens: Tensor, fresh: Tensor, state: State, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Copy known tokens into fresh slots; slots with no source keep their random code."""
         size = tokens.shape[1]
+        # position -1, the end of a prompt that is followed by drafts: nothing is copied in that pass
         board = state.tokens.scatter(1, positions.clamp(0, state.tokens.shape[1] - 1), tokens)
         known = positions[:, :1] + (~fresh).sum(1, keepdim=True)  # [B, 1] first position without a token
         layout = state.model.layout

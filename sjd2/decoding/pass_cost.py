@@ -53,6 +53,8 @@ def pass_seconds(
         engine = start(model, decoder, len(rows), prompt, sampling)
         engine.admit(rows, condition, rows)
         prompts, middle = engine.cache.lengths.clone(), engine.total // 2
+        if isinstance(engine.state, State):  # a prefill that drafts may have committed several tokens
+            prompts = (prompts - engine.per_branch(engine.state.cached)).clamp(min=0)
         for _ in range(WARM_UP_PASSES if graphs is None else RECORDED_PASSES):
             stand_at(engine, middle, prompts)
             engine.step()

@@ -34,7 +34,20 @@ class WindowEngine(Engine):
     counter: AcceptanceCounter
 
     @torch.inference_mode()
-    def __init__(self, model: ImageModel, decoder: Decoder, rows: int, prompt: int, sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        model: ImageModel,
+        decoder: Decoder,
+        rows: int,
+        prompt: int,
+        sampling: SamplingParams,
+        *,
+        prefill_only: bool = False,
+    ) -> None:
+        """Open `rows` empty rows for prompts of up to `prompt` tokens.
+
+        prefill_only: for rows that another engine takes over after their first pass: nothing is precomputed or compiled.
+        """
         super().__init__(model, decoder, rows, prompt, sampling)
         self.drafter, self.verifier, self.refiner = decoder.bind(model)
         self.rule, self.num_carried = decoder.commit_rule, decoder.num_carried
@@ -42,7 +55,7 @@ class WindowEngine(Engine):
         appended = 0 if self.drafter.timesteps is None else len(self.drafter.timesteps)
         self.capacity = prompt + self.total + decoder.window + appended
         self.cache = model.cache(self.branches * rows, self.capacity)
-        common = self.empty_rows(slack=decoder.window)
+        common = self.empty_rows(slack=decoder.window, tabled=not prefill_only)
         memory = self.drafter.init_state(rows, self.capacity, sampling)
         self.state = State(
             **common,
@@ -59,8 +72,10 @@ class WindowEngine(Engine):
         self.carried = Draft(tokens, probs if self.refiner.records else None)
         self.fresh = torch.zeros_like(tokens, dtype=torch.bool)  # [B, C] slots that hold no draft token yet
         self.counter = AcceptanceCounter.of(rows, decoder.lookahead, device)
-        self._propose = self.piece(WindowEngine.propose) if self.drafter.traceable else WindowEngine.propose
-        self._settle = self.piece(WindowEngine.settle)
+        self._propose, self._settle = WindowEngine.propose, WindowEngine.settle
+        if not prefill_only:
+            self._propose = self.piece(WindowEngine.propose) if self.drafter.traceable else WindowEngine.propose
+            self._settle = self.piece(WindowEngine.settle)
 
     def grow(self) -> None:
         super().grow()
@@ -75,7 +90,7 @@ class WindowEngine(Engine):
         if not self.drafted:
             super().enter(index, prompts)
             return
-        newcomers = WindowEngine(self.model, self.decoder, len(index), 0, self.sampling)
+        newcomers = WindowEngine(self.model, self.decoder, len(index), 0, self.sampling, prefill_only=True)
         prefill_with_drafts(self, newcomers, index, prompts)
 
     def place(self, index: Tensor, prompts: list[Prompt], token: Tensor) -> None:

@@ -12,7 +12,7 @@ from sweeps.tables.latency import FEWEST
 from sweeps.tables.rows import FEWEST_PROMPTS, Row
 
 COUNTS = (
-    "Passes are forward passes of the target model, including the prefill, which yields the first token. Step "
+    "Passes are forward passes of the target model, including the prefill, which yields the first tokens. Step "
     "compression is the mean over images of tokens / passes, slightly more than mean tokens / mean passes."
 )
 FORCED = (

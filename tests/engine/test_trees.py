@@ -64,7 +64,7 @@ LOSSLESS = {
 
 
 DEFAULT = ("siblings", "paths", "corrected branches", "eagle chain", "eagle dynamic")
-SLOW = ("three paths resampled", "paths left", "paths reused")
+SLOW = ("three paths resampled", "paths left", "paths reused", "eagle static", "siblings resampled", "gumbel coupling")
 
 
 @pytest.mark.parametrize("name", by_default(LOSSLESS, DEFAULT, SLOW))
@@ -74,7 +74,10 @@ def test_trees_have_the_enumerated_distribution(name: str, nets: dict[str, str])
 
 
 @pytest.mark.parametrize(
-    "name", by_default(["corrected branches", "eagle static", "eagle dynamic", "paths"], ["eagle dynamic"], ["paths"])
+    "name",
+    by_default(
+        ["corrected branches", "eagle static", "eagle dynamic", "paths"], ["eagle dynamic"], ["paths", "eagle static"]
+    ),
 )
 def test_forced_tokens_in_trees_do_not_change_the_distribution(name: str, nets: dict[str, str]) -> None:
     assert abs(z_score(LOSSLESS[name][0](nets), GUIDED, FORCED)) < 5
