@@ -15,6 +15,8 @@ from sjd2.files import digest, find
 
 PATH_KEYS = ("weights", "adapter", "library")  # settings that name files: the files' digest counts, not where they lie
 
+LATER = {"draft_in_prefill": False}  # settings that release 0.1 lacks: with these values they change nothing
+
 # modules of release 0.1 and where their classes are now: run folders keep the names that they were written with
 MOVED = {
     "baselines.eagle.drafter": "baselines.eagle.eagle_drafter",
@@ -90,10 +92,12 @@ def by_content(value: Any, *, covered: bool = False, key: str = "") -> Any:
 
 
 def canonical(value: Any) -> Any:
-    """Return settings in which equal ones are equal text: 3 and 3.0 are one number, a class has no module."""
+    """Return settings in which equal ones are equal text: 3 and 3.0 are one number, a class has no module, no `LATER`."""
     if isinstance(value, dict):
         return {
-            str(k): class_name(v) if k == "_target_" and isinstance(v, str) else canonical(v) for k, v in value.items()
+            str(k): class_name(v) if k == "_target_" and isinstance(v, str) else canonical(v)
+            for k, v in value.items()
+            if k not in LATER or v != LATER[k]
         }
     if isinstance(value, (list, tuple)):
         return [canonical(v) for v in value]

@@ -79,6 +79,8 @@ class Decoder(BaseDecoder):
             raise UserError(f"decoder.window must be 1 or more, got {self.window}; 1 is plain AR.")
         if self.window > 1:
             self._check_parts()
+        elif self.draft_in_prefill and self.drafter is None:
+            raise UserError(self._no_chain)
         if self.rule not in ("exact", "paper"):
             raise UserError(f"decoder.rule must be exact or paper, got '{self.rule}'.")
         if self.rule == "paper" and self.num_carried != self.window:
@@ -95,6 +97,13 @@ class Decoder(BaseDecoder):
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings alone: copies and pickles do not hold the model that the parts are bound to."""
         return self.__dict__ | {"_bound": {}}
+
+    @property
+    def _no_chain(self) -> str:
+        return (
+            "decoder.draft_in_prefill needs one chain of draft tokens that lives on from pass to pass, which decoder "
+            f"'{self.name}' does not have; leave it out."
+        )
 
     def _check_parts(self) -> None:
         if self.drafter is None or self.verifier is None:
@@ -119,10 +128,7 @@ class Decoder(BaseDecoder):
                 "then they cannot be tested one after the other; use decoder/refiner=resample or coupled (coupling=maximal)."
             )
         if self.draft_in_prefill and (self.num_carried == 1 or self.drafter.keeps_lanes):
-            raise UserError(
-                f"decoder.draft_in_prefill needs one chain of draft tokens that lives on from pass to pass, which decoder "
-                f"'{self.name}' does not have; set decoder.draft_in_prefill=false."
-            )
+            raise UserError(self._no_chain)
         if self.verifier.joint:
             self._check_joint(self.verifier, self.drafter)
 

@@ -236,6 +236,7 @@ def test_decoders_without_a_lasting_chain_are_refused(nets: dict[str, str]) -> N
         lambda: eagle(5, nets, shape="chain", verifier=Exact()),
         lambda: Decoder(name="pathspec", window=13, lossless=True, drafter=JacobiPaths(paths=3), verifier=Exact(),
                         refiner=Coupled()),
+        lambda: AR,
     )  # fmt: skip
     for build in builds:
         with pytest.raises(UserError, match="draft_in_prefill needs one chain"):

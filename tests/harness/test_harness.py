@@ -143,6 +143,7 @@ def test_refill_has_the_same_tokens_and_resumes(cli: Cli) -> None:
 
 def test_what_decides_the_tokens_decides_the_folder(cli: Cli) -> None:
     same = [(), ("limit=1",), ("device=cpu",), ("runtime=all",), ("evaluation=clip", "stage=sample"), ("trace=1",)]
+    same += [("decoder.draft_in_prefill=false",), ("~decoder.draft_in_prefill",)]  # release 0.1 has no such setting
     other = [
         ("seed=1",),
         ("decoder.window=8",),
@@ -152,6 +153,7 @@ def test_what_decides_the_tokens_decides_the_folder(cli: Cli) -> None:
         ("refill=true",),
     ]
     other += [("prompts.repeats=2",), ("model.rows=5",), ("sampler=gumbel",), ("decoder.drafter.init=left",)]
+    other += [("decoder.draft_in_prefill=true",)]
     names = [planned(cli, "decoder=sjd", *arguments) for arguments in same + other]
     assert len(set(names[: len(same)])) == 1
     assert len(set(names)) == 1 + len(other)
