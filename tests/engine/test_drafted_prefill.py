@@ -47,7 +47,6 @@ from tests.helpers.decoders import (
     sjd2,
 )
 from tests.helpers.enumeration import is_caught, strong_toy, z_score
-from tests.helpers.fault import Fault
 from tests.helpers.tiers import by_default
 from tests.helpers.toy import Toy, adapted_toy
 
@@ -180,10 +179,14 @@ def test_draft_tokens_see_what_a_pass_after_the_prompt_would_show_them(
         torch.testing.assert_close(hidden[row], expected[0], rtol=0, atol=1e-9)
 
 
-def test_what_is_not_finite_is_reported(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    fault = Fault(model)
-    monkeypatch.setattr(model, "logits", fault)
-    fault.value.fill_(torch.nan)
+def test_what_is_not_finite_in_the_prefill_alone_is_reported(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, calls = model.logits, []
+
+    def broken_once(hidden: Tensor) -> Tensor:
+        calls.append(len(calls))
+        return logits(hidden) * (torch.nan if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(model, "logits", broken_once)
     with pytest.raises(UserError, match="the model's distribution is not finite"):
         decode(model, early(sjd(6)))
 
