@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def prefill_with_drafts(engine: WindowEngine, newcomers: WindowEngine, index: Tensor, prompts: list[Prompt]) -> None:
     """Run prompts, one for each guidance branch, and draft tokens after them, into rows `index` [b] of `engine`.
 
-    newcomers: an engine of b rows, which runs this pass, as the rows in flight have no part in it.
+    newcomers: an engine of b rows, which runs this pass, as the rows in flight have no part in it. Raises `UserError` if the
+    drafter returns anything but a chain of all C carried slots. Exact as every pass is: docs/exactness.md.
     """
     _open(newcomers, engine.state.noise.seeds[index], prompts)
     state, drafter = newcomers.state, newcomers.drafter

@@ -268,7 +268,11 @@ class Drafter(Part):
         raise NotImplementedError
 
     def propose_first(self, carried: Draft, fresh: Tensor, state: State) -> Draft:
-        """Return a chain of draft tokens for the pass that is the prefill too; all slots but the first are fresh."""
+        """Return the draft of the prefill, a chain of all C carried slots, of which all but the first are fresh.
+
+        As `propose`, for `draft_in_prefill`. Nothing is committed yet: slot 0, at position -1, is the end of the prompt. The
+        memory must be a dataclass of tensors by sample or by model row, which are handed over to the rows in flight.
+        """
         return self.propose(carried, fresh, state)
 
     def update(self, result: PassResult, state: State) -> None:

@@ -43,9 +43,8 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("plain")
 def test_commands_give_the_tokens_they_gave(cli: Cli, made: dict) -> None:
     names = {word.partition("=")[0] for word in made["command"]}
-    count = (
-        2 if "batch_size" in names else 1
-    )  # each image is a batch of its own in the others, and one shows what two show
+    # each image is a batch of its own in the others, and one shows what two show
+    count = 2 if "batch_size" in names else 1
     rest = (f"limit={count}", "dtype=float64", "baseline=null", "evaluation=none")
     assert cli(*(word for word in (*TINY, *rest) if word.partition("=")[0] not in names), *made["command"]) == 0, (
         cli.err

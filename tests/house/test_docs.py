@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from sjd2.config import CONF
 from sjd2.files import ROOT
 from tests.helpers.cli import Cli
 
@@ -23,6 +24,7 @@ MODULES = [name for name in FILES if name.endswith(".py") and not name.startswit
 TESTS = [name for name in FILES if name.startswith("tests/")]
 TOP = "sjd2|baselines|evaluation|harness|sweeps|benchmarks|tests|conf|docs|examples"
 NAMED = re.compile(rf"`((?:{TOP})/[\w./+*-]+)`")
+CHOICE = re.compile(r"(?<![\w./+~@-])([a-z_]+(?:/[a-z_]+)*)=([\w,+.-]+)")  # decoder=sjd,scd decoder/verifier=block
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)")
 
 
@@ -108,3 +110,19 @@ def test_files_named_in_the_documentation_exist(page: Path) -> None:
     named = [name for name in NAMED.findall(text) if name not in FILES and not any(ROOT.glob(name.rstrip("/")))]
     links = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
     assert not named + links
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(CONF.rglob("*.yaml"))], ids=lambda page: page.name)
+def test_choices_named_in_the_documentation_exist(page: Path) -> None:
+    """`finetune=window` with no conf/finetune/window.yaml is a command that fails."""
+    lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    text = "\n".join(line for line in lines if "--config-dir" not in line)  # which brings choices of its own
+    own = {name.removeprefix("conf/").removesuffix(".yaml") for name in FILES}
+    named = [
+        f"{group}/{name}"
+        for group, names in CHOICE.findall(text)
+        if (CONF / group).is_dir()
+        for name in names.split(",")
+        if name.strip("+-_.") and name == name.lower() and name != "null"
+    ]
+    assert not [name for name in named if name not in own and not (CONF / f"{name.rstrip('.')}.yaml").is_file()]
